@@ -1,0 +1,189 @@
+"""What a rotated 8-bit linear layer computes: number formats, scale granularity, placement of the rotations, named recipes.
+
+Symbols as in docs/numerics.md: X [M, K] tokens x in_features, W [N, K], E = dL/dY [M, N]; Q(.) rounds to 8 bits;
+H_K and H_M are orthonormal Hadamard rotations of the K (in_features) and M (token) axis; D = diag(d) equalises channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from enum import Enum
+
+import torch
+
+
+class Format(str, Enum):
+    """Number format of a quantised operand; the value is the name used in recipes and YAML files."""
+
+    E4M3 = "e4m3"
+    """float8_e4m3fn: 4 exponent and 3 mantissa bits, largest finite value 448."""
+    E5M2 = "e5m2"
+    """float8_e5m2: 5 exponent and 2 mantissa bits, largest finite value 57344."""
+    INT8 = "int8"
+    """Symmetric integers -127..127."""
+    UNROUNDED = "unrounded"
+    """Scaled to [-1, 1] and kept in float32 (float64 for float64 input): the algebra of a recipe without its rounding."""
+    HIGH_PRECISION = "high_precision"
+    """Not quantised at all: the layer is torch.nn.functional.linear."""
+
+
+class Scaling(str, Enum):
+    """How many scales an operand has."""
+
+    ROWWISE = "rowwise"
+    """One scale per stored row."""
+    TENSORWISE = "tensorwise"
+    """One scale per tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HaloConfig:
+    """How one linear layer runs its three products. Frozen and hashable; build it from a recipe name or by field.
+
+    Raises:
+        ValueError: for a combination of fields that no product can run.
+    """
+
+    format: Format = Format.E4M3
+    """Format of X and W in all three products."""
+    grad_format: Format = Format.E4M3
+    """Format of E in dgrad and wgrad."""
+    scaling: Scaling = Scaling.ROWWISE
+    """ROWWISE folds the scales that lie on a contracted axis into E before E is rounded (docs/numerics.md, eq. 5-6)."""
+    rotate_k: bool = True
+    """Rotate X and W along K: inner in fprop, undone on the output of dgrad and wgrad."""
+    rotate_m_dgrad: bool = False
+    """Rotate E along M before it is rounded for dgrad, undone on dX (HALO-2)."""
+    equalize: bool = True
+    """Divide the columns of X by d and multiply those of W by d, d a power of two per channel, before rotating."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", _member(Format, "format", self.format))
+        object.__setattr__(self, "grad_format", _member(Format, "grad_format", self.grad_format))
+        object.__setattr__(self, "scaling", _member(Scaling, "scaling", self.scaling))
+        kinds = {_arithmetic(self.format), _arithmetic(self.grad_format)}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"HaloConfig: format and grad_format must use the same arithmetic (both float8 or both int8), because "
+                f"one GEMM multiplies them; got format={self.format.value!r}, grad_format={self.grad_format.value!r}"
+            )
+        if self.format is Format.E5M2 and self.grad_format is Format.E5M2:
+            raise ValueError(
+                "HaloConfig: format and grad_format cannot both be 'e5m2', because no library GEMM multiplies e5m2 by "
+                "e5m2; use format='e4m3'"
+            )
+        if self.format is Format.HIGH_PRECISION and (self.rotate_k or self.rotate_m_dgrad or self.equalize):
+            raise ValueError(
+                "HaloConfig: format='high_precision' computes F.linear and takes no rotation and no equalisation; got "
+                f"rotate_k={self.rotate_k}, rotate_m_dgrad={self.rotate_m_dgrad}, equalize={self.equalize}; set them to "
+                "False or choose an 8-bit format"
+            )
+
+    @staticmethod
+    def from_recipe(name: str) -> HaloConfig:
+        """The config of a named recipe; see :data:`RECIPES`.
+
+        Raises:
+            ValueError: unknown name; the message has the nearest valid one and the whole list.
+        """
+        if name not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {name!r}{did_you_mean(name, RECIPES)}")
+        return RECIPES[name]
+
+    def without_rounding(self) -> HaloConfig:
+        """The same rotations, scales and folds with the rounding left out: equal to nn.Linear up to float error."""
+        if self.format is Format.HIGH_PRECISION:
+            return self
+        return dataclasses.replace(self, format=Format.UNROUNDED, grad_format=Format.UNROUNDED)
+
+    @property
+    def name(self) -> str:
+        """Recipe name, or the fields of a config that is no named recipe."""
+        for name, config in RECIPES.items():
+            if config == self:
+                return name
+        parts = [self.format.value, f"grad_{self.grad_format.value}", self.scaling.value]
+        parts += [flag for flag in ("rotate_k", "rotate_m_dgrad", "equalize") if getattr(self, flag)]
+        return "custom(" + ", ".join(parts) + ")"
+
+
+def resolve_recipe(recipe: str | HaloConfig) -> HaloConfig:
+    """A config from a recipe name or a config.
+
+    Raises:
+        ValueError: unknown recipe name.
+        TypeError: neither a name nor a config.
+    """
+    if isinstance(recipe, HaloConfig):
+        return recipe
+    if isinstance(recipe, str):
+        return HaloConfig.from_recipe(recipe)
+    raise TypeError(f"recipe must be a recipe name or a HaloConfig; got {type(recipe).__name__}")
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` with the valid name nearest to ``name``, or an empty string when none is near."""
+    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def storage_dtype(fmt: Format, input_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an operand of this format is stored, given the dtype of the values it is made from."""
+    if fmt is Format.UNROUNDED:
+        return torch.promote_types(input_dtype, torch.float32)
+    if fmt is Format.HIGH_PRECISION:
+        raise ValueError("format='high_precision' has no quantised form; choose 'e4m3', 'e5m2' or 'int8'")
+    return {Format.E4M3: torch.float8_e4m3fn, Format.E5M2: torch.float8_e5m2, Format.INT8: torch.int8}[fmt]
+
+
+def _arithmetic(fmt: Format) -> str:
+    return "float8" if fmt in (Format.E4M3, Format.E5M2) else fmt.value
+
+
+def _member(kind: type[Enum], field: str, value: object) -> Enum:
+    try:
+        return kind(value)
+    except ValueError:
+        valid = [member.value for member in kind]
+        raise ValueError(
+            f"HaloConfig: {field} must be one of {', '.join(valid)}; got {value!r}{did_you_mean(str(value), valid)}"
+        ) from None
+
+
+def _halo(level: int, fmt: Format) -> HaloConfig:
+    return HaloConfig(
+        format=fmt,
+        grad_format=fmt,
+        scaling=Scaling.TENSORWISE,
+        rotate_k=level >= 1,
+        rotate_m_dgrad=level >= 2,
+        equalize=False,
+    )
+
+
+RECIPES: dict[str, HaloConfig] = {
+    # (X D^-1) H_K = diag(s) Xq,  (W D) H_K = diag(t) Wq;  Y  = diag(s) (Xq Wq^T) diag(t)
+    # Q(E diag(t)) = diag(u) Ea;                           dX = diag(u) (Ea Wq) H_K^T D^-1
+    # Q((diag(s) E)^T) = diag(v) Eb;                       dW = diag(v) (Eb Xq) H_K^T D
+    "fp8": HaloConfig(),
+    # the same in integers
+    "int8": HaloConfig(format=Format.INT8, grad_format=Format.INT8),
+    # the same with H_K = D = 1
+    "fp8_plain": HaloConfig(rotate_k=False, equalize=False),
+    # Y = X W^T, dX = E W, dW = E^T X
+    "bf16": HaloConfig(
+        format=Format.HIGH_PRECISION, grad_format=Format.HIGH_PRECISION, rotate_k=False, equalize=False
+    ),
+    # HALO v2 (arXiv 2501.02625) Table 1, one scale a tensor.
+    # HALO-0: Y = Q(X) Q(W)^T,  dX = Q(E) Q(W),  dW = Q(E)^T Q(X)
+    "halo0_fp8": _halo(0, Format.E4M3),
+    "halo0_int8": _halo(0, Format.INT8),
+    # HALO-1: Y = Q(X H_K) Q(W H_K)^T,  dX = Q(E) Q(W H_K) H_K^T,  dW = Q(E)^T Q(X H_K) H_K^T
+    "halo1_fp8": _halo(1, Format.E4M3),
+    "halo1_int8": _halo(1, Format.INT8),
+    # HALO-2: Y and dW as HALO-1,  dX = H_M^T Q(H_M E) Q(W H_K) H_K^T
+    "halo2_fp8": _halo(2, Format.E4M3),
+    "halo2_int8": _halo(2, Format.INT8),
+}

@@ -1,0 +1,219 @@
+"""The library's torch operators: schemas, shape checks, fake kernels, and which implementation serves which device.
+
+The only file that names ``torch.ops``. Each op has a reference in :mod:`halo_train.reference`, which is its CPU
+implementation. On CUDA an op in :data:`KERNEL_OPS` runs the kernel of the same name in ``csrc/`` and raises when the
+kernels are not built; the other ops run their reference on the GPU until a kernel is written for them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+MAX_BLOCK = 32768
+"""Largest Hadamard block of the CUDA kernel: one row of float32 has to fit the registers of one thread block."""
+
+KERNEL_OPS = ("hadamard",)
+"""Ops that have a CUDA kernel."""
+
+_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "hadamard": (
+        "(Tensor x, int block, float scale, Tensor? signs) -> Tensor",
+        reference.hadamard,
+    ),
+    "quantize_rows": (
+        "(Tensor x, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
+        reference.quantize_rows,
+    ),
+    "quantize_rows_transposed": (
+        "(Tensor x, ScalarType dtype, Tensor row_scale) -> (Tensor, Tensor)",
+        reference.quantize_rows_transposed,
+    ),
+    "quantize_tensor": (
+        "(Tensor x, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
+        reference.quantize_tensor,
+    ),
+}
+
+_LIBRARY_FILE = Path(__file__).with_name("_kernels.so")
+_BUILD_FILE = Path(__file__).with_name("_kernels.json")
+_library = torch.library.Library("halo_train", "DEF")
+
+
+def hadamard(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> Tensor:
+    """scale * (x diag(signs)) (I kron H_block) over the last axis; see :func:`reference.hadamard`.
+
+    Raises:
+        ValueError: x is not real floating point, block is no power of two up to 32768 or does not divide the axis,
+            signs has the wrong shape or device.
+        RuntimeError: x is on a GPU and the kernels are not built for it.
+    """
+    n = check_input("hadamard", x)
+    _check_block("hadamard", block, n)
+    if signs is not None:
+        _check_vector("hadamard", "signs", signs, n, x)
+    return torch.ops.halo_train.hadamard(x, block, scale, signs)
+
+
+def quantize_rows(
+    x: Tensor, dtype: torch.dtype, block: int = 1, col_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """8-bit rows of (x diag(col_scale)) H_block, one scale a row; see :func:`reference.quantize_rows`."""
+    _check_matrix("quantize_rows", x, block, col_scale)
+    return torch.ops.halo_train.quantize_rows(x, dtype, block, col_scale)
+
+
+def quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit rows of (diag(row_scale) x)^T, one scale a row; see :func:`reference.quantize_rows_transposed`."""
+    _check_matrix("quantize_rows_transposed", x, 1, None)
+    _check_vector("quantize_rows_transposed", "row_scale", row_scale, x.shape[0], x)
+    return torch.ops.halo_train.quantize_rows_transposed(x, dtype, row_scale)
+
+
+def quantize_tensor(
+    x: Tensor, dtype: torch.dtype, block: int = 1, col_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """8-bit (x diag(col_scale)) H_block, one scale for the tensor; see :func:`reference.quantize_tensor`."""
+    _check_matrix("quantize_tensor", x, block, col_scale)
+    return torch.ops.halo_train.quantize_tensor(x, dtype, block, col_scale)
+
+
+def kernel_status() -> dict[str, Any]:
+    """What the build left behind: ``{"loaded": bool, "reason": str, "build": dict, "ops": {op: implementation}}``."""
+    ops = {name: "CUDA kernel" if name in KERNEL_OPS else "PyTorch reference on the GPU" for name in _SCHEMAS}
+    return {"loaded": not _why_not_loaded, "reason": _why_not_loaded, "build": _build_info(), "ops": ops}
+
+
+def check_input(op: str, x: Tensor) -> int:
+    """Length of the last axis of x; a ValueError that names ``op`` when x is not real floating point or is a scalar."""
+    if not x.is_floating_point():
+        raise ValueError(
+            f"{op}: x must have a real floating-point dtype; got {x.dtype}; convert it first, e.g. x.float()"
+        )
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension; got a scalar; use x.reshape(1)")
+    return x.shape[-1]
+
+
+def _check_matrix(op: str, x: Tensor, block: int, col_scale: Tensor | None) -> None:
+    check_input(op, x)
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x must be a matrix [rows, columns]; got shape {tuple(x.shape)}; flatten it first")
+    _check_block(op, block, x.shape[1])
+    if col_scale is not None:
+        _check_vector(op, "col_scale", col_scale, x.shape[1], x)
+
+
+def _check_block(op: str, block: int, n: int) -> None:
+    largest = min(n & -n, MAX_BLOCK) if n else MAX_BLOCK
+    if block < 1 or block & (block - 1) or block > MAX_BLOCK or n % block:
+        raise ValueError(
+            f"{op}: block must be a power of two, at most {MAX_BLOCK}, that divides the axis of length {n}; got {block}; "
+            f"the largest for this axis is {largest}"
+        )
+
+
+def _check_vector(op: str, name: str, v: Tensor, n: int, x: Tensor) -> None:
+    if tuple(v.shape) != (n,) or v.device != x.device or v.is_complex():
+        raise ValueError(
+            f"{op}: {name} must be a real vector of shape ({n},) on {x.device}; got shape {tuple(v.shape)}, {v.dtype} on "
+            f"{v.device}"
+        )
+
+
+def _build_info() -> dict[str, Any]:
+    return json.loads(_BUILD_FILE.read_text()) if _BUILD_FILE.exists() else {}
+
+
+def _load() -> str:
+    """Loads the kernels; returns why that was not possible, or an empty string."""
+    if not _LIBRARY_FILE.exists():
+        return _build_info().get("reason", "the package was installed without building them")
+    if torch.version.cuda is None:
+        return f"this PyTorch ({torch.__version__}) has no CUDA"
+    try:
+        torch.ops.load_library(_LIBRARY_FILE)
+    except OSError as error:
+        return f"{_LIBRARY_FILE.name} could not be loaded: {error}"
+    return ""
+
+
+def _refuse(op: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(
+            f"halo_train: '{op}' was called on a CUDA tensor, but its kernel is not available: {_why_not_loaded}. Install "
+            "the CUDA toolkit (nvcc) and run `pip install --force-reinstall --no-deps halo_train`, or move the tensor to "
+            "the CPU; `halo-train doctor` shows the state"
+        )
+
+    return refuse
+
+
+def _like(x: Tensor, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return dtype, wide
+
+
+def _fake_hadamard(x: Tensor, block: int, scale: float, signs: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_quantize_rows(
+    x: Tensor, dtype: torch.dtype, block: int, col_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    data, wide = _like(x, dtype)
+    return x.new_empty(x.shape, dtype=data), x.new_empty(x.shape[:1], dtype=wide)
+
+
+def _fake_quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -> tuple[Tensor, Tensor]:
+    data, wide = _like(x, dtype)
+    return x.new_empty((x.shape[1], x.shape[0]), dtype=data), x.new_empty(x.shape[1:], dtype=wide)
+
+
+def _fake_quantize_tensor(
+    x: Tensor, dtype: torch.dtype, block: int, col_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    data, wide = _like(x, dtype)
+    return x.new_empty(x.shape, dtype=data), x.new_empty((), dtype=wide)
+
+
+_FAKES = {
+    "hadamard": _fake_hadamard,
+    "quantize_rows": _fake_quantize_rows,
+    "quantize_rows_transposed": _fake_quantize_rows_transposed,
+    "quantize_tensor": _fake_quantize_tensor,
+}
+
+
+def _setup_hadamard(ctx: Any, inputs: tuple[Tensor, int, float, Tensor | None], output: Tensor) -> None:
+    _, ctx.block, ctx.scale, signs = inputs
+    ctx.save_for_backward(signs)
+
+
+def _backward_hadamard(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # y = scale x diag(signs) H and H = H^T, so dx = scale (dy H) diag(signs).
+    (signs,) = ctx.saved_tensors
+    dx = hadamard(grad, ctx.block, ctx.scale)
+    return (dx if signs is None else dx * signs.to(dx.dtype)), None, None, None
+
+
+for _name, (_schema, _reference) in _SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, _reference, "CPU")
+    torch.library.register_fake(f"halo_train::{_name}", _FAKES[_name], lib=_library)
+torch.library.register_autograd(
+    "halo_train::hadamard", _backward_hadamard, setup_context=_setup_hadamard, lib=_library
+)
+_why_not_loaded = _load()
+for _name, (_, _reference) in _SCHEMAS.items():
+    if _name not in KERNEL_OPS:
+        _library.impl(_name, _reference, "CUDA")
+    elif _why_not_loaded:
+        _library.impl(_name, _refuse(_name), "CUDA")

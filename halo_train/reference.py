@@ -1,0 +1,134 @@
+"""Every kernel op in plain PyTorch: the definition of correct, the CPU implementation and the oracle of the tests.
+
+Contract shared with the kernels (docs/numerics.md, section 4): arithmetic in float32 (float64 for float64 input), one
+multiplication by the normalisation, one rounding at the end; amax 0 gives scale 1; a row with inf or NaN gets a
+non-finite scale, so that exactly this row of a product is non-finite; out-of-range values saturate.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+QMAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
+"""Largest magnitude that a quantised row uses. Other dtypes are stored unrounded, scaled to 1."""
+
+AMAX_FLOOR = 2.0**-100
+"""amax below this is taken as this, so that QMAX / amax stays finite in float32."""
+
+
+def hadamard(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> Tensor:
+    """scale * (x diag(signs)) (I kron H) over the last axis, H the +-1 Sylvester matrix of order ``block``.
+
+    Args:
+        x: [..., n], floating point; ``block`` divides n and is a power of two.
+        signs: [n], +1 or -1, any real dtype.
+
+    Returns:
+        Same shape and dtype, contiguous.
+    """
+    y = x.to(_compute_dtype(x))
+    if signs is not None:
+        y = y * signs.to(y.dtype)
+    return (_butterflies(y, block) * scale).to(x.dtype).contiguous()
+
+
+def quantize_rows(
+    x: Tensor, dtype: torch.dtype, block: int = 1, col_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows of (x diag(col_scale)) H_block in 8 bits with one scale a row.
+
+    Args:
+        x: [M, K], floating point.
+        dtype: float8_e4m3fn, float8_e5m2, int8, or float32/float64 for no rounding.
+        block: order of the orthonormal rotation along K; 1 is none.
+        col_scale: [K] or None.
+
+    Returns:
+        q [M, K] of ``dtype`` and scale [M] float32 (float64 for float64 input), with y ~= q * scale[:, None].
+    """
+    y = _prepare(x, block, col_scale)
+    return _round(y, y.abs().amax(dim=1) if y.shape[1] else y.new_zeros(y.shape[0]), dtype, dim=1)
+
+
+def quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of (diag(row_scale) x)^T in 8 bits with one scale a row of the result.
+
+    Args:
+        x: [M, N], floating point.
+        row_scale: [M].
+
+    Returns:
+        q [N, M] contiguous of ``dtype`` and scale [N].
+    """
+    y = (x.to(_compute_dtype(x)) * row_scale.to(_compute_dtype(x))[:, None]).t()
+    q, scale = _round(y, y.abs().amax(dim=1) if y.shape[1] else y.new_zeros(y.shape[0]), dtype, dim=1)
+    return q.contiguous(), scale
+
+
+def quantize_tensor(
+    x: Tensor, dtype: torch.dtype, block: int = 1, col_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`quantize_rows` with one scale for the whole tensor, shape []."""
+    y = _prepare(x, block, col_scale)
+    return _round(y, y.abs().amax() if y.numel() else y.new_zeros(()), dtype, dim=None)
+
+
+def scaled_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """diag(scale_a) (a b^T) diag(scale_b): exact products, float32 sums for float8, int32 sums for int8.
+
+    Args:
+        a: [M, K] and b: [N, K], both quantised.
+        scale_a: [M] or []; scale_b: [N] or [].
+
+    Returns:
+        [M, N] of ``out_dtype``.
+    """
+    if a.dtype == torch.int8:
+        product = a.double() @ b.double().t() if a.is_cuda else torch._int_mm(a, b.t())
+        # Integers up to 2^31 need more than float32's 24 bits until they are scaled.
+        product = product.double()
+    else:
+        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+        product = a.to(wide) @ b.to(wide).t()
+    row = scale_a.to(product.dtype)
+    row = row[:, None] if row.dim() else row
+    return (product * row * scale_b.to(product.dtype)).to(out_dtype)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _prepare(x: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
+    y = x.to(_compute_dtype(x))
+    if col_scale is not None:
+        y = y * col_scale.to(y.dtype)
+    return _butterflies(y, block) * (1.0 / math.sqrt(block)) if block > 1 else y
+
+
+def _butterflies(y: Tensor, block: int) -> Tensor:
+    # Additions only: unlike a product with H, not subject to TF32 or to the order in which a BLAS sums.
+    shape, half = y.shape, 1
+    while half < block:
+        y = y.reshape(-1, 2, half)
+        a, b = y[:, 0], y[:, 1]
+        y = torch.stack((a + b, a - b), dim=1)
+        half *= 2
+    return y.reshape(shape)
+
+
+def _round(y: Tensor, amax: Tensor, dtype: torch.dtype, dim: int | None) -> tuple[Tensor, Tensor]:
+    qmax = QMAX.get(dtype, 1.0)
+    floored = amax.clamp(min=AMAX_FLOOR)
+    inverse = qmax / floored
+    scale = torch.where(amax == 0, torch.ones_like(amax), floored / qmax)
+    y = y * (inverse if dim is None else inverse[:, None])
+    if dtype == torch.int8:
+        # NaN has no integer; its row is poisoned through the scale.
+        y = torch.nan_to_num(y.round(), nan=0.0).clamp(-qmax, qmax)
+    elif dtype in QMAX:
+        y = y.clamp(-qmax, qmax)
+    return y.to(dtype), scale
