@@ -1,0 +1,30 @@
+"""Train and fine-tune transformers with every large matrix product in 8 bits, Hadamard-rotated where that pays."""
+
+from .config import RECIPES, Format, HaloConfig, Scaling
+from .convert import ConversionReport, convert_to_halo_training, revert
+from .functional import halo_linear
+from .hadamard import hadamard_transform
+from .linear import HaloLinear, equalizer_state_dict, load_equalizer_state_dict
+from .metrics import ProductError, measure_products
+from .quantize import Quantized, quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RECIPES",
+    "ConversionReport",
+    "Format",
+    "HaloConfig",
+    "HaloLinear",
+    "ProductError",
+    "Quantized",
+    "Scaling",
+    "convert_to_halo_training",
+    "equalizer_state_dict",
+    "hadamard_transform",
+    "halo_linear",
+    "load_equalizer_state_dict",
+    "measure_products",
+    "quantize",
+    "revert",
+]

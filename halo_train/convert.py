@@ -1,0 +1,197 @@
+"""Swapping the nn.Linear layers of a model for HaloLinear and back, with a report of every layer and the reason why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .config import HaloConfig, resolve_recipe
+from .linear import HaloLinear
+
+MIN_FEATURES = 16
+"""A layer with fewer in or out features would be mostly padding; the default filter leaves it alone."""
+
+_OUTPUT_NAMES = ("lm_head", "embed_out", "output_projection", "classifier", "score")
+"""Last components of the names under which models keep their output layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedLayer:
+    """A layer that now runs the recipe."""
+
+    name: str
+    shape: tuple[int, int]
+    """(out_features, in_features)."""
+    recipe: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedLayer:
+    """A module with matrix weights that was left as it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of its largest weight."""
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionReport:
+    """What :func:`convert_to_halo_training` did: every module with a matrix weight is in one of the two lists."""
+
+    converted: list[ConvertedLayer]
+    skipped: list[SkippedLayer]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and dicts, for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        recipes = sorted({layer.recipe for layer in self.converted})
+        lines = [f"{len(self.converted)} linear layers run {', '.join(recipes)}; {len(self.skipped)} modules left alone"]
+        width = max((len(layer.name) for layer in [*self.converted, *self.skipped]), default=0)
+        for layer in self.converted:
+            lines.append(f"  {layer.name:<{width}}  {_dims(layer.shape):>16}  {layer.recipe}")
+        for skip in self.skipped:
+            lines.append(f"  {skip.name:<{width}}  {_dims(skip.shape):>16}  skipped: {skip.reason}")
+        return "\n".join(lines)
+
+
+def convert_to_halo_training(
+    module: nn.Module,
+    *,
+    recipe: str | HaloConfig = "fp8",
+    module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> ConversionReport:
+    """Replaces the linear layers inside ``module`` by HaloLinear, in place, sharing their parameters.
+
+    By default the output layer (lm_head), layers tied to an embedding and layers with fewer than 16 in or out features
+    stay in high precision. Call it before FSDP, DDP and torch.compile.
+
+    Args:
+        module: any model that contains nn.Linear.
+        recipe: a recipe name (``halo_train.RECIPES``) or a HaloConfig.
+        module_filter_fn: (layer, name) -> True to convert; replaces the default choice. It is asked only about layers
+            that can be converted.
+
+    Returns:
+        The report; print it.
+
+    Raises:
+        ValueError: unknown recipe; a bare nn.Linear; no linear layer; every linear layer was filtered out. The module
+            is unchanged then.
+        TypeError: module is no nn.Module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"convert_to_halo_training: module must be an nn.Module; got {type(module).__name__}")
+    config = resolve_recipe(recipe)
+    if isinstance(module, nn.Linear):
+        raise ValueError(
+            "convert_to_halo_training: module must contain linear layers, but it is one itself, which cannot be replaced "
+            "in place; use HaloLinear.from_linear(module, recipe)"
+        )
+    chosen: list[tuple[str, nn.Linear]] = []
+    skipped: list[SkippedLayer] = []
+    exclusion = _Exclusion(module)
+    for name, child in module.named_modules():
+        shapes = [tuple(p.shape) for p in child.parameters(recurse=False) if p.dim() >= 2]
+        if not shapes:
+            continue
+        reason = exclusion.why_not(child)
+        if not reason and module_filter_fn is not None:
+            reason = "" if module_filter_fn(child, name) else "module_filter_fn returned False"
+        elif not reason:
+            reason = exclusion.why_not_by_default(child, name)
+        if reason:
+            skipped.append(SkippedLayer(name, max(shapes), reason))
+        else:
+            assert isinstance(child, nn.Linear)
+            chosen.append((name, child))
+    if not chosen:
+        raise ValueError(_nothing_to_convert(module, skipped))
+    _replace(module, {id(layer): HaloLinear.from_linear(layer, config) for _, layer in chosen})
+    converted = [ConvertedLayer(n, (m.out_features, m.in_features), config.name) for n, m in chosen]
+    return ConversionReport(converted, skipped)
+
+
+def revert(module: nn.Module) -> nn.Module:
+    """Replaces every HaloLinear inside ``module`` by nn.Linear, in place, sharing the parameters.
+
+    Returns:
+        ``module``; for a bare HaloLinear its nn.Linear.
+    """
+    if isinstance(module, HaloLinear):
+        return module.to_linear()
+    _replace(module, {id(m): m.to_linear() for m in module.modules() if isinstance(m, HaloLinear)})
+    return module
+
+
+class _Exclusion:
+    """Why a module is not converted, given the model it is in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._embeddings = {
+            id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)
+        }
+        self._outputs = set()
+        for m in model.modules():
+            # transformers' own name for "the layer that produces the logits", whatever the attribute is called.
+            get_output = getattr(m, "get_output_embeddings", None)
+            if callable(get_output):
+                self._outputs.add(id(get_output()))
+
+    def why_not(self, module: nn.Module) -> str:
+        """Reasons that no filter overrides."""
+        kind = type(module).__name__
+        if isinstance(module, nn.Embedding):
+            return "an embedding is a table look-up, not a matrix product"
+        if isinstance(module, HaloLinear):
+            return f"already converted (recipe={module.config.name}); revert() the model first"
+        if not isinstance(module, nn.Linear):
+            if any(p.dim() == 3 for p in module.parameters(recurse=False)):
+                return f"{kind} keeps a stack of matrices in one parameter and multiplies them itself"
+            return f"{kind} is not nn.Linear and multiplies its weight itself"
+        if type(module) is not nn.Linear:
+            return f"{kind} is a subclass of nn.Linear, whose own forward would be lost"
+        if "forward" in vars(module):
+            return "its forward is overridden on the instance, which would bypass HaloLinear"
+        return ""
+
+    def why_not_by_default(self, module: nn.Module, name: str) -> str:
+        """Reasons of the default filter."""
+        assert isinstance(module, nn.Linear)
+        if id(module.weight) in self._embeddings:
+            return f"weight tied to the embedding {self._embeddings[id(module.weight)]!r}"
+        if id(module) in self._outputs or name.rpartition(".")[2] in _OUTPUT_NAMES:
+            return "output layer: its rounding errors enter the loss directly"
+        if min(module.in_features, module.out_features) < MIN_FEATURES:
+            return f"fewer than {MIN_FEATURES} in or out features: it would be mostly padding"
+        return ""
+
+
+def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    # A layer can hang in several places; all of them get the same replacement.
+    for parent in list(model.modules()):
+        # Not named_children(): it names a child that hangs twice in one parent only once.
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
+
+
+def _nothing_to_convert(module: nn.Module, skipped: list[SkippedLayer]) -> str:
+    kind = type(module).__name__
+    if not skipped:
+        return f"convert_to_halo_training: module must contain an nn.Linear; {kind} has no module with a matrix weight"
+    lines = [f"  {s.name or '(root)'}: {s.reason}" for s in skipped[:8]]
+    more = f"\n  ... and {len(skipped) - 8} more" if len(skipped) > 8 else ""
+    return (
+        f"convert_to_halo_training: no layer of {kind} can be converted, so nothing would run in low precision; pass "
+        "module_filter_fn to choose layers yourself. Skipped:\n" + "\n".join(lines) + more
+    )
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

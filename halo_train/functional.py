@@ -1,0 +1,215 @@
+"""The differentiable 8-bit linear map: one autograd Function, driven by a HaloConfig.
+
+Symbols and equations: docs/numerics.md. In short, with (X D^-1) H = diag(s) Xq and (W D) H = diag(t) Wq::
+
+    fprop   Y  = diag(s) (Xq Wq^T) diag(t)
+    dgrad   Ea, u = rows of E diag(t);      dX = diag(u) (Ea Wq) H^T D^-1
+    wgrad   Eb, v = rows of (diag(s) E)^T;  dW = diag(v) (Eb Xq) H^T D
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import Format, HaloConfig, Scaling
+from .gemm import MULTIPLE, matmul
+from .hadamard import hadamard_transform, largest_block
+from .quantize import Quantized, quantize, quantize_transposed
+
+_MIN_TOKEN_BLOCK = 256
+"""A rotation along M spreads an outlier token over at least this many tokens; shorter axes are padded with zeros."""
+
+
+def halo_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    config: HaloConfig,
+    equalizer: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias with the three products in 8 bits.
+
+    Under autocast x is cast to the autocast dtype, which is that of y; the weight is rounded to 8 bits from its own
+    dtype. Any M, N, K: operands are padded to multiples of 16 inside.
+
+    Args:
+        x: [..., K], bfloat16, float16, float32 or float64.
+        weight: [N, K]; bias: [N] or None.
+        config: formats, scales and rotations; ``format='high_precision'`` is torch.nn.functional.linear.
+        equalizer: d [K], powers of two, or None for ones.
+
+    Returns:
+        [..., N] in the dtype of x (the autocast dtype under autocast).
+
+    Raises:
+        ValueError: integer or complex x, last dimension other than K, dtypes of x and weight that differ outside
+            autocast, equalizer of another shape.
+    """
+    _check(x, weight, equalizer)
+    if config.format is Format.HIGH_PRECISION or x.numel() == 0:
+        return F.linear(x, weight, bias)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    elif x.dtype != weight.dtype:
+        raise ValueError(
+            f"halo_linear: x and weight must have the same dtype outside autocast; got {x.dtype} and {weight.dtype}; cast "
+            "one of them or run under torch.autocast"
+        )
+    with torch.autocast(device, enabled=False):
+        y = HaloLinearFunction.apply(x.reshape(-1, x.shape[-1]), weight, bias, equalizer, config)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class Operands(NamedTuple):
+    """The rounded operands of a layer's forward, padded: X [M', K'] and W [N', K'], rotated along K'."""
+
+    x: Quantized
+    w: Quantized
+    block: int
+    """Order of the rotation along K'; 1 is none."""
+
+
+class HaloLinearFunction(torch.autograd.Function):
+    """Y [M, N] from x [M, K], weight [N, K], bias [N] or None, equalizer d [K] or None, config.
+
+    Saved for backward: Xq (1 byte an element) and its scales s when the weight needs a gradient, Wq and its scales t
+    when x does, and d. The padding is part of Xq and Wq; it is zero and adds nothing to a sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, equalizer: Tensor | None, config: HaloConfig
+    ) -> Tensor:
+        op = quantize_operands(x, weight, equalizer, config)
+        y = matmul(op.x, op.w, x.dtype)[: x.shape[0], : weight.shape[0]]
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        saved_x = (op.x.data, op.x.scale) if needs_dw else (None, None)
+        saved_w = (op.w.data, op.w.scale) if needs_dx else (None, None)
+        # With row scales dgrad needs t and wgrad needs s; s and t are saved with the data they belong to.
+        ctx.save_for_backward(*saved_x, *saved_w, equalizer)
+        ctx.config, ctx.block = config, op.block
+        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.shape = (x.shape[0], weight.shape[0], x.shape[1])
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
+        x_data, x_scale, w_data, w_scale, equalizer = ctx.saved_tensors
+        config, (m, n, k) = ctx.config, ctx.shape
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
+        padded = _pad(e, MULTIPLE, MULTIPLE)
+        dx = dw = db = None
+        if needs_dx:
+            dx = _dgrad(padded, Quantized(w_data, w_scale), config, ctx.x_dtype)
+            dx = _undo_k(dx, ctx.block, None if equalizer is None else 1 / equalizer)[:m, :k]
+        if needs_dw:
+            dw = _wgrad(padded, Quantized(x_data, x_scale), config, ctx.weight_dtype)
+            dw = _undo_k(dw, ctx.block, equalizer)[:n, :k]
+        if needs_db:
+            db = e.sum(0, dtype=torch.promote_types(e.dtype, torch.float32)).to(ctx.bias_dtype)
+        return dx, dw, db, None, None
+
+
+def quantize_operands(x: Tensor, weight: Tensor, equalizer: Tensor | None, config: HaloConfig) -> Operands:
+    """Pads, equalises, rotates and rounds X [M, K] and W [N, K] (docs/numerics.md, eq. 3)."""
+    x, weight = _pad(x, MULTIPLE, MULTIPLE), _pad(weight, MULTIPLE, MULTIPLE)
+    block = largest_block(x.shape[1]) if config.rotate_k else 1
+    d = inverse = None
+    if equalizer is not None:
+        d = _pad_vector(equalizer, x.shape[1])
+        inverse = 1 / d
+    return Operands(
+        quantize(x, config.format, scaling=config.scaling, block=block, col_scale=inverse),
+        quantize(weight, config.format, scaling=config.scaling, block=block, col_scale=d),
+        block,
+    )
+
+
+def quantize_grad_for_dgrad(e: Tensor, w_scale: Tensor, config: HaloConfig) -> Quantized:
+    """E [M', N'] rounded for dgrad: rows of E diag(t), or the whole E with one scale (rotated along M for HALO-2)."""
+    if config.scaling is Scaling.ROWWISE:
+        if config.rotate_m_dgrad:
+            e = hadamard_transform(e.to(torch.promote_types(e.dtype, torch.float32)), axis=0)
+        return quantize(e, config.grad_format, col_scale=w_scale)
+    block = largest_block(e.shape[0]) if config.rotate_m_dgrad else 1
+    q = quantize(e.t() if block > 1 else e, config.grad_format, scaling=Scaling.TENSORWISE, block=block)
+    return Quantized(q.data.t().contiguous(), q.scale) if block > 1 else q
+
+
+def quantize_grad_for_wgrad(e: Tensor, x_scale: Tensor, config: HaloConfig) -> Quantized:
+    """E [M', N'] rounded and transposed for wgrad: rows of (diag(s) E)^T, or the whole E^T with one scale."""
+    if config.scaling is Scaling.ROWWISE:
+        return quantize_transposed(e, config.grad_format, x_scale)
+    q = quantize(e, config.grad_format, scaling=Scaling.TENSORWISE)
+    return Quantized(q.data.t().contiguous(), q.scale)
+
+
+def _dgrad(e: Tensor, w: Quantized, config: HaloConfig, dtype: torch.dtype) -> Tensor:
+    """(E W) H_K with W rotated: [M', K'], the rotation along K' still on it."""
+    if config.rotate_m_dgrad:
+        e = _pad_tokens(e)
+    dx = matmul(quantize_grad_for_dgrad(e, w.scale, config), _contract_rows(w, config), dtype)
+    return hadamard_transform(dx, axis=0) if config.rotate_m_dgrad else dx
+
+
+def _wgrad(e: Tensor, x: Quantized, config: HaloConfig, dtype: torch.dtype) -> Tensor:
+    """(E^T X) H_K with X rotated: [N', K'], the rotation along K' still on it."""
+    return matmul(quantize_grad_for_wgrad(e, x.scale, config), _contract_rows(x, config), dtype)
+
+
+def _contract_rows(q: Quantized, config: HaloConfig) -> Quantized:
+    """The transpose of q as the second operand of a product over its rows, both operands contiguous along them.
+
+    Row scales lie on the contracted axis, where a GEMM cannot apply them: they are folded into the other operand.
+    """
+    data = q.data.t().contiguous()
+    scale = q.scale.new_ones(data.shape[0]) if config.scaling is Scaling.ROWWISE else q.scale
+    return Quantized(data, scale)
+
+
+def _undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
+    if block > 1:
+        grad = hadamard_transform(grad, block=block)
+    return grad if col_scale is None else grad * _pad_vector(col_scale, grad.shape[1]).to(grad.dtype)
+
+
+def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
+    extra = (-x.shape[0] % rows, -x.shape[1] % columns)
+    return F.pad(x, (0, extra[1], 0, extra[0])) if any(extra) else x
+
+
+def _pad_tokens(e: Tensor) -> Tensor:
+    m = e.shape[0]
+    if largest_block(m) >= _MIN_TOKEN_BLOCK:
+        return e
+    return _pad(e, min(_MIN_TOKEN_BLOCK, 1 << (m - 1).bit_length()), 1)
+
+
+def _pad_vector(v: Tensor, n: int) -> Tensor:
+    return F.pad(v, (0, n - v.shape[0]), value=1.0) if v.shape[0] < n else v
+
+
+def _check(x: Tensor, weight: Tensor, equalizer: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise ValueError(
+            f"halo_linear: x must have a real floating-point dtype; got {x.dtype}; convert it first, e.g. x.bfloat16()"
+        )
+    k = weight.shape[1]
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(
+            f"halo_linear: the last dimension of x must be in_features={k}; got shape {tuple(x.shape)}; reshape x or use a "
+            "layer of that width"
+        )
+    if equalizer is not None and tuple(equalizer.shape) != (k,):
+        raise ValueError(f"halo_linear: equalizer must have shape ({k},); got {tuple(equalizer.shape)}")

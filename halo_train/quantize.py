@@ -1,0 +1,93 @@
+"""Rounding to 8 bits: quantised tensors, their scales, and the equalisation of channels before they are rounded."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .config import Format, Scaling, storage_dtype
+
+_MAX_EXPONENT = 60
+"""Bound on |log2 d_k|: keeps d, 1/d and their products with bf16 values inside float32."""
+
+
+class Quantized(NamedTuple):
+    """A rounded tensor: x ~= data * scale, with the scale of a row broadcast over its last axis."""
+
+    data: Tensor
+    """[..., K] in float8_e4m3fn, float8_e5m2 or int8 (float32/float64 for the format 'unrounded')."""
+    scale: Tensor
+    """Row scales [...] or one scale [], float32 (float64 for float64 values)."""
+
+    def dequantize(self) -> Tensor:
+        """The values that the data stands for, in the dtype of the scale."""
+        scale = self.scale.unsqueeze(-1) if self.scale.dim() else self.scale
+        return self.data.to(self.scale.dtype) * scale
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format | str,
+    *,
+    scaling: Scaling | str = Scaling.ROWWISE,
+    block: int = 1,
+    col_scale: Tensor | None = None,
+) -> Quantized:
+    """Rounds (x diag(col_scale)) H_block to 8 bits, once, from float32 values.
+
+    scale = amax / qmax with qmax = 448 (e4m3), 57344 (e5m2) or 127 (int8); amax 0 gives scale 1.
+
+    Args:
+        x: [..., K], any real floating-point dtype.
+        fmt: number format of the result.
+        scaling: one scale a row (the last axis) or one for the tensor.
+        block: order of the orthonormal Hadamard rotation of the last axis; a power of two dividing K; 1 is none.
+        col_scale: [K] factors applied before the rotation, or None.
+
+    Raises:
+        ValueError: unknown format or scaling, integer or complex x, block or col_scale that do not fit.
+    """
+    dtype = storage_dtype(Format(fmt), x.dtype)
+    if Scaling(scaling) is Scaling.TENSORWISE:
+        data, scale = ops.quantize_tensor(_rows(x), dtype, block, col_scale)
+        return Quantized(data.reshape(x.shape), scale)
+    data, scale = ops.quantize_rows(_rows(x), dtype, block, col_scale)
+    return Quantized(data.reshape(x.shape), scale.reshape(x.shape[:-1]))
+
+
+def quantize_transposed(x: Tensor, fmt: Format | str, row_scale: Tensor) -> Quantized:
+    """Rounds (diag(row_scale) x)^T with one scale a row of the result.
+
+    Args:
+        x: [M, N]; row_scale: [M].
+
+    Returns:
+        data [N, M], scale [N].
+    """
+    return Quantized(*ops.quantize_rows_transposed(x, storage_dtype(Format(fmt), x.dtype), row_scale))
+
+
+def equalizer_exponents(x: Tensor, weight: Tensor) -> Tensor:
+    """log2 of the equalisation factors d: d_k = 2^round(log2 sqrt(amax_k(X) / amax_k(W))) over its median.
+
+    Channels in which X or W is all zero or not finite get d_k = 1. Powers of two make X D^-1 and W D exact.
+
+    Args:
+        x: [M, K]; weight: [N, K].
+
+    Returns:
+        [K] int8.
+    """
+    ratio = x.abs().amax(dim=0).float() / weight.abs().amax(dim=0).float()
+    usable = torch.isfinite(ratio) & (ratio > 0)
+    exponent = torch.where(usable, torch.round(0.5 * torch.log2(ratio)), torch.nan)
+    centred = torch.nan_to_num(exponent - torch.nanmedian(exponent), nan=0.0)
+    return centred.clamp(-_MAX_EXPONENT, _MAX_EXPONENT).to(torch.int8)
+
+
+def _rows(x: Tensor) -> Tensor:
+    ops.check_input("quantize", x)
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
