@@ -10,8 +10,11 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 from enum import Enum
+from typing import TypeVar
 
 import torch
+
+_Choice = TypeVar("_Choice", bound=Enum)
 
 
 class Format(str, Enum):
@@ -60,9 +63,9 @@ class HaloConfig:
     """Divide the columns of X by d and multiply those of W by d, d a power of two per channel, before rotating."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "format", _member(Format, "format", self.format))
-        object.__setattr__(self, "grad_format", _member(Format, "grad_format", self.grad_format))
-        object.__setattr__(self, "scaling", _member(Scaling, "scaling", self.scaling))
+        object.__setattr__(self, "format", parse_choice(Format, "format", self.format))
+        object.__setattr__(self, "grad_format", parse_choice(Format, "grad_format", self.grad_format))
+        object.__setattr__(self, "scaling", parse_choice(Scaling, "scaling", self.scaling))
         kinds = {_arithmetic(self.format), _arithmetic(self.grad_format)}
         if len(kinds) > 1:
             raise ValueError(
@@ -89,7 +92,9 @@ class HaloConfig:
             ValueError: unknown name; the message has the nearest valid one and the whole list.
         """
         if name not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {name!r}{did_you_mean(name, RECIPES)}")
+            raise ValueError(
+                f"recipe must be one of {', '.join(RECIPES)}; got {name!r}{did_you_mean(name, RECIPES)}"
+            )
         return RECIPES[name]
 
     def without_rounding(self) -> HaloConfig:
@@ -125,8 +130,24 @@ def resolve_recipe(recipe: str | HaloConfig) -> HaloConfig:
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` with the valid name nearest to ``name``, or an empty string when none is near."""
-    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    by_lower = {choice.lower(): choice for choice in valid}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
+
+
+def parse_choice(kind: type[_Choice], field: str, value: str | _Choice) -> _Choice:
+    """The member of an enum from its value.
+
+    Raises:
+        ValueError: no such member; names ``field``, the valid values and the nearest one.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        valid = [member.value for member in kind]
+        raise ValueError(
+            f"{field} must be one of {', '.join(valid)}; got {value!r}{did_you_mean(str(value), valid)}"
+        ) from None
 
 
 def storage_dtype(fmt: Format, input_dtype: torch.dtype) -> torch.dtype:
@@ -140,16 +161,6 @@ def storage_dtype(fmt: Format, input_dtype: torch.dtype) -> torch.dtype:
 
 def _arithmetic(fmt: Format) -> str:
     return "float8" if fmt in (Format.E4M3, Format.E5M2) else fmt.value
-
-
-def _member(kind: type[Enum], field: str, value: object) -> Enum:
-    try:
-        return kind(value)
-    except ValueError:
-        valid = [member.value for member in kind]
-        raise ValueError(
-            f"HaloConfig: {field} must be one of {', '.join(valid)}; got {value!r}{did_you_mean(str(value), valid)}"
-        ) from None
 
 
 def _halo(level: int, fmt: Format) -> HaloConfig:

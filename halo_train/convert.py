@@ -51,7 +51,9 @@ class ConversionReport:
 
     def __str__(self) -> str:
         recipes = sorted({layer.recipe for layer in self.converted})
-        lines = [f"{len(self.converted)} linear layers run {', '.join(recipes)}; {len(self.skipped)} modules left alone"]
+        lines = [
+            f"{len(self.converted)} linear layers run {', '.join(recipes)}; {len(self.skipped)} modules left alone"
+        ]
         width = max((len(layer.name) for layer in [*self.converted, *self.skipped]), default=0)
         for layer in self.converted:
             lines.append(f"  {layer.name:<{width}}  {_dims(layer.shape):>16}  {layer.recipe}")

@@ -53,16 +53,19 @@ def halo_linear(
     _check(x, weight, equalizer)
     if config.format is Format.HIGH_PRECISION or x.numel() == 0:
         return F.linear(x, weight, bias)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    elif x.dtype != weight.dtype:
+    tokens, device = x.reshape(-1, x.shape[-1]), x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if x.dtype != torch.float64:
+            tokens = tokens.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            y = HaloLinearFunction.apply(tokens, weight, bias, equalizer, config)
+    elif x.dtype == weight.dtype:
+        y = HaloLinearFunction.apply(tokens, weight, bias, equalizer, config)
+    else:
         raise ValueError(
             f"halo_linear: x and weight must have the same dtype outside autocast; got {x.dtype} and {weight.dtype}; cast "
             "one of them or run under torch.autocast"
         )
-    with torch.autocast(device, enabled=False):
-        y = HaloLinearFunction.apply(x.reshape(-1, x.shape[-1]), weight, bias, equalizer, config)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

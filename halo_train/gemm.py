@@ -13,12 +13,6 @@ from .quantize import Quantized
 MULTIPLE = 16
 """The float8 GEMM takes contracted and output dimensions that are multiples of 16; operands are padded to it."""
 
-INT8_MAX_CONTRACTION = 131072
-"""127 * 127 * 131072 < 2^31: longer int8 contractions are split so that an int32 sum cannot overflow."""
-
-_INT_MM_MIN_ROWS = 32
-"""torch._int_mm on CUDA requires more than 16 rows."""
-
 
 def matmul(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> Tensor:
     """diag(a.scale) (a.data b.data^T) diag(b.scale).
@@ -36,11 +30,10 @@ def matmul(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> Tensor:
     Raises:
         RuntimeError: a float8 product on a GPU without float8 tensor cores.
     """
-    if not a.data.is_cuda or a.data.dtype not in reference.QMAX:
-        return reference.scaled_matmul(a.data, b.data, a.scale, b.scale, out_dtype)
-    if a.data.dtype == torch.int8:
-        return _int8_cuda(a, b, out_dtype)
-    return _float8_cuda(a, b, out_dtype)
+    if a.data.is_cuda and a.data.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return _float8_cuda(a, b, out_dtype)
+    # torch._int_mm is the library's int8 GEMM on either device; the reference is built on it.
+    return reference.scaled_matmul(a.data, b.data, a.scale, b.scale, out_dtype)
 
 
 def _float8_cuda(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> Tensor:
@@ -53,31 +46,13 @@ def _float8_cuda(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> Tensor:
         return _scaled_mm(a.data, b.data, a.scale[:, None].float(), b.scale[None, :].float(), out_dtype)
     # The library applies row scales for bfloat16 output only; raw sums stay in float32 (float16 would overflow).
     one = torch.ones((), device=a.data.device)
-    return _apply_scales(_scaled_mm(a.data, b.data, one, one, torch.float32), a.scale, b.scale, out_dtype)
+    product = _scaled_mm(a.data, b.data, one, one, torch.float32)
+    row = a.scale[:, None] if a.scale.dim() else a.scale
+    return (product * row * b.scale).to(out_dtype)
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=out_dtype, use_fast_accum=True)
-
-
-def _int8_cuda(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> Tensor:
-    rows = a.data.shape[0]
-    data = a.data
-    if rows < _INT_MM_MIN_ROWS:
-        data = torch.nn.functional.pad(data, (0, 0, 0, _INT_MM_MIN_ROWS - rows))
-    product: Tensor | None = None
-    for start in range(0, data.shape[1], INT8_MAX_CONTRACTION):
-        part = slice(start, start + INT8_MAX_CONTRACTION)
-        # The operands of a part are strided views, which the GEMM takes as they are.
-        partial = torch._int_mm(data[:, part], b.data[:, part].t())[:rows]
-        product = partial if product is None else product.double() + partial
-    assert product is not None
-    return _apply_scales(product, a.scale, b.scale, out_dtype)
-
-
-def _apply_scales(product: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    row = scale_a[:, None] if scale_a.dim() else scale_a
-    return (product * row * scale_b).to(out_dtype)
 
 
 @functools.cache

@@ -11,7 +11,14 @@ from .config import HaloConfig, resolve_recipe
 from .functional import halo_linear
 from .quantize import equalizer_exponents
 
-_OWN_STATE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "config", "equalizer_taken"}
+_OWN_STATE = {
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "config",
+    "equalizer_taken",
+}
 """What from_linear and to_linear do not carry over as it is; hooks and everything else a user attached go along."""
 
 
@@ -71,7 +78,9 @@ class HaloLinear(nn.Linear):
         new = cls(
             linear.in_features, linear.out_features, linear.bias is not None, device="meta", recipe=recipe
         )
-        new.equalizer_exponent = torch.zeros(linear.in_features, dtype=torch.int8, device=linear.weight.device)
+        new.equalizer_exponent = torch.zeros(
+            linear.in_features, dtype=torch.int8, device=linear.weight.device
+        )
         _share_state(linear, new)
         return new
 

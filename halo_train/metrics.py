@@ -53,7 +53,7 @@ def product_errors(
     if config.equalize and equalizer is None:
         equalizer = torch.exp2(equalizer_exponents(x, weight).float())
     x_in, w_in = x.detach().requires_grad_(), weight.detach().to(x.dtype).requires_grad_()
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.enable_grad():
         y = halo_linear(x_in, w_in, config=config, equalizer=equalizer)
         dx, dw = torch.autograd.grad(y, (x_in, w_in), e.to(y.dtype))
     x64, w64, e64 = x.double(), weight.double(), e.double()
@@ -93,7 +93,9 @@ def measure_products(
         for handle in handles:
             handle.remove()
     if not errors:
-        raise ValueError("measure_products: step_fn ran no backward through a HaloLinear; call loss.backward() in it")
+        raise ValueError(
+            "measure_products: step_fn ran no backward through a HaloLinear; call loss.backward() in it"
+        )
     return {name: errors[name] for name in layers if name in errors}
 
 
@@ -128,5 +130,3 @@ def _error(exact: Tensor, approximate: Tensor, dim: int) -> ProductError:
         return ProductError(float("nan"), float("nan"), float("nan"))
     p10, median = torch.quantile(per_row.double(), per_row.new_tensor([0.1, 0.5]).double()).tolist()
     return ProductError(sqnr_db(exact, approximate).item(), median, p10)
-
-

@@ -105,7 +105,9 @@ def check_input(op: str, x: Tensor) -> int:
 def _check_matrix(op: str, x: Tensor, block: int, col_scale: Tensor | None) -> None:
     check_input(op, x)
     if x.dim() != 2:
-        raise ValueError(f"{op}: x must be a matrix [rows, columns]; got shape {tuple(x.shape)}; flatten it first")
+        raise ValueError(
+            f"{op}: x must be a matrix [rows, columns]; got shape {tuple(x.shape)}; flatten it first"
+        )
     _check_block(op, block, x.shape[1])
     if col_scale is not None:
         _check_vector(op, "col_scale", col_scale, x.shape[1], x)

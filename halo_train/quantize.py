@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .config import Format, Scaling, storage_dtype
+from .config import Format, Scaling, parse_choice, storage_dtype
 
 _MAX_EXPONENT = 60
 """Bound on |log2 d_k|: keeps d, 1/d and their products with bf16 values inside float32."""
@@ -50,8 +50,8 @@ def quantize(
     Raises:
         ValueError: unknown format or scaling, integer or complex x, block or col_scale that do not fit.
     """
-    dtype = storage_dtype(Format(fmt), x.dtype)
-    if Scaling(scaling) is Scaling.TENSORWISE:
+    dtype = storage_dtype(parse_choice(Format, "fmt", fmt), x.dtype)
+    if parse_choice(Scaling, "scaling", scaling) is Scaling.TENSORWISE:
         data, scale = ops.quantize_tensor(_rows(x), dtype, block, col_scale)
         return Quantized(data.reshape(x.shape), scale)
     data, scale = ops.quantize_rows(_rows(x), dtype, block, col_scale)
@@ -67,7 +67,8 @@ def quantize_transposed(x: Tensor, fmt: Format | str, row_scale: Tensor) -> Quan
     Returns:
         data [N, M], scale [N].
     """
-    return Quantized(*ops.quantize_rows_transposed(x, storage_dtype(Format(fmt), x.dtype), row_scale))
+    dtype = storage_dtype(parse_choice(Format, "fmt", fmt), x.dtype)
+    return Quantized(*ops.quantize_rows_transposed(x, dtype, row_scale))
 
 
 def equalizer_exponents(x: Tensor, weight: Tensor) -> Tensor:

@@ -15,6 +15,12 @@ from torch import Tensor
 QMAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
 """Largest magnitude that a quantised row uses. Other dtypes are stored unrounded, scaled to 1."""
 
+INT8_MAX_CONTRACTION = 131072
+"""127 * 127 * 131072 < 2^31: longer int8 contractions are split so that an int32 sum cannot overflow."""
+
+_INT_MM_MIN_ROWS = 32
+"""torch._int_mm on CUDA requires more than 16 rows."""
+
 AMAX_FLOOR = 2.0**-100
 """amax below this is taken as this, so that QMAX / amax stays finite in float32."""
 
@@ -86,16 +92,23 @@ def scaled_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dt
     Returns:
         [M, N] of ``out_dtype``.
     """
-    if a.dtype == torch.int8:
-        product = a.double() @ b.double().t() if a.is_cuda else torch._int_mm(a, b.t())
-        # Integers up to 2^31 need more than float32's 24 bits until they are scaled.
-        product = product.double()
-    else:
-        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-        product = a.to(wide) @ b.to(wide).t()
+    wide = torch.float64 if torch.float64 in (a.dtype, out_dtype) else torch.float32
+    product = _int8_matmul(a, b, wide) if a.dtype == torch.int8 else a.to(wide) @ b.to(wide).t()
     row = scale_a.to(product.dtype)
     row = row[:, None] if row.dim() else row
     return (product * row * scale_b.to(product.dtype)).to(out_dtype)
+
+
+def _int8_matmul(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    rows = a.shape[0]
+    if a.is_cuda and rows < _INT_MM_MIN_ROWS:
+        a = torch.nn.functional.pad(a, (0, 0, 0, _INT_MM_MIN_ROWS - rows))
+    if a.shape[1] <= INT8_MAX_CONTRACTION:
+        return torch._int_mm(a, b.t())[:rows].to(wide)
+    parts = zip(a.split(INT8_MAX_CONTRACTION, dim=1), b.split(INT8_MAX_CONTRACTION, dim=1), strict=True)
+    total = sum(torch._int_mm(p.contiguous(), q.t())[:rows].double() for p, q in parts)
+    assert isinstance(total, Tensor)
+    return total.to(wide)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,31 @@
+"""Markers gpu and multi_gpu: skipped without the hardware, failed instead under --require-gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from halo_train import ops
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-gpu",
+        action="store_true",
+        help="fail tests marked gpu or multi_gpu instead of skipping them",
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    wanted = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
+    if not wanted:
+        return
+    reason = ""
+    if torch.cuda.device_count() < wanted:
+        reason = f"needs {wanted} CUDA GPU(s), found {torch.cuda.device_count()}"
+    elif not ops.kernel_status()["loaded"]:
+        reason = f"the CUDA kernels are not available: {ops.kernel_status()['reason']}"
+    if reason and item.config.getoption("--require-gpu"):
+        pytest.fail(reason, pytrace=False)
+    if reason:
+        pytest.skip(reason)
