@@ -1,0 +1,271 @@
+"""The YAML file of a run: sections and fields with their defaults, strict reading, ``key=value`` overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from halo_train.config import RECIPES, did_you_mean
+
+from .errors import UserError
+
+INPUT_PATHS = ("model.path", "data.train", "data.valid")
+"""Relative paths of inputs: in a YAML file they start at the file's folder, in an override at the current folder."""
+
+STDLIB = "stdlib"
+"""Value of ``data.train`` that means pairs made from Python's standard library instead of a file."""
+
+_MAY_CHANGE = ("quant.bf16_twin", "data.cache_dir", "train.device")
+"""Outside the sections run, save and log: what may differ when a run is resumed."""
+
+_Positive = Annotated[int, Field(gt=0)]
+_NotNegative = Annotated[int, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
+
+
+class RunSection(_Section):
+    """Where the run lives."""
+
+    name: Annotated[str, Field(pattern=r"^[\w][\w.+=-]*$")]
+    """Folder under ``dir``; letters, digits and ``_ . + = -``."""
+    dir: Path = Path("runs")
+    """Relative to the current folder."""
+    resume: bool = False
+    """Go on from the last checkpoint of an existing run; starts from the beginning where there is none."""
+    overwrite: bool = False
+    """Delete an existing run of this name first."""
+    seed: _NotNegative = 0
+    """Of the random weights, the order of the data and the validation split."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> RunSection:
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other; set one of them to false")
+        return self
+
+
+class ModelSection(_Section):
+    """What is trained."""
+
+    path: str
+    """A Hugging Face model directory, or a model's config as a JSON file: random weights and a tokenizer trained on the data."""
+
+
+class QuantSection(_Section):
+    """How the linear layers compute."""
+
+    recipe: str = "fp8"
+    """A named precision recipe; ``halo-train ls`` lists them."""
+    bf16_twin: bool = False
+    """Afterwards repeat the run in bf16 from the same weights on the same batches, and print both side by side."""
+
+    @field_validator("recipe")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in RECIPES:
+            raise ValueError(f"must be one of {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
+        return name
+
+    @model_validator(mode="after")
+    def _twin_differs(self) -> QuantSection:
+        if self.bf16_twin and self.recipe == "bf16":
+            raise ValueError("bf16_twin repeats the run in bf16, which recipe already is; set bf16_twin to false")
+        return self
+
+
+class DataSection(_Section):
+    """What it is trained on."""
+
+    train: str
+    """A JSONL file with ``prompt`` and ``completion``, or ``text``, in every row; or ``stdlib``."""
+    valid: str | None = None
+    """A JSONL file; null takes ``valid_fraction`` of the training rows instead."""
+    valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    cache_dir: Path = Path(".cache")
+    """Of the pairs made from the standard library; relative to the current folder."""
+    seq_len: Annotated[int, Field(ge=16)] = 1024
+    """Tokens; what is longer is cut at its end."""
+
+
+class TrainSection(_Section):
+    """How it is trained: AdamW on float32 weights under bfloat16 autocast."""
+
+    steps: _Positive
+    """Optimiser steps."""
+    micro_batch: _Positive = 8
+    """Rows in one forward pass."""
+    grad_accum: _Positive = 1
+    """Forward passes in one step."""
+    lr: Annotated[float, Field(gt=0)] = 2e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """Decay to zero after the warm-up."""
+    warmup_steps: _NotNegative = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Not applied to norms and biases."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` is the GPU where there is one."""
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> TrainSection:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps must be less than steps={self.steps}; got {self.warmup_steps}")
+        return self
+
+
+class SaveSection(_Section):
+    """Checkpoints."""
+
+    every: _Positive = 500
+    """Steps; the last step is always saved."""
+    keep: _Positive = 2
+    """Newest checkpoints that are kept."""
+
+
+class LogSection(_Section):
+    """What is told on the way; every step's numbers are always in ``metrics.jsonl``."""
+
+    every: _Positive = 10
+    """Steps between printed lines where there is no terminal for a progress bar."""
+    eval_every: _Positive = 100
+    """Steps between validations; the first and the last step are always validated."""
+    wandb: bool = False
+    """Also log to Weights & Biases; offline where no key is set."""
+
+
+class Config(_Section):
+    """One run. Build it with :func:`load_config`."""
+
+    run: RunSection
+    model: ModelSection
+    quant: QuantSection = QuantSection()
+    data: DataSection
+    train: TrainSection
+    save: SaveSection = SaveSection()
+    log: LogSection = LogSection()
+
+    def to_yaml(self) -> str:
+        """Every field with its value; reading it back gives the same config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML file and applies overrides.
+
+    Args:
+        path: of the file.
+        overrides: ``section.key=value`` strings; ``null`` is None.
+
+    Raises:
+        UserError: no such file, no YAML, an unknown key (with the nearest valid one), a value of the wrong type or out
+            of range. All faults of the file are in one message, one line each.
+    """
+    values = _read(path)
+    _anchor_paths(values, path.resolve().parent)
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override must have the form section.key=value; got {override!r}, e.g. train.steps=10")
+        _assign(changes, key, None if value == "null" else value)
+    _anchor_paths(changes, Path.cwd())
+    try:
+        return Config.model_validate(_merge(values, changes))
+    except ValidationError as error:
+        raise UserError(f"{path}: {_describe(error)}") from None
+
+
+def first_difference(old: Config, new: Config) -> str | None:
+    """``"section.key was ..., now ..."`` for the first field by which the steps of the runs would differ, or None."""
+    before, after = old.model_dump(), new.model_dump()
+    for key in _all_keys():
+        section, name = key.split(".")
+        fixed = key == "run.seed" or (section not in ("run", "save", "log") and key not in _MAY_CHANGE)
+        if fixed and before[section][name] != after[section][name]:
+            return f"{key} was {before[section][name]}, now {after[section][name]}"
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist; `halo-train ls` lists the files that come with halo_train")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        kind = "nothing" if values is None else type(values).__name__
+        raise UserError(f"{path} must hold sections such as run:, model:, data:, train:; it holds {kind}")
+    return values
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"override {dotted}: {section!r} already has a value of its own; give one of the two")
+    values[key] = value
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        inside = merged.get(key)
+        both = isinstance(value, dict) and isinstance(inside, dict)
+        merged[key] = _merge(inside, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
+    for dotted in INPUT_PATHS:
+        name, key = dotted.split(".")
+        section = values.get(name)
+        if isinstance(section, dict) and isinstance(section.get(key), str) and section[key] != STDLIB:
+            section[key] = str(folder / Path(section[key]).expanduser())
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key{_nearest(key)}")
+        elif fault["type"] == "missing":
+            lines.append(f"{key}: required, but not given")
+        elif fault["type"] == "value_error":
+            got = "" if isinstance(fault["input"], dict) else f"; got {fault['input']!r}"
+            lines.append(f"{key}: {fault['ctx']['error']}{got}")
+        else:
+            message = fault["msg"].removeprefix("Input ")
+            lines.append(f"{key}: {message}; got {fault['input']!r}")
+    return "\n  ".join(["", *lines]) if len(lines) > 1 else lines[0]
+
+
+def _nearest(dotted: str) -> str:
+    keys = list(_all_keys())
+    leaf = dotted.rsplit(".", 1)[-1]
+    same_leaf = [key for key in keys if key.endswith("." + leaf)]
+    if same_leaf:
+        return f"; did you mean {same_leaf[0]!r}?"
+    section = dotted.partition(".")[0]
+    known = [key for key in keys if key.startswith(section + ".")]
+    if known:
+        return did_you_mean(dotted, known) or f"; {section} has {', '.join(key.partition('.')[2] for key in known)}"
+    return did_you_mean(dotted, [*Config.model_fields, *keys]) or f"; the sections are {', '.join(Config.model_fields)}"
+
+
+def _all_keys() -> Iterator[str]:
+    for name, field in Config.model_fields.items():
+        section = next(t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type))
+        assert issubclass(section, BaseModel)
+        yield from (f"{name}.{key}" for key in section.model_fields)

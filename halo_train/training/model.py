@@ -1,0 +1,132 @@
+"""Models and tokenizers by transformers' own classes: from a directory or, with random weights, from a config file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from .errors import UserError
+
+EOS = "<|endoftext|>"
+PAD = "<|pad|>"
+
+
+def load_tokenizer(path: Path, texts: Iterable[str], saved: Path) -> Any:
+    """The tokenizer of a model directory; for a config file a byte-level BPE trained on ``texts``.
+
+    Args:
+        path: ``model.path``.
+        texts: what a new tokenizer is trained on; its size is the ``vocab_size`` of the config file.
+        saved: folder of a tokenizer that an earlier part of the run trained; taken when it is there.
+
+    Raises:
+        UserError: no such path, or no tokenizer in the directory.
+    """
+    if path.is_dir():
+        try:
+            return AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.path: {path} has no tokenizer that transformers can load: {error}") from None
+    if saved.is_dir():
+        return AutoTokenizer.from_pretrained(saved)
+    return train_tokenizer(texts, read_model_config(path).vocab_size)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with eos and pad tokens, of at most ``vocab_size`` entries. Any text round-trips.
+
+    Raises:
+        UserError: vocab_size has no room for the 256 bytes and the two special tokens.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 2:
+        raise UserError(f"vocab_size in model.path must be at least {len(alphabet) + 2} for a byte-level tokenizer; got {vocab_size}")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    # Without the clean-up that BERT's tokenizers want, decode(encode(text)) is the text, spaces included.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def read_model_config(path: Path) -> Any:
+    """A transformers config from a JSON file such as a model's ``config.json``.
+
+    Raises:
+        UserError: no such file, no JSON object, or a model_type that transformers does not know.
+    """
+    if not path.is_file():
+        raise UserError(f"model.path: {path} does not exist; give a Hugging Face model directory or a config JSON file")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kind = values.pop("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"model.path: {path} is not valid JSON: {error}") from None
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f'model.path: {path} must be a JSON object with a "model_type", e.g. "llama"') from None
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.path: transformers cannot read {path}: {error}") from None
+
+
+def build_model(path: Path, tokenizer: Any, seed: int) -> nn.Module:
+    """A causal language model with float32 weights: loaded from a directory, or random from a config file.
+
+    Args:
+        seed: of the random weights.
+
+    Raises:
+        UserError: not loadable as a causal language model; the tokenizer has more entries than the embedding.
+    """
+    try:
+        if path.is_dir():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        else:
+            config = read_model_config(path)
+            config.bos_token_id = tokenizer.bos_token_id
+            config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"model.path: transformers cannot load a causal language model from {path}: {error}") from None
+    size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > size:
+        raise UserError(
+            f"model.path: the tokenizer has {len(tokenizer)} entries and the model's embedding only {size}; use the "
+            "tokenizer that belongs to the model"
+        )
+    return model
+
+
+def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Writes a Hugging Face directory (safetensors, config, tokenizer); it appears whole or not at all.
+
+    Args:
+        model: without HaloLinear layers, see :func:`halo_train.revert`.
+        folder: an earlier export there is replaced.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)  # type: ignore[operator]
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)

@@ -1,0 +1,47 @@
+"""The folder of a run: when it may be used, and what tells that a run is there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from .checkpoint import latest_checkpoint
+from .config import Config, first_difference, load_config
+from .errors import UserError
+from .logging import read_metrics
+
+
+def check_run_folder(config: Config) -> Path:
+    """The folder of the run, after making sure that nothing there gets lost. Nothing is written or deleted yet.
+
+    Raises:
+        UserError: a run is there and neither run.resume nor run.overwrite is set; the folder holds something else;
+            the run there was started with other settings and cannot be resumed with these.
+    """
+    folder = config.run.dir / config.run.name
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return folder
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        raise UserError(f"{folder} exists and is no run of halo_train; choose another run.name or remove it yourself")
+    started = bool(read_metrics(folder / "metrics.jsonl")) or latest_checkpoint(folder / "checkpoints") is not None
+    if started and not (config.run.resume or config.run.overwrite):
+        raise UserError(
+            f"run directory {folder} exists; go on with run.resume=true, delete it and start again with "
+            "run.overwrite=true, or choose another run.name"
+        )
+    if started and config.run.resume:
+        difference = first_difference(load_config(saved), config)
+        if difference is not None:
+            raise UserError(
+                f"run.resume: {folder} was started with other settings: {difference}; use the same value, or another "
+                "run.name for a new run"
+            )
+    return folder
+
+
+def make_run_folder(folder: Path, config: Config) -> None:
+    """Makes the folder; deletes what is in it unless the run is resumed."""
+    if folder.exists() and not config.run.resume:
+        shutil.rmtree(folder)
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

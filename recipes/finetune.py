@@ -1,0 +1,265 @@
+"""Full fine-tuning of a causal language model with 8-bit linear layers, on one device.
+
+    halo-train run recipes/quickstart.yaml
+    halo-train run my.yaml quant.recipe=int8 train.lr=1e-5
+
+- any causal model of transformers: a Hugging Face directory, or random weights from a config file
+- JSONL with prompt and completion (loss on completions only) or text
+- float32 weights, AdamW, bfloat16 autocast; the linear layers run the precision recipe ``quant.recipe``
+- stops at will (Ctrl-C, SIGTERM), goes on bit for bit with ``run.resume=true``
+- leaves a Hugging Face directory without a trace of the 8-bit layers, and optionally the same run in bf16 to compare with
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from halo_train import HaloLinear, ProductError, convert_to_halo_training, measure_products, revert
+from halo_train.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from halo_train.training.config import STDLIB, Config
+from halo_train.training.data import BatchStream, Dataset, encode_rows, fixed_batches, read_rows, split_rows
+from halo_train.training.errors import Interrupted, RunFailed, UserError
+from halo_train.training.logging import (
+    MetricsFile,
+    ProgressBar,
+    WandbRun,
+    environment,
+    read_metrics,
+    write_atomically,
+)
+from halo_train.training.loop import (
+    StopSignals,
+    adamw,
+    count_trained,
+    evaluate,
+    learning_rate,
+    pick_device,
+    summed_loss,
+)
+from halo_train.training.model import build_model, export_model, load_tokenizer
+from halo_train.training.report import Result, comparison_table, plot_losses, summarise
+from halo_train.training.run_folder import check_run_folder, make_run_folder
+from halo_train.training.stdlib_data import stdlib_pairs_file
+
+
+@dataclass(frozen=True)
+class Data:
+    """What both the run and its bf16 twin read."""
+
+    tokenizer: Any
+    train: Dataset
+    valid: list[tuple[Tensor, Tensor]]
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, compares, exports; prints as it goes.
+
+    Returns:
+        What is written to ``summary.json``.
+
+    Raises:
+        UserError: settings, data, model or device that cannot work; nothing was started.
+        RunFailed: non-finite loss, or a checkpoint that could not be written; the last checkpoint is whole.
+        Interrupted: SIGINT or SIGTERM, after saving a checkpoint.
+    """
+    folder = check_run_folder(config)
+    device = pick_device(config.train.device)
+    require_low_precision(config.quant.recipe, device)
+    with StopSignals() as stop:
+        data = load_data(config, folder)
+        make_run_folder(folder, config)
+        write_atomically(folder / "config.yaml", config.to_yaml())
+        write_atomically(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+        if not Path(config.model.path).is_dir():
+            data.tokenizer.save_pretrained(folder / "tokenizer")
+
+        curves = {config.quant.recipe: folder / "metrics.jsonl"}
+        result = train(config, config.quant.recipe, folder, data, device, stop)
+        plot_losses(folder / "loss.png", curves)
+        twin = None
+        if config.quant.bf16_twin:
+            print("\nThe same run in bf16, for comparison:", flush=True)
+            curves["bf16"] = folder / "bf16" / "metrics.jsonl"
+            twin = train(config, "bf16", folder / "bf16", data, device, stop)
+            plot_losses(folder / "loss.png", curves)
+
+    emulated = device.type == "cpu" and config.quant.recipe != "bf16"
+    summary = {
+        "name": config.run.name,
+        "device": str(device),
+        "emulated_on_cpu": emulated,
+        "trained_token_share": data.train.trained_tokens / data.train.tokens,
+        **result.to_dict(),
+        "bf16_twin": None if twin is None else twin.to_dict(),
+        "valid_loss_gap_to_bf16": None if twin is None else result.valid_after - twin.valid_after,
+    }
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(f"\nvalidation loss: {result.valid_before:.4f} before, {result.valid_after:.4f} after\n")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(comparison_table(result, twin, emulated))
+    print(f"\nmodel: {folder / 'export'}\nplot:  {folder / 'loss.png'}\nall:   {folder}")
+    return summary
+
+
+def train(
+    config: Config, recipe: str, folder: Path, data: Data, device: torch.device, stop: StopSignals
+) -> Result:
+    """One training run with one precision recipe; files go to ``folder``. Arguments and errors as in :func:`run`."""
+    cfg = config.train
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    model = build_model(Path(config.model.path), data.tokenizer, config.run.seed).to(device)
+
+    # The first validation comes before the conversion: the layers take their equaliser from a training batch.
+    checkpoint = latest_checkpoint(checkpoints) if config.run.resume else None
+    valid_before = None if checkpoint else evaluate(model, data.valid, device)
+
+    conversion = convert_to_halo_training(model, recipe=recipe)
+    write_atomically(folder / "conversion.json", json.dumps(conversion.to_dict(), indent=2) + "\n")
+    print(conversion, flush=True)
+
+    optimizer = adamw(model, cfg)
+    progress = load_checkpoint(checkpoint, model, optimizer) if checkpoint else Progress()
+    if checkpoint:
+        print(f"resumed from {checkpoint}", flush=True)
+    stream = BatchStream(data.train.examples, cfg.micro_batch, data.pad_id, config.run.seed, progress.batches)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    model.train()
+    with (
+        MetricsFile(folder / "metrics.jsonl", progress.step) as metrics,
+        WandbRun(config.log.wandb, folder, f"{config.run.name}-{recipe}", config.model_dump(mode="json")) as wandb,
+        ProgressBar(recipe, cfg.steps, progress.step, config.log.every) as bar,
+    ):
+        if valid_before is not None:
+            metrics.write(step=0, valid_loss=valid_before)
+            bar.note(f"validation loss {valid_before:.4f} before training")
+
+        for step in range(progress.step + 1, cfg.steps + 1):
+            started = time.perf_counter()
+            micro_batches = [next(stream) for _ in range(cfg.grad_accum)]
+            # The mean is over the trained tokens of the whole step, not a mean of means over its micro-batches.
+            trained = sum(count_trained(labels) for _, labels in micro_batches)
+            tokens = sum(int((ids != data.pad_id).sum()) for ids, _ in micro_batches)
+
+            total = torch.zeros((), device=device)
+            for ids, labels in micro_batches:
+                loss = summed_loss(model, ids.to(device), labels.to(device)) / trained
+                loss.backward()
+                total += loss.detach()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
+            if not (math.isfinite(total.item()) and math.isfinite(norm)):
+                raise RunFailed(_not_finite(step, total.item(), norm, checkpoints))
+
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, cfg)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress = Progress(step, stream.position)
+
+            values = {
+                "loss": total.item(),
+                "lr": learning_rate(step, cfg),
+                "grad_norm": norm,
+                "tokens": tokens,
+                "trained_tokens": trained,
+                "tokens_per_second": tokens / (time.perf_counter() - started),
+            }
+            metrics.write(step=step, **values)
+            wandb.log(step, **values)
+            bar.step(step, loss=values["loss"], lr=values["lr"], grad_norm=norm, tokens_s=values["tokens_per_second"])
+
+            last = step == cfg.steps
+            if step % config.log.eval_every == 0 or last:
+                valid = evaluate(model, data.valid, device)
+                metrics.write(step=step, valid_loss=valid)
+                wandb.log(step, valid_loss=valid)
+                bar.note(f"validation loss {valid:.4f} at step {step}")
+            if step % config.save.every == 0 or last or stop.received is not None:
+                save_checkpoint(checkpoints, model, optimizer, progress, config.save.keep)
+            if stop.received is not None:
+                raise Interrupted(
+                    stop.received, f"stopped after step {step} of {cfg.steps}; go on with run.resume=true ({folder})"
+                )
+
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    errors = measure(model, data, device)
+    export_model(revert(model), data.tokenizer, folder / "export")
+    return Result(
+        recipe, peak_memory_gib=peak, errors=errors, **summarise(read_metrics(folder / "metrics.jsonl"))
+    )
+
+
+def measure(model: nn.Module, data: Data, device: torch.device) -> dict[str, dict[str, ProductError]]:
+    """Errors of the three products by layer on the first validation batch."""
+    ids, labels = (tensor.to(device) for tensor in data.valid[0])
+
+    def forward_and_backward() -> None:
+        (summed_loss(model, ids, labels) / count_trained(labels)).backward()
+
+    errors = measure_products(model, forward_and_backward)
+    model.zero_grad()
+    return errors
+
+
+def load_data(config: Config, folder: Path) -> Data:
+    """Reads, splits and tokenises; prints what there is.
+
+    Raises:
+        UserError: a file that is missing or malformed, or without a trained token.
+    """
+    section = config.data
+    source = stdlib_pairs_file(section.cache_dir) if section.train == STDLIB else Path(section.train)
+    rows = read_rows(source)
+    if section.valid is None:
+        train_rows, valid_rows = split_rows(rows, section.valid_fraction, config.run.seed)
+    else:
+        train_rows, valid_rows = rows, read_rows(Path(section.valid))
+    texts = (text for row in train_rows for text in (row.prompt or "", row.completion))
+    tokenizer = load_tokenizer(Path(config.model.path), texts, folder / "tokenizer")
+    train_set = encode_rows(train_rows, tokenizer, section.seq_len, "data.train")
+    valid_set = encode_rows(valid_rows, tokenizer, section.seq_len, "data.valid")
+    print(f"training data:   {train_set}\nvalidation data: {valid_set}", flush=True)
+    data = Data(tokenizer, train_set, [])
+    valid = fixed_batches(valid_set.examples, config.train.micro_batch, data.pad_id)
+    return Data(tokenizer, train_set, valid)
+
+
+def require_low_precision(recipe: str, device: torch.device) -> None:
+    """Tries the recipe on the device, so that a run that cannot compute in 8 bits ends before it starts.
+
+    Raises:
+        UserError: no kernels or no 8-bit tensor cores for this device.
+    """
+    layer = HaloLinear(32, 32, device=device, recipe=recipe)
+    x = torch.ones(32, 32, device=device, requires_grad=True)
+    try:
+        with torch.autocast(device.type, torch.bfloat16):
+            layer(x).sum().backward()
+    except RuntimeError as error:
+        raise UserError(f"quant.recipe={recipe} does not run on {device}: {error}") from error
+
+
+def _not_finite(step: int, loss: float, norm: float, checkpoints: Path) -> str:
+    last = latest_checkpoint(checkpoints)
+    kept = f"the last checkpoint, {last}, is kept" if last else "no checkpoint was saved before it"
+    return (
+        f"step {step}: loss {loss}, gradient norm {norm} is not finite; the weights were not updated with it and {kept}; "
+        "lower train.lr, lengthen train.warmup_steps, or compare with quant.recipe=bf16"
+    )
