@@ -1,0 +1,138 @@
+"""The layer on a GPU: products by the library GEMMs, agreement with the CPU reference, memory, streams, training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from halo_train import RECIPES, HaloLinear, Quantized, convert_to_halo_training, halo_linear, quantize
+from halo_train.gemm import matmul
+
+pytestmark = pytest.mark.gpu
+
+QUANTISED = [name for name in RECIPES if name != "bf16"]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("fmt", ["e4m3", "int8"])
+@pytest.mark.parametrize("scaling", ["rowwise", "tensorwise"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_gemm_against_float64(fmt, scaling, dtype):
+    a, b = (quantize(torch.randn(rows, 512, device="cuda"), fmt, scaling=scaling) for rows in (304, 192))
+    exact = a.dequantize().double() @ b.dequantize().double().t()
+    # Fast accumulation of float8 (about 1e-3 at this length) or one rounding of the exact int8 sum.
+    bound = max(2e-3 if fmt == "e4m3" else 1e-6, torch.finfo(dtype).eps)
+    product = matmul(a, b, dtype)
+    assert product.dtype is dtype
+    assert relative(product, exact) < bound
+
+
+def test_gemm_takes_e5m2_gradients():
+    a = quantize(torch.randn(64, 256, device="cuda"), "e5m2", scaling="tensorwise")
+    b = quantize(torch.randn(32, 256, device="cuda"), "e4m3", scaling="tensorwise")
+    exact = a.dequantize().double() @ b.dequantize().double().t()
+    assert relative(matmul(a, b, torch.bfloat16), exact) < 5e-3
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 40])
+@pytest.mark.parametrize("k", [64, 131072 + 64])
+def test_int8_gemm_is_exact(m, k):
+    a = torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda")
+    b = torch.randint(-127, 128, (32, k), dtype=torch.int8, device="cuda")
+    ones = torch.ones(m, device="cuda"), torch.ones(32, device="cuda")
+    product = matmul(Quantized(a, ones[0]), Quantized(b, ones[1]), torch.float64)
+    assert torch.equal(product, a.double() @ b.double().t())
+
+
+@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize(("m", "n", "k"), [(512, 256, 384), (100, 48, 33), (1, 16, 512), (17, 130, 100)])
+def test_layer_agrees_with_the_cpu(recipe, m, n, k):
+    config = RECIPES[recipe]
+    g = torch.Generator().manual_seed(0)
+    x, w, b, e = (torch.randn(s, generator=g).bfloat16() for s in ((m, k), (n, k), (n,), (m, n)))
+    d = torch.exp2(torch.randint(-3, 4, (k,), generator=g).float()) if config.equalize else None
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [t.to(device).requires_grad_() for t in (x, w, b)]
+        y = halo_linear(*leaves, config=config, equalizer=None if d is None else d.to(device))
+        grads = torch.autograd.grad(y, leaves, e.to(device))
+        assert y.device.type == device
+        results.append([t.cpu() for t in (y, *grads)])
+    for name, cpu, cuda in zip(("y", "dx", "dw", "db"), *results, strict=True):
+        # Both round to the same 8 bits, up to ties; the rest is bf16 output and fast accumulation.
+        assert relative(cuda, cpu) < 8e-3, name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_accuracy_against_float64(recipe, dtype):
+    x, w, e = (torch.randn(s, device="cuda").to(dtype) for s in ((1024, 512), (768, 512), (1024, 768)))
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+    config = RECIPES[recipe]
+    y = halo_linear(*leaves, config=config, equalizer=torch.ones(512, device="cuda") if config.equalize else None)
+    grads = torch.autograd.grad(y, leaves, e)
+    exact = (x.double() @ w.double().t(), e.double() @ w.double(), e.double().t() @ x.double())
+    bound = {"bf16": 5e-3}.get(recipe, 0.045 if "fp8" in recipe else 0.02)
+    assert all(relative(mine, true) < bound for mine, true in zip((y, *grads), exact, strict=True))
+
+
+def test_saved_memory_is_one_byte_per_element():
+    layer = HaloLinear(2048, 2048, bias=False, device="cuda", dtype=torch.bfloat16, recipe="fp8")
+    x = torch.randn(4096, 2048, device="cuda", dtype=torch.bfloat16)
+    layer(x)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = layer(x)
+    saved = torch.cuda.memory_allocated() - before - y.numel() * y.element_size()
+    # Xq and Wq with their row scales, d; the allocator rounds each to 512 bytes.
+    assert saved <= (4096 + 2048) * 2048 + (4096 + 2048 + 2048) * 4 + 5 * 512
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8"])
+def test_forward_and_backward_never_wait_for_the_gpu(recipe):
+    layer = HaloLinear(256, 256, device="cuda", dtype=torch.bfloat16, recipe=recipe)
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    layer(x).sum().backward()
+    layer.reset_equalizer()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_autocast_and_side_stream():
+    layer = HaloLinear(128, 64, device="cuda")
+    x = torch.randn(32, 128, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        expected = layer(x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            y = layer(x)
+        torch.cuda.current_stream().wait_stream(stream)
+    assert y.dtype is torch.bfloat16
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8", "int8", "fp8_plain", "halo2_int8"])
+def test_a_small_network_learns(recipe):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)).cuda()
+    target = nn.Linear(64, 64).cuda()
+    convert_to_halo_training(model, recipe=recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(150):
+        x = torch.randn(512, 64, device="cuda")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = (model(x).float() - target(x).float()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
