@@ -54,7 +54,8 @@ class ConversionReport:
         lines = [
             f"{len(self.converted)} linear layers run {', '.join(recipes)}; {len(self.skipped)} modules left alone"
         ]
-        width = max((len(layer.name) for layer in [*self.converted, *self.skipped]), default=0)
+        names = [layer.name for layer in self.converted] + [skip.name for skip in self.skipped]
+        width = max(map(len, names), default=0)
         for layer in self.converted:
             lines.append(f"  {layer.name:<{width}}  {_dims(layer.shape):>16}  {layer.recipe}")
         for skip in self.skipped:

@@ -186,7 +186,7 @@ def _fake_quantize_tensor(
     return x.new_empty(x.shape, dtype=data), x.new_empty((), dtype=wide)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "hadamard": _fake_hadamard,
     "quantize_rows": _fake_quantize_rows,
     "quantize_rows_transposed": _fake_quantize_rows_transposed,
