@@ -90,13 +90,13 @@ def run(config: Config) -> dict[str, Any]:
 
         curves = {config.quant.recipe: folder / "metrics.jsonl"}
         result = train(config, config.quant.recipe, folder, data, device, stop)
-        plot_losses(folder / "loss.png", curves)
+        plot_losses(folder / "loss.png", config.run.name, curves)
         twin = None
         if config.quant.bf16_twin:
             print("\nThe same run in bf16, for comparison:", flush=True)
             curves["bf16"] = folder / "bf16" / "metrics.jsonl"
             twin = train(config, "bf16", folder / "bf16", data, device, stop)
-            plot_losses(folder / "loss.png", curves)
+            plot_losses(folder / "loss.png", config.run.name, curves)
 
     emulated = device.type == "cpu" and config.quant.recipe != "bf16"
     summary = {
@@ -131,7 +131,11 @@ def train(
 
     conversion = convert_to_halo_training(model, recipe=recipe)
     write_atomically(folder / "conversion.json", json.dumps(conversion.to_dict(), indent=2) + "\n")
-    print(conversion, flush=True)
+    print(
+        f"{len(conversion.converted)} linear layers run {recipe}; {folder / 'conversion.json'} names them; left alone:"
+    )
+    for skip in conversion.skipped:
+        print(f"  {skip.name}: {skip.reason}", flush=True)
 
     optimizer = adamw(model, cfg)
     progress = load_checkpoint(checkpoint, model, optimizer) if checkpoint else Progress()
@@ -144,7 +148,9 @@ def train(
     model.train()
     with (
         MetricsFile(folder / "metrics.jsonl", progress.step) as metrics,
-        WandbRun(config.log.wandb, folder, f"{config.run.name}-{recipe}", config.model_dump(mode="json")) as wandb,
+        WandbRun(
+            config.log.wandb, folder, f"{config.run.name}-{recipe}", config.model_dump(mode="json")
+        ) as wandb,
         ProgressBar(recipe, cfg.steps, progress.step, config.log.every) as bar,
     ):
         if valid_before is not None:
@@ -183,7 +189,13 @@ def train(
             }
             metrics.write(step=step, **values)
             wandb.log(step, **values)
-            bar.step(step, loss=values["loss"], lr=values["lr"], grad_norm=norm, tokens_s=values["tokens_per_second"])
+            bar.step(
+                step,
+                loss=values["loss"],
+                lr=values["lr"],
+                grad_norm=norm,
+                tokens_s=values["tokens_per_second"],
+            )
 
             last = step == cfg.steps
             if step % config.log.eval_every == 0 or last:
@@ -195,7 +207,8 @@ def train(
                 save_checkpoint(checkpoints, model, optimizer, progress, config.save.keep)
             if stop.received is not None:
                 raise Interrupted(
-                    stop.received, f"stopped after step {step} of {cfg.steps}; go on with run.resume=true ({folder})"
+                    stop.received,
+                    f"stopped after step {step} of {cfg.steps}; go on with run.resume=true ({folder})",
                 )
 
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

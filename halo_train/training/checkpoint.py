@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +53,12 @@ def save_checkpoint(
     try:
         for leftover in folder.glob(".unfinished-*"):
             shutil.rmtree(leftover)
-        dcp.save(_state(model, optimizer, progress), checkpoint_id=temporary, no_dist=not distributed.is_initialized())
+        with _single_process_is_fine():
+            dcp.save(
+                _state(model, optimizer, progress),
+                checkpoint_id=temporary,
+                no_dist=not distributed.is_initialized(),
+            )
         os.rename(temporary, target)
         _flush_folder(folder)
     except (OSError, CheckpointException) as error:
@@ -76,10 +84,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     try:
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         state["equalizer"] = _empty_like(saved, "equalizer.")
-        dcp.load(state, checkpoint_id=path, no_dist=not distributed.is_initialized())
-        set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        with _single_process_is_fine():
+            dcp.load(state, checkpoint_id=path, no_dist=not distributed.is_initialized())
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         load_equalizer_state_dict(model, state["equalizer"])
     except (OSError, CheckpointException, RuntimeError, KeyError, ValueError) as error:
         raise UserError(
@@ -125,6 +132,16 @@ def _empty_like(saved: dict[str, Any], prefix: str) -> dict[str, Tensor]:
         for name, entry in saved.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
+
+
+@contextmanager
+def _single_process_is_fine() -> Iterator[None]:
+    """Without the warning that there is no process group, which a run on one device needs none of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+        )
+        yield
 
 
 def _flush_folder(folder: Path) -> None:

@@ -76,7 +76,9 @@ class QuantSection(_Section):
     @model_validator(mode="after")
     def _twin_differs(self) -> QuantSection:
         if self.bf16_twin and self.recipe == "bf16":
-            raise ValueError("bf16_twin repeats the run in bf16, which recipe already is; set bf16_twin to false")
+            raise ValueError(
+                "bf16_twin repeats the run in bf16, which recipe already is; set bf16_twin to false"
+            )
         return self
 
 
@@ -175,7 +177,9 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise UserError(f"override must have the form section.key=value; got {override!r}, e.g. train.steps=10")
+            raise UserError(
+                f"override must have the form section.key=value; got {override!r}, e.g. train.steps=10"
+            )
         _assign(changes, key, None if value == "null" else value)
     _anchor_paths(changes, Path.cwd())
     try:
@@ -197,7 +201,9 @@ def first_difference(old: Config, new: Config) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"config file {path} does not exist; `halo-train ls` lists the files that come with halo_train")
+        raise UserError(
+            f"config file {path} does not exist; `halo-train ls` lists the files that come with halo_train"
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -213,7 +219,9 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UserError(f"override {dotted}: {section!r} already has a value of its own; give one of the two")
+            raise UserError(
+                f"override {dotted}: {section!r} already has a value of its own; give one of the two"
+            )
     values[key] = value
 
 
@@ -260,8 +268,14 @@ def _nearest(dotted: str) -> str:
     section = dotted.partition(".")[0]
     known = [key for key in keys if key.startswith(section + ".")]
     if known:
-        return did_you_mean(dotted, known) or f"; {section} has {', '.join(key.partition('.')[2] for key in known)}"
-    return did_you_mean(dotted, [*Config.model_fields, *keys]) or f"; the sections are {', '.join(Config.model_fields)}"
+        return (
+            did_you_mean(dotted, known)
+            or f"; {section} has {', '.join(key.partition('.')[2] for key in known)}"
+        )
+    return (
+        did_you_mean(dotted, [*Config.model_fields, *keys])
+        or f"; the sections are {', '.join(Config.model_fields)}"
+    )
 
 
 def _all_keys() -> Iterator[str]:

@@ -87,7 +87,9 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Ro
         UserError: fewer than two rows.
     """
     if len(rows) < 2:
-        raise UserError(f"data.train must have at least 2 rows to split off a validation row; got {len(rows)}; set data.valid")
+        raise UserError(
+            f"data.train must have at least 2 rows to split off a validation row; got {len(rows)}; set data.valid"
+        )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
@@ -210,26 +212,36 @@ def _row(line: bytes, where: str) -> Row:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from None
+        raise UserError(
+            f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one complete JSON object"
         ) from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: must be a JSON object such as {{\"prompt\": ..., \"completion\": ...}}; got {line.strip()[:60]!r}")
+        raise UserError(
+            f'{where}: must be a JSON object such as {{"prompt": ..., "completion": ...}}; got {line.strip()[:60]!r}'
+        )
     if "text" in row and "completion" not in row:
         return Row(None, _string(row, "text", where))
     if "prompt" in row and "completion" in row:
         return Row(_string(row, "prompt", where, may_be_empty=True), _string(row, "completion", where))
     missing = "completion" if "prompt" in row else "prompt" if "completion" in row else ""
     needed = f"the field {missing!r} is missing" if missing else "needs 'prompt' and 'completion', or 'text'"
-    raise UserError(f"{where}: {needed}; the row has {', '.join(map(repr, row)) or 'no field'}; add or rename fields")
+    raise UserError(
+        f"{where}: {needed}; the row has {', '.join(map(repr, row)) or 'no field'}; add or rename fields"
+    )
 
 
 def _string(row: dict[str, Any], field: str, where: str, may_be_empty: bool = False) -> str:
     value = row[field]
     if not isinstance(value, str):
-        raise UserError(f"{where}: {field!r} must be a string; got {type(value).__name__} {value!r:.60}; put it in quotes")
+        raise UserError(
+            f"{where}: {field!r} must be a string; got {type(value).__name__} {value!r:.60}; put it in quotes"
+        )
     if not value and not may_be_empty:
-        raise UserError(f"{where}: {field!r} is empty, so there is nothing to train on; remove the line or fill the field")
+        raise UserError(
+            f"{where}: {field!r} is empty, so there is nothing to train on; remove the line or fill the field"
+        )
     return value

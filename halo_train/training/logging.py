@@ -119,12 +119,20 @@ class WandbRun:
         try:
             import wandb
         except ModuleNotFoundError:
-            raise UserError("log.wandb=true needs Weights & Biases: pip install 'halo_train[wandb]'") from None
+            raise UserError(
+                "log.wandb=true needs Weights & Biases: pip install 'halo_train[wandb]'"
+            ) from None
         # Without a key wandb would stop and ask for one, which hangs a batch job.
         has_key = "WANDB_API_KEY" in os.environ or wandb.api.api_key is not None
         mode = os.environ.get("WANDB_MODE", "online" if has_key else "offline")
         self._run = wandb.init(
-            project="halo_train", name=name, dir=str(folder), config=config, mode=mode, id=name, resume="allow"
+            project="halo_train",
+            name=name,
+            dir=str(folder),
+            config=config,
+            mode=mode,
+            id=name,
+            resume="allow",
         )
 
     def log(self, step: int, **values: float) -> None:
@@ -165,7 +173,16 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """Commit of the library's checkout, with ``-dirty`` for local changes; None for an installed package."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -25,7 +25,9 @@ def pick_device(name: str) -> torch.device:
         UserError: ``cuda`` where PyTorch sees no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda, but PyTorch sees no GPU; `halo-train doctor` shows why; or set train.device=cpu")
+        raise UserError(
+            "train.device=cuda, but PyTorch sees no GPU; `halo-train doctor` shows why; or set train.device=cpu"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -69,7 +71,9 @@ def adamw(model: nn.Module, train: TrainSection) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=train.lr, betas=BETAS, fused=True)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=train.lr, betas=BETAS, fused=True
+    )
 
 
 def learning_rate(step: int, train: TrainSection) -> float:
@@ -87,7 +91,9 @@ class StopSignals:
         self.received: int | None = None
 
     def __enter__(self) -> StopSignals:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from .errors import UserError
 
@@ -35,7 +36,9 @@ def load_tokenizer(path: Path, texts: Iterable[str], saved: Path) -> Any:
         try:
             return AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
-            raise UserError(f"model.path: {path} has no tokenizer that transformers can load: {error}") from None
+            raise UserError(
+                f"model.path: {path} has no tokenizer that transformers can load: {error}"
+            ) from None
     if saved.is_dir():
         return AutoTokenizer.from_pretrained(saved)
     return train_tokenizer(texts, read_model_config(path).vocab_size)
@@ -49,7 +52,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 2:
-        raise UserError(f"vocab_size in model.path must be at least {len(alphabet) + 2} for a byte-level tokenizer; got {vocab_size}")
+        raise UserError(
+            f"vocab_size in model.path must be at least {len(alphabet) + 2} for a byte-level tokenizer; got {vocab_size}"
+        )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -72,14 +77,18 @@ def read_model_config(path: Path) -> Any:
         UserError: no such file, no JSON object, or a model_type that transformers does not know.
     """
     if not path.is_file():
-        raise UserError(f"model.path: {path} does not exist; give a Hugging Face model directory or a config JSON file")
+        raise UserError(
+            f"model.path: {path} does not exist; give a Hugging Face model directory or a config JSON file"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         kind = values.pop("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"model.path: {path} is not valid JSON: {error}") from None
     except (AttributeError, KeyError, TypeError):
-        raise UserError(f'model.path: {path} must be a JSON object with a "model_type", e.g. "llama"') from None
+        raise UserError(
+            f'model.path: {path} must be a JSON object with a "model_type", e.g. "llama"'
+        ) from None
     try:
         return AutoConfig.for_model(kind, **values)
     except (ValueError, TypeError) as error:
@@ -107,7 +116,9 @@ def build_model(path: Path, tokenizer: Any, seed: int) -> nn.Module:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"model.path: transformers cannot load a causal language model from {path}: {error}") from None
+        raise UserError(
+            f"model.path: transformers cannot load a causal language model from {path}: {error}"
+        ) from None
     size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
         raise UserError(
@@ -126,7 +137,9 @@ def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    disable_progress_bar()  # of transformers, for the writing of shards
     model.save_pretrained(temporary)  # type: ignore[operator]
+    enable_progress_bar()
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)

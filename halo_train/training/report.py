@@ -17,8 +17,8 @@ from halo_train.metrics import PRODUCTS
 
 from .logging import read_metrics
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+matplotlib.use("Agg")  # before pyplot is imported; needs no display
+from matplotlib import pyplot as plt
 
 TAIL = 10
 """Steps over which the final training loss is averaged: that of one batch is mostly noise."""
@@ -50,7 +50,10 @@ class Result:
         """JSON-ready; an infinite or undefined SQNR is null."""
         values = asdict(self)
         values["errors"] = {
-            layer: {p: {k: v if math.isfinite(v) else None for k, v in asdict(e).items()} for p, e in products.items()}
+            layer: {
+                p: {k: v if math.isfinite(v) else None for k, v in asdict(e).items()}
+                for p, e in products.items()
+            }
             for layer, products in self.errors.items()
         }
         return values
@@ -64,7 +67,9 @@ def summarise(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "valid_before": valid[0],
         "valid_after": valid[-1],
         "train_loss": fmean(line["loss"] for line in steps[-TAIL:]),
-        "tokens_per_second": median(line["tokens_per_second"] for line in steps[min(_WARM_UP, len(steps) - 1) :]),
+        "tokens_per_second": median(
+            line["tokens_per_second"] for line in steps[min(_WARM_UP, len(steps) - 1) :]
+        ),
     }
 
 
@@ -76,7 +81,9 @@ def comparison_table(run: Result, twin: Result | None, emulated: bool) -> Table:
         emulated: the 8-bit arithmetic was emulated on a CPU, so that its speed means nothing.
     """
     results = [run] if twin is None else [run, twin]
-    title = f"{run.recipe}" + (" beside the same run in bf16: same data, order, seed and first weights" if twin else "")
+    title = f"{run.recipe}" + (
+        " beside the same run in bf16: same data, order, seed and first weights" if twin else ""
+    )
     caption = "SQNR: signal over rounding noise of each product against float64, higher is better; for wgrad columns stand for tokens."
     if emulated:
         caption += "\nOn a CPU the 8-bit arithmetic is emulated exactly: losses and SQNR are real, its tokens/s say nothing about speed."
@@ -107,18 +114,23 @@ def comparison_table(run: Result, twin: Result | None, emulated: bool) -> Table:
     table.add_section()
     table.add_row("[bold]SQNR in dB: " + " / ".join(PRODUCTS) + "[/bold]")
     table.add_row("median layer", *(_over_layers(result, "sqnr_db") for result in results))
-    table.add_row("median layer, its median token", *(_over_layers(result, "median_db") for result in results))
-    table.add_row("median layer, its worst tenth of tokens", *(_over_layers(result, "p10_db") for result in results))
+    table.add_row(
+        "median layer, its median token", *(_over_layers(result, "median_db") for result in results)
+    )
+    table.add_row(
+        "median layer, its worst tenth of tokens", *(_over_layers(result, "p10_db") for result in results)
+    )
     for layer in _layers_to_show(run.errors):
         table.add_row(layer, *(_cell(result.errors[layer]) for result in results))
     return table
 
 
-def plot_losses(path: Path, runs: Mapping[str, Path]) -> None:
+def plot_losses(path: Path, title: str, runs: Mapping[str, Path]) -> None:
     """A PNG with training and validation losses of the runs and, for two runs, what the first loses against the second.
 
     Args:
         path: of the picture.
+        title: above it.
         runs: ``{recipe: metrics.jsonl}``, the 8-bit run first.
     """
     curves = {name: read_metrics(file) for name, file in runs.items()}
@@ -133,18 +145,24 @@ def plot_losses(path: Path, runs: Mapping[str, Path]) -> None:
         steps, losses = _points(lines, "loss")
         top.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8, zorder=1)
         smooth = _smooth(losses)
-        top.plot(steps, smooth, color=colour, linewidth=width, zorder=order, label=f"{name}: training, smoothed")
+        top.plot(
+            steps, smooth, color=colour, linewidth=width, zorder=order, label=f"{name}: training, smoothed"
+        )
         top.plot(
             *_points(lines, "valid_loss"), color=colour, marker=marker, markersize=5 + width, linestyle="none",
             markeredgecolor="white", zorder=order + 2, label=f"{name}: validation",
         )  # fmt: skip
+    top.set_title(title, loc="left")
     top.set_ylabel("loss (nats per trained token)")
     top.legend(frameon=False)
     top.grid(alpha=0.3)
     if len(curves) > 1:
         (name, first), (other, second) = curves.items()
         bottom = axes[1, 0]
-        for key, style in (("loss", {"color": "tab:blue"}), ("valid_loss", {"color": "black", "marker": "o"})):
+        for key, style in (
+            ("loss", {"color": "tab:blue"}),
+            ("valid_loss", {"color": "black", "marker": "o"}),
+        ):
             steps, here = _points(first, key)
             there = dict(zip(*_points(second, key), strict=True))
             shared = [(s, h - there[s]) for s, h in zip(steps, here, strict=True) if s in there]
@@ -155,6 +173,7 @@ def plot_losses(path: Path, runs: Mapping[str, Path]) -> None:
         bottom.legend(frameon=False, ncols=2)
         bottom.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("step")
+    figure.align_ylabels()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

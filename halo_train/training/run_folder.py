@@ -23,8 +23,12 @@ def check_run_folder(config: Config) -> Path:
         return folder
     saved = folder / "config.yaml"
     if not saved.is_file():
-        raise UserError(f"{folder} exists and is no run of halo_train; choose another run.name or remove it yourself")
-    started = bool(read_metrics(folder / "metrics.jsonl")) or latest_checkpoint(folder / "checkpoints") is not None
+        raise UserError(
+            f"{folder} exists and is no run of halo_train; choose another run.name or remove it yourself"
+        )
+    started = (
+        bool(read_metrics(folder / "metrics.jsonl")) or latest_checkpoint(folder / "checkpoints") is not None
+    )
     if started and not (config.run.resume or config.run.overwrite):
         raise UserError(
             f"run directory {folder} exists; go on with run.resume=true, delete it and start again with "

@@ -1,0 +1,159 @@
+"""The ``halo-train`` command: run, ls, validate, doctor."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+
+    from halo_train.config import RECIPES, HaloConfig
+    from halo_train.recipes import finetune  # type: ignore[import-not-found,unused-ignore]  # lies in recipes/
+    from halo_train.training import doctor as machine
+    from halo_train.training.config import STDLIB, Config, load_config
+    from halo_train.training.errors import Interrupted, RunFailed, UserError
+except ModuleNotFoundError as _error:
+    if (_error.name or "").partition(".")[0] == "halo_train":
+        raise
+    raise SystemExit(
+        f"halo-train: the package {_error.name!r} is missing; the command needs the training extra: "
+        "pip install 'halo_train[train]'"
+    ) from None
+
+app = typer.Typer(
+    help="Fine-tune transformers with Hadamard-rotated 8-bit linear layers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_File = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of the run.", show_default=False)]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Fields to change, e.g. train.steps=10.", show_default=False
+    ),
+]
+
+
+@app.command()
+def run(file: _File, overrides: _Overrides = None) -> None:
+    """Fine-tune as FILE says."""
+    finetune.run(load_config(file, overrides or ()))
+
+
+@app.command()
+def validate(file: _File, overrides: _Overrides = None) -> None:
+    """Check FILE and print it with every default filled in; nothing is started."""
+    config = load_config(file, overrides or ())
+    _require_inputs(config)
+    print(config.to_yaml(), end="")
+    print(f"{file} is valid", file=sys.stderr)
+
+
+@app.command()
+def ls() -> None:
+    """List the run files that come with halo_train and the named precision recipes."""
+    console = _console()
+    files = Table("run file", "what it does", title="Run files", title_justify="left")
+    for path in sorted(Path(finetune.__file__).parent.glob("*.yaml")):
+        files.add_row(str(path), _first_comment(path))
+    console.print(files)
+    named = Table(
+        "quant.recipe",
+        "format",
+        "scales",
+        "rotated",
+        "equalised",
+        title="Precision recipes",
+        title_justify="left",
+    )
+    for name, config in RECIPES.items():
+        named.add_row(name, *_fields(config))
+    console.print(named)
+
+
+@app.command()
+def doctor() -> None:
+    """Show GPU, PyTorch and kernels, and test that the results are right; exit code 1 if one is not."""
+    console = _console()
+    about = Table(show_header=False, title="This machine", title_justify="left")
+    for what, value in machine.describe_machine():
+        about.add_row(what, value)
+    console.print(about)
+    tests = Table(
+        "test",
+        "device",
+        "",
+        "fprop / dgrad / wgrad against nn.Linear in float64",
+        title="Self-test",
+        title_justify="left",
+    )
+    failed = 0
+    for check in machine.self_test():
+        failed += not check.ok
+        tests.add_row(
+            check.name, check.device, "[green]ok[/green]" if check.ok else "[red]FAILED[/red]", check.detail
+        )
+    console.print(tests)
+    if failed:
+        raise RunFailed(f"{failed} of the self-tests failed; see the table")
+
+
+def main() -> None:
+    """Entry point: errors that the user can act on are one message and an exit code, not a traceback."""
+    # transformers imports torchao where it is installed, which complains about kernels of its own that nobody asked for.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        app()
+    except (UserError, RunFailed, Interrupted) as error:
+        print(f"halo-train: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("halo-train: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _console() -> Console:
+    # Into a pipe rich would wrap at 80 columns, in the middle of paths.
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _require_inputs(config: Config) -> None:
+    inputs = {
+        "model.path": config.model.path,
+        "data.train": config.data.train,
+        "data.valid": config.data.valid,
+    }
+    for key, value in inputs.items():
+        if value is not None and value != STDLIB and not Path(value).exists():
+            raise UserError(f"{key}: {value} does not exist")
+
+
+def _first_comment(path: Path) -> str:
+    """The comment block that the file starts with, up to the first full stop."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("# "):
+            break
+        lines.append(line[2:])
+    return " ".join(lines).partition(". ")[0]
+
+
+def _fields(config: HaloConfig) -> tuple[str, str, str, str]:
+    formats = dict.fromkeys((config.format.value, config.grad_format.value))
+    rotated = " and ".join(
+        axis for axis, on in (("K", config.rotate_k), ("M (dgrad)", config.rotate_m_dgrad)) if on
+    )
+    scales = "none" if config.format.value == "high_precision" else config.scaling.value
+    return " x ".join(formats), scales, rotated or "no", "yes" if config.equalize else "no"
+
+
+if __name__ == "__main__":
+    main()
