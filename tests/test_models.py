@@ -92,7 +92,7 @@ def test_loss_and_gradients_stay_close_to_bf16(name, recipe):
 
 def test_a_model_of_conv1d_layers_is_refused_with_every_reason():
     config = transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=4, n_positions=32)
-    with pytest.raises(ValueError, match="(?s)no layer of GPT2LMHeadModel.*Conv1D is not nn.Linear"):
+    with pytest.raises(ValueError, match=r"(?s)no layer of GPT2LMHeadModel.*Conv1D is not nn\.Linear"):
         convert_to_halo_training(transformers.AutoModelForCausalLM.from_config(config))
 
 

@@ -21,7 +21,9 @@ MINIMUM_TORCH = (2, 10)
 
 def torch_of(python: str) -> tuple[str, Path] | None:
     """Version and site-packages folder of the torch that an interpreter imports, when it is new enough."""
-    probe = "import torch, pathlib; print(torch.__version__); print(pathlib.Path(torch.__file__).parent.parent)"
+    probe = (
+        "import torch, pathlib; print(torch.__version__); print(pathlib.Path(torch.__file__).parent.parent)"
+    )
     result = subprocess.run([python, "-c", probe], capture_output=True, text=True, cwd="/")
     if result.returncode:
         return None
@@ -40,14 +42,18 @@ def has_gpu() -> bool:
 
 def main() -> None:
     if sys.version_info < MINIMUM_PYTHON:
-        sys.exit(f"halo_train needs Python 3.10 or newer; {sys.executable} is {sys.version.split()[0]}: PYTHON=python3.12 make")
+        sys.exit(
+            f"halo_train needs Python 3.10 or newer; {sys.executable} is {sys.version.split()[0]}: PYTHON=python3.12 make"
+        )
     venv, extras = Path(sys.argv[1]).resolve(), sys.argv[2]
     python = venv / "bin" / "python"
     if not python.exists() and subprocess.run([sys.executable, "-m", "venv", str(venv)]).returncode:
         # No ensurepip (Debian without python3-venv): the pip of this interpreter installs into the environment.
         subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(venv)], check=True)
     with_pip = subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
-    runner = [str(python), "-m", "pip"] if with_pip else [sys.executable, "-m", "pip", "--python", str(python)]
+    runner = (
+        [str(python), "-m", "pip"] if with_pip else [sys.executable, "-m", "pip", "--python", str(python)]
+    )
     pip = [*runner, "--disable-pip-version-check", "install", "--quiet"]
 
     torch = torch_of(str(python)) or torch_of(sys.executable)
