@@ -73,7 +73,9 @@ def test_accuracy_against_float64(recipe, dtype):
     x, w, e = (torch.randn(s, device="cuda").to(dtype) for s in ((1024, 512), (768, 512), (1024, 768)))
     leaves = [x.requires_grad_(), w.requires_grad_()]
     config = RECIPES[recipe]
-    y = halo_linear(*leaves, config=config, equalizer=torch.ones(512, device="cuda") if config.equalize else None)
+    y = halo_linear(
+        *leaves, config=config, equalizer=torch.ones(512, device="cuda") if config.equalize else None
+    )
     grads = torch.autograd.grad(y, leaves, e)
     exact = (x.double() @ w.double().t(), e.double() @ w.double(), e.double().t() @ x.double())
     bound = {"bf16": 5e-3}.get(recipe, 0.045 if "fp8" in recipe else 0.02)
