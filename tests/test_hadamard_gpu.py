@@ -1,0 +1,244 @@
+"""The CUDA Hadamard kernel against float64 rounded once, over every size, type and layout that the op accepts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from halo_train import hadamard_transform, ops
+
+pytestmark = pytest.mark.gpu
+
+SIZES = [2**k for k in range(16)]
+HALF = [torch.bfloat16, torch.float16]
+DTYPES = [*HALF, torch.float32]
+MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+
+def expected(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> Tensor:
+    """Unrounded float64 result; butterflies from the top bit down, the reverse of the kernel's order."""
+    y = x.double() * (1.0 if signs is None else signs.double())
+    half = block // 2
+    while half:
+        y = y.reshape(-1, 2, half)
+        y = torch.stack((y[:, 0] + y[:, 1], y[:, 0] - y[:, 1]), dim=1)
+        half //= 2
+    return y.reshape(x.shape) * scale
+
+
+def assert_rounded_once(y: Tensor, exact: Tensor, block: int) -> None:
+    """At most one unit in the last place plus 1e-6 of the block's RMS; 16-bit results equal the rounded exact ones."""
+    assert y.shape == exact.shape
+    assert y.is_contiguous()
+    rms = (
+        exact.reshape(-1, block)
+        .square()
+        .mean(dim=1, keepdim=True)
+        .sqrt()
+        .expand(-1, block)
+        .reshape(exact.shape)
+    )
+    smallest = torch.finfo(y.dtype).tiny
+    exponent = torch.frexp(exact.abs().clamp(min=smallest)).exponent - 1
+    ulp = torch.ldexp(torch.ones_like(exact), exponent - MANTISSA[y.dtype])
+    excess = (y.double() - exact).abs() - ulp - 1e-6 * rms
+    worst = int(excess.argmax())
+    assert excess.max() <= 0, f"element {worst}: got {y.flatten()[worst]}, exact {exact.flatten()[worst]}"
+    if y.dtype in HALF:
+        mismatches = (y != exact.to(y.dtype)).double().mean().item()
+        assert mismatches < 1e-3, f"{mismatches:.2e} of the elements differ from the correctly rounded result"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_matches_float64(n: int, dtype: torch.dtype) -> None:
+    rows = max(3, (1 << 20) // n + 1)
+    x = randn(rows, n, dtype=dtype, seed=n)
+    scale = 1 / math.sqrt(n)
+    assert_rounded_once(ops.hadamard(x, n, scale), expected(x, n, scale), n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [16, 64, 256, 1024, 4096, 32768])
+def test_every_basis_vector(n: int, dtype: torch.dtype) -> None:
+    """Natural (Sylvester) order, each sign: the product with the identity is the matrix, and it is exact."""
+    scipy_linalg = pytest.importorskip("scipy.linalg")
+    index = torch.arange(0, n, max(1, n // 1024), device="cuda")
+    x = torch.zeros(len(index), n, device="cuda", dtype=dtype)
+    x[torch.arange(len(index)), index] = 1
+    y = ops.hadamard(x, n, 1.0)
+    if n <= 4096:
+        matrix = torch.from_numpy(scipy_linalg.hadamard(n)).to("cuda", dtype)
+        assert torch.equal(y, matrix[index])
+    assert torch.equal(y.double(), expected(x, n, 1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_integers_are_exact(dtype: torch.dtype) -> None:
+    """Nothing is rounded before the end, not even inside the tensor cores."""
+    for n in (32, 512, 2048, 8192, 32768):
+        x = torch.randint(-127, 128, (9, n), device="cuda").to(dtype)
+        x[:, 0] = 127
+        exact = expected(x, n, 2.0**-8)
+        assert torch.equal(ops.hadamard(x, n, 2.0**-8), exact.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("axis", "block"), [(96, 32), (14336, 2048), (12288, 4096), (6, 2), (40, 8), (24, 1), (65536, 16384)]
+)
+def test_block_diagonal_with_signs(axis: int, block: int, dtype: torch.dtype) -> None:
+    x = randn(7, axis, dtype=dtype)
+    signs = (torch.randint(0, 2, (axis,), device="cuda") * 2 - 1).to(torch.int8)
+    scale = 0.37
+    assert_rounded_once(ops.hadamard(x, block, scale, signs), expected(x, block, scale, signs), block)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [4, 64, 256, 2048, 4096, 16384])
+def test_layouts(n: int, dtype: torch.dtype, signed: bool) -> None:
+    """Row strides, offsets that are not aligned to 16 bytes, transposed and expanded inputs."""
+    signs = (torch.randint(0, 2, (n,), device="cuda") * 2 - 1).to(dtype) if signed else None
+    base = randn(6, 5, 3 * n + 8, dtype=dtype)
+    views = {
+        "columns": base[0, :, :n],
+        "columns of 3 axes": base[:, :, n : 2 * n],
+        "columns, unaligned": base[:, :, 3 : n + 3],
+        "every other row": base[:, ::2, :n],
+        "reversed axes": base[:, :, :n].transpose(0, 1),
+        "offset": base.flatten()[1 : 1 + 7 * n].view(7, n),
+        "last axis strided": base.flatten()[: 14 * n].view(7, n, 2)[..., 0],
+        "columns first": randn(n, 9, dtype=dtype).t(),
+        "expanded rows": base[0, :1, :n].expand(4, n),
+        "one row": base[0, 0, :n],
+    }
+    for name, x in views.items():
+        y = ops.hadamard(x, n, 1 / math.sqrt(n), signs)
+        exact = expected(x.contiguous(), n, 1 / math.sqrt(n), signs)
+        assert torch.equal(y, ops.hadamard(x.contiguous(), n, 1 / math.sqrt(n), signs)), name
+        assert_rounded_once(y, exact, n)
+
+
+@pytest.mark.parametrize("n", [32, 64, 128, 256, 512, 1024, 4096])
+def test_row_counts_and_determinism(n: int) -> None:
+    """Every count gives the first rows of the largest one, bit for bit (HadaCore races on odd counts)."""
+    counts = [*range(1, 41), 8193, 20004, 65540] if n <= 512 else [*range(1, 41), 8193]
+    x = randn(max(counts), n)
+    y = ops.hadamard(x, n, 1 / math.sqrt(n))
+    for _ in range(3):
+        assert torch.equal(ops.hadamard(x, n, 1 / math.sqrt(n)), y)
+    for rows in counts:
+        assert torch.equal(ops.hadamard(x[:rows], n, 1 / math.sqrt(n)), y[:rows]), rows
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0), (2, 0, 16), (0,)])
+def test_empty(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.empty(shape, device="cuda", dtype=dtype)
+    y = hadamard_transform(x)
+    assert y.shape == x.shape
+    assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("n", [2, 128, 2048, 32768])
+def test_more_than_2_31_elements(n: int) -> None:
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GB of free GPU memory")
+    rows = (2**31 + 2**20) // n + 1
+    x = torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
+    x.view(torch.int16).random_(0x3C00, 0x4000)  # positive values between 2^-7 and 2
+    y = ops.hadamard(x, n, 1 / math.sqrt(n))
+    for part in (slice(0, 2), slice(2**31 // n - 1, 2**31 // n + 2), slice(rows - 2, rows)):
+        assert_rounded_once(y[part], expected(x[part], n, 1 / math.sqrt(n)), n)
+
+
+@pytest.mark.parametrize("n", [8, 256, 8192])
+def test_infinities_stay_in_their_row(n: int) -> None:
+    x = randn(33, n)
+    y = ops.hadamard(x, n, 1.0)
+    bad = x.clone()
+    bad[5, n // 2] = math.inf
+    bad[6, 0] = math.nan
+    z = ops.hadamard(bad, n, 1.0)
+    assert not torch.isfinite(z[5:7]).any()
+    keep = [row for row in range(33) if row not in (5, 6)]
+    assert torch.equal(z[keep], y[keep])
+
+
+def test_large_fp16_values_do_not_overflow() -> None:
+    x = torch.full((3, 4096), 60000.0, device="cuda", dtype=torch.float16)
+    y = ops.hadamard(x, 4096, 1 / 4096)
+    assert torch.equal(y[:, 0], x[:, 0])
+    assert not y[:, 1:].any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 64, 1024, 32768])
+def test_float64(n: int) -> None:
+    x = randn(5, n, dtype=torch.float64)
+    signs = torch.randint(0, 2, (n,), device="cuda") * 2 - 1
+    torch.testing.assert_close(
+        ops.hadamard(x, n, 0.5, signs), expected(x, n, 0.5, signs), rtol=1e-13, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_backward(axis: int) -> None:
+    x = randn(4, 8, 16, dtype=torch.float64).requires_grad_()
+    signs = (torch.randint(0, 2, (x.shape[axis],), device="cuda") * 2 - 1).double()
+    assert torch.autograd.gradcheck(lambda t: hadamard_transform(t, axis=axis, signs=signs), (x,))
+    h = randn(6, 4096).requires_grad_()
+    grad = randn(6, 4096, seed=1)
+    hadamard_transform(h).backward(grad)
+    assert h.grad is not None
+    assert torch.equal(h.grad, hadamard_transform(grad))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    x = randn(5, 512, dtype=dtype).requires_grad_()
+    signs = torch.ones(512, device="cuda")
+    torch.library.opcheck(torch.ops.halo_train.hadamard.default, (x, 256, 0.5, None))
+    torch.library.opcheck(torch.ops.halo_train.hadamard.default, (x[:, 1:257], 64, 0.5, signs[:256]))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    x = randn(33, 1024).requires_grad_()
+    compiled = torch.compile(lambda t: hadamard_transform(t * 2) + 1, fullgraph=True)
+    y = compiled(x)
+    torch.testing.assert_close(y, hadamard_transform(x * 2) + 1)
+    y.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("n", [128, 2048, 32768])
+def test_cuda_graph_and_streams(n: int) -> None:
+    x = randn(64, n)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        hadamard_transform(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = hadamard_transform(x)
+    x.copy_(randn(64, n, seed=5))
+    graph.replay()
+    assert torch.equal(y, hadamard_transform(x))
+
+
+def test_rejects_what_the_kernel_cannot_do() -> None:
+    with pytest.raises(RuntimeError, match="bfloat16, float16, float32 or float64"):
+        torch.ops.halo_train.hadamard(
+            torch.zeros(4, 4, device="cuda", dtype=torch.float8_e4m3fn), 4, 1.0, None
+        )
+    with pytest.raises(RuntimeError, match="divides the last axis"):
+        torch.ops.halo_train.hadamard(torch.zeros(4, 6, device="cuda"), 4, 1.0, None)
