@@ -238,8 +238,11 @@ def load_data(config: Config, folder: Path) -> Data:
         UserError: a file that is missing or malformed, or without a trained token.
     """
     section = config.data
+    if section.train == STDLIB:
+        print("collecting the documented functions of Python's standard library", flush=True)
     source = stdlib_pairs_file(section.cache_dir) if section.train == STDLIB else Path(section.train)
     rows = read_rows(source)
+    print(f"{len(rows)} rows of {source}", flush=True)
     if section.valid is None:
         train_rows, valid_rows = split_rows(rows, section.valid_fraction, config.run.seed)
     else:

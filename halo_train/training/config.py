@@ -266,16 +266,11 @@ def _nearest(dotted: str) -> str:
     if same_leaf:
         return f"; did you mean {same_leaf[0]!r}?"
     section = dotted.partition(".")[0]
-    known = [key for key in keys if key.startswith(section + ".")]
+    known = [key.partition(".")[2] for key in keys if key.startswith(section + ".")]
     if known:
-        return (
-            did_you_mean(dotted, known)
-            or f"; {section} has {', '.join(key.partition('.')[2] for key in known)}"
-        )
-    return (
-        did_you_mean(dotted, [*Config.model_fields, *keys])
-        or f"; the sections are {', '.join(Config.model_fields)}"
-    )
+        near = did_you_mean(leaf, known).replace("mean '", f"mean '{section}.")
+        return near or f"; {section} has {', '.join(known)}"
+    return did_you_mean(dotted, Config.model_fields) or f"; the sections are {', '.join(Config.model_fields)}"
 
 
 def _all_keys() -> Iterator[str]:

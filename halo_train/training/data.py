@@ -55,9 +55,9 @@ class Dataset:
         share = 100 * self.trained_tokens / self.tokens
         text = f"{len(self.examples)} rows, {self.tokens} tokens, {share:.1f}% of them trained"
         if self.cut:
-            text += f"; {self.cut} rows cut at seq_len"
+            text += f"; cut at seq_len: {self.cut}"
         if self.dropped:
-            text += f"; {self.dropped} rows dropped: their completion starts after seq_len"
+            text += f"; dropped, because the completion starts after seq_len: {self.dropped}"
         return text
 
 

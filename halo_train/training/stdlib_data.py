@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import sysconfig
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from .errors import UserError
 
-MAX_PROMPT_CHARS = 800
+MAX_PROMPT_CHARS = 600
 """Longer functions are left out: most of their body says little about the docstring."""
 MAX_COMPLETION_CHARS = 400
 MIN_COMPLETION_CHARS = 24
@@ -62,14 +61,9 @@ def stdlib_pairs_file(cache_dir: Path) -> Path:
             "standard library; set data.train to a JSONL file"
         )
     cache_dir.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=cache_dir, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(lines)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    temporary = cache_dir / f".{path.name}.{os.getpid()}.tmp"  # two runs may start at once
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
     return path
 
 

@@ -1,0 +1,63 @@
+"""A run so small that a test can afford several: 24 rows, a two-layer Llama 32 wide."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from halo_train.cli import main
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+
+def write_run(folder: Path, rows: int = 24) -> Path:
+    """Writes tiny.yaml with its model and data; its runs go to ``folder / "runs"``."""
+    (folder / "llama.json").write_text(json.dumps(LLAMA))
+    lines = [
+        {"prompt": f"def f{i}(x): return x + {i}\n", "completion": f"Add {i} to x."} for i in range(rows)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = folder / "tiny.yaml"
+    path.write_text(
+        f"""
+run: {{name: tiny, dir: {folder / "runs"}}}
+model: {{path: llama.json}}
+data: {{train: rows.jsonl, valid_fraction: 0.2, seq_len: 48}}
+train: {{steps: 6, micro_batch: 4, grad_accum: 2, lr: 1e-2, device: cpu}}
+save: {{every: 2}}
+log: {{eval_every: 3}}
+"""
+    )
+    return path
+
+
+def halo_train(*arguments: str) -> int:
+    """Runs the command line in this process; returns its exit code."""
+    before = sys.argv
+    sys.argv = ["halo-train", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    pytest.fail("main() has to end in SystemExit")
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl without the clock's figures."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
