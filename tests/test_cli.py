@@ -1,0 +1,146 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_fixtures import halo_train, metrics, write_run
+
+from halo_train import RECIPES
+from halo_train.recipes import finetune
+from halo_train.training import doctor
+from halo_train.training.errors import Interrupted
+
+
+def test_run_ends_with_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = halo_train(
+        "run", str(write_run(tmp_path)), "train.steps=2", "quant.bf16_twin=true", "quant.recipe=int8"
+    )
+    out = capsys.readouterr().out
+    assert code == 0
+    assert [line["step"] for line in metrics(tmp_path / "runs" / "tiny") if "loss" in line] == [1, 2]
+    assert "validation loss: " in out
+    table = out[out.index("int8 beside the same run in bf16") :]
+    for row in ("validation loss after", "fprop / dgrad / wgrad", "model.layers.1.mlp.down_proj", "tokens/s"):
+        assert row in table
+    assert "tokens/s say nothing about" in " ".join(table.split())
+    assert "Failed to load" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "none.yaml"], "config file none.yaml does not exist; `halo-train ls`"),
+        (["run", "{file}", "train.step=1"], "train.step: unknown key; did you mean 'train.steps'?"),
+        (["run", "{file}", "data.train=none.jsonl"], "none.jsonl does not exist; set data.train"),
+        (["run", "{file}", "model.path=none"], "none does not exist; give a Hugging Face model directory"),
+        (["validate", "{file}", "data.train=none.jsonl"], "data.train: "),
+        (["validate", "{file}", "quant.recipe=int9"], "did you mean 'int8'?"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_message_and_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    file = write_run(tmp_path)
+    assert halo_train(*(argument.format(file=file) for argument in arguments)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("halo-train: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_run_that_exists_is_refused_and_can_be_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(write_run(tmp_path))
+    assert halo_train("run", file, "train.steps=2") == 0
+    assert halo_train("run", file, "train.steps=2") == 2
+    assert "run.resume=true" in capsys.readouterr().err
+    assert halo_train("run", file, "train.steps=2", "run.resume=true") == 0
+    assert "resumed from" in capsys.readouterr().out
+
+
+def test_a_signal_gives_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(config: object) -> None:
+        raise Interrupted(15, "stopped after step 3 of 6; go on with run.resume=true")
+
+    monkeypatch.setattr(finetune, "run", stopped)
+    assert halo_train("run", str(write_run(tmp_path))) == 143
+    assert "stopped after step 3 of 6" in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(finetune, "run", broken)
+    with pytest.raises(ZeroDivisionError):
+        halo_train("run", str(write_run(tmp_path)))
+
+
+def test_validate_prints_the_whole_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert halo_train("validate", str(write_run(tmp_path)), "train.lr=5e-4") == 0
+    out, err = capsys.readouterr()
+    assert "lr: 0.0005" in out
+    assert "schedule: cosine" in out
+    assert "is valid" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_shipped_file_is_listed_and_valid(capsys: pytest.CaptureFixture[str]) -> None:
+    assert halo_train("ls") == 0
+    out = capsys.readouterr().out
+    files = sorted(Path(finetune.__file__).parent.glob("*.yaml"))
+    assert files
+    for file in files:
+        assert file.name in out
+        assert halo_train("validate", str(file)) == 0
+    for recipe in RECIPES:
+        assert f"│ {recipe} " in out
+
+
+def test_doctor_reports_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert halo_train("doctor") == 0
+    out = capsys.readouterr().out
+    assert "FAILED" not in out
+    for recipe in RECIPES:
+        assert f"recipe {recipe} " in out
+    for op in ("hadamard", "quantize_rows"):
+        assert f"{op} on a GPU" in out
+
+
+def test_doctor_fails_when_a_result_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = doctor.hadamard_transform
+    # Signs of one column: the kind of fault that a wrong kernel makes.
+    monkeypatch.setattr(
+        doctor, "hadamard_transform", lambda x: right(x) * (1 - 2 * (x.new_ones(1).cumsum(0) > 0))
+    )
+    assert halo_train("doctor") == 1
+    out, err = capsys.readouterr()
+    assert out.count("FAILED") == 2
+    assert "2 of the self-tests failed" in err
+
+
+def test_doctor_names_what_raised(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(x: object) -> None:
+        raise RuntimeError("its kernel is not available: no nvcc")
+
+    monkeypatch.setattr(doctor, "hadamard_transform", refuse)
+    assert halo_train("doctor") == 1
+    assert "its kernel is not available: no nvcc" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("package", ["typer", "transformers", "pydantic"])
+def test_without_the_extra_the_command_says_what_to_install(package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import halo_train.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"halo-train: the package '{package}' is missing; the command needs the training extra: "
+        "pip install 'halo_train[train]'"
+    )

@@ -1,0 +1,254 @@
+"""The whole program in recipes/finetune.py on a tiny model: what a run leaves, and that stopping it loses nothing."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_fixtures import metrics, write_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from halo_train.recipes import finetune
+from halo_train.training import logging as run_logging
+from halo_train.training.config import load_config
+from halo_train.training.errors import Interrupted, RunFailed, UserError
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed, with its bf16 twin."""
+    folder = tmp_path_factory.mktemp("finished")
+    finetune.run(load_config(write_run(folder), ["quant.bf16_twin=true"]))
+    return folder / "runs" / "tiny"
+
+
+def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    show = run_logging.ProgressBar.step
+
+    def show_and_stop(self: run_logging.ProgressBar, now: int, **values: float) -> None:
+        show(self, now, **values)
+        if now == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(run_logging.ProgressBar, "step", show_and_stop)
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "export" / "model.safetensors")
+
+
+def test_a_run_leaves_everything_promised(finished: Path) -> None:
+    files = {"config.yaml", "env.json", "conversion.json", "metrics.jsonl", "loss.png", "summary.json"}
+    folders = {"checkpoints", "export", "tokenizer", "bf16"}
+    assert {path.name for path in finished.iterdir()} == files | folders
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert load_config(finished / "config.yaml").quant.bf16_twin is True
+
+    lines = metrics(finished)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "valid_loss" in line] == [0, 3, 6]
+    conversion = json.loads((finished / "conversion.json").read_text())
+    assert len(conversion["converted"]) == 14
+    assert {entry["name"] for entry in conversion["skipped"]} == {"model.embed_tokens", "lm_head"}
+    environment = json.loads((finished / "env.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__ or environment["packages"]["torch"]
+    assert environment["kernels"].keys() >= {"loaded", "reason", "ops"}
+
+
+def test_the_summary_compares_with_the_twin(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    twin = summary["bf16_twin"]
+    assert (summary["recipe"], twin["recipe"]) == ("fp8", "bf16")
+    assert summary["emulated_on_cpu"] is True
+    # Same weights and same validation rows before the first step.
+    assert summary["valid_before"] == twin["valid_before"]
+    assert summary["valid_after"] < summary["valid_before"] - 0.5
+    # Close, but not equal: equal losses would mean that the run was not in 8 bits at all.
+    assert 0 < abs(summary["valid_loss_gap_to_bf16"]) < 0.1
+    assert summary["valid_loss_gap_to_bf16"] == summary["valid_after"] - twin["valid_after"]
+    assert len(summary["errors"]) == 14
+    for layer, products in summary["errors"].items():
+        for product, error in products.items():
+            assert 15 < error["sqnr_db"] < 45 < twin["errors"][layer][product]["sqnr_db"], (layer, product)
+
+
+def test_the_twin_sees_the_same_batches(finished: Path) -> None:
+    keys = ("step", "tokens", "trained_tokens", "lr")
+    run, twin = (
+        [tuple(line[key] for key in keys) for line in metrics(folder) if "loss" in line]
+        for folder in (finished, finished / "bf16")
+    )
+    assert run == twin
+
+
+def test_the_export_loads_and_generates(finished: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished / "export")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "export")
+    prompt = tokenizer("def f3(x): return x + 3\n", return_tensors="pt")
+    out = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert out.shape[1] > prompt["input_ids"].shape[1]
+    # The weights are the trained ones: they give the validation loss that the run printed, but for 8-bit rounding.
+    config = load_config(finished / "config.yaml")
+    data = finetune.load_data(config, finished)
+    loss = finetune.evaluate(model, data.valid, torch.device("cpu"))
+    assert loss == pytest.approx(json.loads((finished / "summary.json").read_text())["valid_after"], abs=0.05)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    file = write_run(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 3, number)
+        with pytest.raises(
+            Interrupted, match=r"stopped after step 3 of 6; go on with run\.resume=true"
+        ) as stopped:
+            finetune.run(load_config(file))
+    assert stopped.value.exit_code == code
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-2", "step-3"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # the run put the handlers back
+
+    finetune.run(load_config(file, ["run.resume=true"]))
+    assert metrics(run) == metrics(finished)
+    expected = _weights(finished)
+    assert all(torch.equal(value, expected[name]) for name, value in _weights(run).items())
+
+
+def test_resuming_drops_the_steps_after_the_checkpoint_and_a_torn_line(
+    finished: Path, tmp_path: Path
+) -> None:
+    file = write_run(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    finetune.run(load_config(file))
+    # As after a kill in step 5, in the middle of writing its line.
+    (run / "checkpoints" / "step-6").rename(tmp_path / "gone")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["step"] <= 5]
+    (run / "metrics.jsonl").write_text("\n".join([*kept, '{"step": 6, "lo']))
+    finetune.run(load_config(file, ["run.resume=true"]))
+    assert metrics(run) == metrics(finished)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:
+    before = metrics(finished), _weights(finished)
+    finetune.run(load_config(finished / "config.yaml", ["run.resume=true"]))
+    assert metrics(finished) == before[0]
+    assert all(torch.equal(value, before[1][name]) for name, value in _weights(finished).items())
+
+
+def test_a_run_directory_is_protected(finished: Path, tmp_path: Path) -> None:
+    file = write_run(tmp_path)
+    base = [f"run.dir={finished.parent}"]
+    with pytest.raises(
+        UserError, match=r"exists; go on with run\.resume=true, .*run\.overwrite=true, .*run\.name"
+    ):
+        finetune.run(load_config(file, base))
+    with pytest.raises(
+        UserError, match=r"started with other settings: .*use the same value, or another run\.name"
+    ):
+        finetune.run(load_config(finished / "config.yaml", ["run.resume=true", "train.lr=1e-3"]))
+    foreign = tmp_path / "runs" / "tiny"
+    foreign.mkdir(parents=True)
+    (foreign / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is no run of halo_train"):
+        finetune.run(load_config(file, ["run.overwrite=true"]))
+    assert (foreign / "thesis.tex").exists()
+
+
+def test_a_start_that_failed_leaves_no_directory_in_the_way(tmp_path: Path) -> None:
+    file = write_run(tmp_path)
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(rows + '{"prompt": "x"}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 25: the field 'completion' is missing"):
+        finetune.run(load_config(file))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_overwriting_starts_from_nothing(tmp_path: Path) -> None:
+    file = write_run(tmp_path)
+    finetune.run(load_config(file, ["train.steps=4"]))
+    finetune.run(load_config(file, ["train.steps=2", "run.overwrite=true"]))
+    run = tmp_path / "runs" / "tiny"
+    assert [line["step"] for line in metrics(run) if "loss" in line] == [1, 2]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    exact = finetune.summed_loss
+
+    def spoiled(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += model.training
+        return exact(model, ids, labels) * (math.nan if calls == 6 else 1)  # two micro-batches a step
+
+    monkeypatch.setattr(finetune, "summed_loss", spoiled)
+    with pytest.raises(RunFailed, match=r"step 3: loss nan, .*not updated.*step-2, is kept; lower train\.lr"):
+        finetune.run(load_config(write_run(tmp_path)))
+    run = tmp_path / "runs" / "tiny"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
+    assert [line["step"] for line in metrics(run) if "loss" in line] == [1, 2]
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
+    """The mean is over the trained tokens of the step. A mean of means would weigh short batches too much."""
+    rows = [{"prompt": "a", "completion": "b" * (1 + 30 * (i % 2))} for i in range(10)]
+    losses = {}
+    for accumulate in (1, 2):
+        folder = tmp_path / str(accumulate)
+        folder.mkdir()
+        file = write_run(folder)
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        batch = f"train.micro_batch={8 // accumulate}"
+        finetune.run(
+            load_config(
+                file,
+                [
+                    batch,
+                    f"train.grad_accum={accumulate}",
+                    "train.steps=2",
+                    "quant.recipe=bf16",
+                    "data.valid_fraction=0.2",
+                ],
+            )
+        )
+        losses[accumulate] = [line["loss"] for line in metrics(folder / "runs" / "tiny") if "loss" in line]
+    assert losses[1][0] == pytest.approx(losses[2][0], rel=2e-3)
+    assert losses[1][1] == pytest.approx(losses[2][1], rel=5e-3)
+
+
+def test_wandb_without_the_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'halo_train\[wandb\]'"):
+        finetune.run(load_config(write_run(tmp_path), ["log.wandb=true"]))
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing(finished: Path, tmp_path: Path) -> None:
+    file = write_run(tmp_path)
+    command = [sys.executable, "-m", "halo_train.cli", "run", str(file), "run.resume=true"]
+    moments = random.Random(0)
+    kills = 0
+    while kills < 5:
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(4, 12))
+        if child.poll() is None:
+            child.kill()
+        assert child.wait() in (0, -signal.SIGKILL)
+        kills += 1
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    run = tmp_path / "runs" / "tiny"
+    assert metrics(run) == metrics(finished)
+    assert all(torch.equal(value, _weights(finished)[name]) for name, value in _weights(run).items())
