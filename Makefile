@@ -8,36 +8,36 @@ BIN := $(VENV)/bin
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.installed: pyproject.toml constraints.txt setup.py tools/make_venv.py
-	$(PYTHON) tools/make_venv.py $(VENV) dev
+$(VENV)/.train $(VENV)/.dev: pyproject.toml constraints.txt setup.py tools/make_venv.py
+	$(PYTHON) tools/make_venv.py $(VENV) $(subst .,,$(@F))
 	@touch $@
 
-quickstart: $(VENV)/.installed  ## fine-tune a small Llama in rotated 8 bits and in bf16, and compare
+quickstart: $(VENV)/.train  ## fine-tune a small Llama in rotated 8 bits and in bf16, and compare
 	$(BIN)/halo-train run recipes/quickstart.yaml run.overwrite=true
 
-test: $(VENV)/.installed  ## the tests that need no GPU (the others skip)
+test: $(VENV)/.dev  ## the tests that need no GPU (the others skip)
 	$(BIN)/python -m pytest -n auto
 
-test-gpu: $(VENV)/.installed kernels  ## all tests; a missing GPU or kernel is a failure
+test-gpu: $(VENV)/.dev kernels  ## all tests; a missing GPU or kernel is a failure
 	$(BIN)/python -m pytest --require-gpu
 
 check: lint typecheck  ## what a pull has to pass besides the tests: style, types, structure
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-lint: $(VENV)/.installed  ## ruff and clang-format, without changing anything
+lint: $(VENV)/.dev  ## ruff and clang-format, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 
-typecheck: $(VENV)/.installed  ## mypy
+typecheck: $(VENV)/.dev  ## mypy
 	$(BIN)/mypy
 
-format: $(VENV)/.installed  ## rewrite the sources the way lint wants them
+format: $(VENV)/.dev  ## rewrite the sources the way lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
-kernels: $(VENV)/.installed  ## compile the CUDA kernels in place (needs nvcc, no GPU)
+kernels: $(VENV)/.dev  ## compile the CUDA kernels in place (needs nvcc, no GPU)
 	$(BIN)/python tools/build_kernels.py
 
 clean:  ## remove the environment and everything built
