@@ -126,17 +126,19 @@ class HaloLinearFunction(torch.autograd.Function):
 
 def quantize_operands(x: Tensor, weight: Tensor, equalizer: Tensor | None, config: HaloConfig) -> Operands:
     """Pads, equalises, rotates and rounds X [M, K] and W [N, K] (docs/numerics.md, eq. 3)."""
-    x, weight = _pad(x, MULTIPLE, MULTIPLE), _pad(weight, MULTIPLE, MULTIPLE)
+    x = _pad(x, MULTIPLE, MULTIPLE)
     block = largest_block(x.shape[1]) if config.rotate_k else 1
-    d = inverse = None
-    if equalizer is not None:
-        d = _pad_vector(equalizer, x.shape[1])
-        inverse = 1 / d
-    return Operands(
-        quantize(x, config.format, scaling=config.scaling, block=block, col_scale=inverse),
-        quantize(weight, config.format, scaling=config.scaling, block=block, col_scale=d),
-        block,
-    )
+    inverse = None if equalizer is None else 1 / _pad_vector(equalizer, x.shape[1])
+    q = quantize(x, config.format, scaling=config.scaling, block=block, col_scale=inverse)
+    return Operands(q, quantize_weight(weight, equalizer, config), block)
+
+
+def quantize_weight(weight: Tensor, equalizer: Tensor | None, config: HaloConfig) -> Quantized:
+    """W [N, K] as in :func:`quantize_operands`; with row scales, rows may be rounded apart from each other."""
+    weight = _pad(weight, MULTIPLE, MULTIPLE)
+    block = largest_block(weight.shape[1]) if config.rotate_k else 1
+    d = None if equalizer is None else _pad_vector(equalizer, weight.shape[1])
+    return quantize(weight, config.format, scaling=config.scaling, block=block, col_scale=d)
 
 
 def quantize_grad_for_dgrad(e: Tensor, w_scale: Tensor, config: HaloConfig) -> Quantized:
@@ -161,7 +163,7 @@ def quantize_grad_for_wgrad(e: Tensor, x_scale: Tensor, config: HaloConfig) -> Q
 def _dgrad(e: Tensor, w: Quantized, config: HaloConfig, dtype: torch.dtype) -> Tensor:
     """(E W) H_K with W rotated: [M', K'], the rotation along K' still on it."""
     if config.rotate_m_dgrad:
-        e = _pad_tokens(e)
+        e = pad_tokens(e)
     dx = matmul(quantize_grad_for_dgrad(e, w.scale, config), _contract_rows(w, config), dtype)
     return hadamard_transform(dx, axis=0) if config.rotate_m_dgrad else dx
 
@@ -192,7 +194,8 @@ def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
     return F.pad(x, (0, extra[1], 0, extra[0])) if any(extra) else x
 
 
-def _pad_tokens(e: Tensor) -> Tensor:
+def pad_tokens(e: Tensor) -> Tensor:
+    """E with zero tokens appended where its M is too odd for a rotation along M."""
     m = e.shape[0]
     if largest_block(m) >= _MIN_TOKEN_BLOCK:
         return e

@@ -1,4 +1,4 @@
-"""Quantisation-error metrics: what the rounding costs each of the three products of each layer."""
+"""measure_products(): what the rounding costs each of the three products of each layer, once, over whole tensors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import HaloConfig, resolve_recipe
-from .functional import halo_linear
-from .linear import HaloLinear, halo_linears
-from .quantize import equalizer_exponents
+from ..config import HaloConfig, resolve_recipe
+from ..functional import halo_linear
+from ..linear import HaloLinear, halo_linears
+from ..quantize import equalizer_exponents
 
 PRODUCTS = ("fprop", "dgrad", "wgrad")
 
