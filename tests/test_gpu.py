@@ -50,21 +50,27 @@ def test_int8_gemm_is_exact(m, k):
 
 @pytest.mark.parametrize("recipe", QUANTISED)
 @pytest.mark.parametrize(("m", "n", "k"), [(512, 256, 384), (100, 48, 33), (1, 16, 512), (17, 130, 100)])
-def test_layer_agrees_with_the_cpu(recipe, m, n, k):
+def test_layer_is_as_accurate_as_the_cpu_reference(recipe, m, n, k):
     config = RECIPES[recipe]
     g = torch.Generator().manual_seed(0)
     x, w, b, e = (torch.randn(s, generator=g).bfloat16() for s in ((m, k), (n, k), (n,), (m, n)))
     d = torch.exp2(torch.randint(-3, 4, (k,), generator=g).float()) if config.equalize else None
-    results = []
+    exact = [
+        x.double() @ w.double().t() + b.double(),
+        e.double() @ w.double(),
+        e.double().t() @ x.double(),
+        e.double().sum(0),
+    ]
+    errors = {}
     for device in ("cpu", "cuda"):
         leaves = [t.to(device).requires_grad_() for t in (x, w, b)]
         y = halo_linear(*leaves, config=config, equalizer=None if d is None else d.to(device))
         grads = torch.autograd.grad(y, leaves, e.to(device))
         assert y.device.type == device
-        results.append([t.cpu() for t in (y, *grads)])
-    for name, cpu, cuda in zip(("y", "dx", "dw", "db"), *results, strict=True):
-        # Both round to the same 8 bits, up to ties; the rest is bf16 output and fast accumulation.
-        assert relative(cuda, cpu) < 8e-3, name
+        errors[device] = [relative(mine.cpu(), true) for mine, true in zip((y, *grads), exact, strict=True)]
+    # Both round the same values to the same 8 bits, up to ties; fast accumulation comes on top on the GPU.
+    for name, cpu, cuda in zip(("y", "dx", "dw", "db"), errors["cpu"], errors["cuda"], strict=True):
+        assert cuda <= 1.1 * cpu + 1e-3, name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
