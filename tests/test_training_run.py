@@ -201,30 +201,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
-    """The mean is over the trained tokens of the step. A mean of means would weigh short batches too much."""
-    rows = [{"prompt": "a", "completion": "b" * (1 + 30 * (i % 2))} for i in range(10)]
+    """The mean is over the trained tokens of the step; a mean of means would weigh the batch of short rows too much."""
+    # Letters in random order, which the tokenizer cannot merge into a few tokens.
+    letters = random.Random(0)
+    lengths = [1, 40] * 5
+    rows = [{"prompt": "a", "completion": "".join(letters.choices("bcdefghi", k=length))} for length in lengths]
     losses = {}
     for accumulate in (1, 2):
         folder = tmp_path / str(accumulate)
         folder.mkdir()
         file = write_run(folder)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        batch = f"train.micro_batch={8 // accumulate}"
-        finetune.run(
-            load_config(
-                file,
-                [
-                    batch,
-                    f"train.grad_accum={accumulate}",
-                    "train.steps=2",
-                    "quant.recipe=bf16",
-                    "data.valid_fraction=0.2",
-                ],
-            )
-        )
+        sizes = [f"train.micro_batch={8 // accumulate}", f"train.grad_accum={accumulate}"]
+        finetune.run(load_config(file, [*sizes, "train.steps=4", "quant.recipe=bf16"]))
         losses[accumulate] = [line["loss"] for line in metrics(folder / "runs" / "tiny") if "loss" in line]
-    assert losses[1][0] == pytest.approx(losses[2][0], rel=2e-3)
-    assert losses[1][1] == pytest.approx(losses[2][1], rel=5e-3)
+    # Apart by rounding, 3e-5; a mean of means is 2% off at the last step.
+    assert losses[1] == pytest.approx(losses[2], rel=1e-3)
 
 
 def test_wandb_without_the_package_says_what_to_install(
