@@ -5,7 +5,7 @@ from .convert import ConversionReport, convert_to_halo_training, revert
 from .functional import halo_linear
 from .hadamard import hadamard_transform
 from .linear import HaloLinear, equalizer_state_dict, load_equalizer_state_dict
-from .metrics import ProductError, measure_products
+from .metrics import ProductError, QuantMetrics, QuantSample, measure_products
 from .quantize import Quantized, quantize
 
 __version__ = "0.1.0"
@@ -17,6 +17,8 @@ __all__ = [
     "HaloConfig",
     "HaloLinear",
     "ProductError",
+    "QuantMetrics",
+    "QuantSample",
     "Quantized",
     "Scaling",
     "convert_to_halo_training",

@@ -36,15 +36,24 @@ class WholeTensor(NamedTuple):
     unit: Tensor
     """Brings amax into [0.5, 1), so that float32 sums of squares neither under- nor overflow."""
     row_amax: Tensor
+    """[R] in the dtype of x and not scaled; what follows is float64: [R], [R], [Q], [Q]."""
     row_squares: Tensor
     row_sum: Tensor
     col_squares: Tensor
     col_sum: Tensor
 
+    def amax(self) -> Tensor:
+        return self.row_amax.max()
+
+    def rms(self, row_scale: Tensor | None = None, col_scale: Tensor | None = None) -> Tensor:
+        """Of diag(row_scale) x or x diag(col_scale), float64."""
+        squares, scale = (self.row_squares, row_scale) if col_scale is None else (self.col_squares, col_scale)
+        total = (squares if scale is None else squares * scale.double().square()).sum()
+        return (total / (self.row_squares.numel() * self.col_squares.numel())).sqrt() / self.unit
+
     def stats(self) -> Tensor:
         """[6]: amax, rms, crest, share of rows with NaN or inf, row and column outliers."""
-        amax = self.row_amax.max().double()
-        rms = (self.row_squares.mean() / self.col_squares.numel()).sqrt() / self.unit
+        amax, rms = self.amax().double(), self.rms()
         broken = (~torch.isfinite(self.row_squares)).double().mean()
         rows, columns = self.row_squares.numel(), self.col_squares.numel()
         row_variance = _variance(self.row_squares, self.row_sum, columns)
@@ -92,14 +101,9 @@ def outlier_statistic(variances: Tensor, samples: int) -> Tensor:
     return cv / math.sqrt(2 / (samples - 1)) if samples > 1 else cv * math.nan
 
 
-def matrix_outliers(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column outlier statistic of x [..., R, Q], over its last two axes as one batch entry each: [...], [...]."""
-    entries = [
-        (outlier_statistic(m.var(1), m.shape[1]), outlier_statistic(m.var(0), m.shape[0]))
-        for m in x.reshape(-1, *x.shape[-2:])
-    ]
-    rows, columns = zip(*entries, strict=True)
-    return torch.stack(rows).reshape(x.shape[:-2]), torch.stack(columns).reshape(x.shape[:-2])
+def matrix_outliers(x: Tensor) -> Tensor:
+    """[2]: row and column outlier statistic of x [R, Q]."""
+    return torch.stack([outlier_statistic(x.var(1), x.shape[1]), outlier_statistic(x.var(0), x.shape[0])])
 
 
 def rounding_stats(before: Tensor, after: Tensor, saturated: Tensor) -> Tensor:
@@ -114,11 +118,11 @@ def rounding_stats(before: Tensor, after: Tensor, saturated: Tensor) -> Tensor:
     kurtosis = (square / scale[:, None, None]).square().mean((-2, -1))
     # Zeros (padding) have nothing to lose: shares are of the nonzero elements.
     nonzero = before != 0
-    count = nonzero.sum((-2, -1)).clamp(min=1)
+    count = nonzero.sum((-2, -1)).clamp(min=1).double()
     underflow = (nonzero & (after == 0)).sum((-2, -1)) / count
     saturation = (nonzero & saturated).sum((-2, -1)) / count
     norm_wise, per_row = _sqnr(before, after)
-    return torch.stack([kurtosis, underflow.double(), saturation.double(), norm_wise, *_spread(per_row)], -1)
+    return torch.stack([kurtosis, underflow, saturation, norm_wise, *_spread(per_row)], -1)
 
 
 def product_stats(exact: Tensor, approximate: Tensor) -> Tensor:
@@ -173,7 +177,7 @@ def _spread(per_row: Tensor) -> list[Tensor]:
     last = (~torch.isnan(per_row)).sum(-1, keepdim=True) - 1
     found = []
     for quantile in _QUANTILES:
-        position = (quantile * last).clamp(min=0)
+        position = (quantile * last.double()).clamp(min=0)
         low = position.floor().long()
         high = torch.minimum(low + 1, last.clamp(min=0))
         below, above = ordered.gather(-1, low), ordered.gather(-1, high)

@@ -1,0 +1,211 @@
+"""QuantMetrics: samples the quantisation error of every layer every so many steps of a training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..config import HaloConfig, did_you_mean, resolve_recipe
+from ..linear import HaloLinear, halo_linears
+from .probe import LayerProbe
+from .sample import GROUPS, HISTOGRAM, STATS, QuantSample, SampleSize, Values
+
+Sink = Callable[[QuantSample], None]
+"""Something that a sampled step is handed to; :mod:`halo_train.metrics.sinks` has several."""
+
+
+class QuantMetrics:
+    """Measures what 8 bits cost, layer by layer, while a model trains; works with any training loop.
+
+    Call :meth:`step` once after every backward. Steps 1, ``every``, 2 ``every``, ... are sampled: hooks are on the layers
+    during them and at no other time. In a sampled step each layer is measured in its first forward with gradients, and
+    compiled regions run eagerly (``torch.compiler.set_stance``), since a compiled graph has no place to look into.
+    Random numbers come from a generator of its own; the step trains exactly as it would without the metrics.
+
+    Args:
+        model: converted by convert_to_halo_training; before or after torch.compile, FSDP2 or DDP.
+        every: steps between samples.
+        layers: patterns (``fnmatch``) on layer names; a layer that matches one is measured.
+        stats: names out of :data:`halo_train.metrics.sample.STATS` to keep; None is all.
+        what_if: recipes that are measured on the same X, W and E beside the one that runs.
+        sinks: called with each :class:`QuantSample`.
+        sample_size: tokens and output features in a sampled block; a quarter as many input features.
+        start_step: steps done before, for a run that is resumed.
+
+    Raises:
+        ValueError: no HaloLinear, a pattern that matches none, an unknown stat or recipe, every or sample_size too small.
+    """
+
+    last: QuantSample | None = None
+    """The newest sample; what :meth:`step` returns is ``last.flat()``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 50,
+        *,
+        layers: Sequence[str] = ("*",),
+        stats: Sequence[str] | None = None,
+        what_if: Sequence[str | HaloConfig] = ("halo0_fp8", "fp8", "int8"),
+        sinks: Iterable[Sink] = (),
+        sample_size: int = 256,
+        seed: int = 0,
+        start_step: int = 0,
+    ) -> None:
+        if every < 1 or sample_size < 4:
+            raise ValueError(
+                f"QuantMetrics: every must be at least 1 and sample_size at least 4; got {every} and {sample_size}"
+            )
+        self.layers = _choose(model, layers)
+        self.every, self.sinks, self.step_number = every, tuple(sinks), start_step
+        self.size = SampleSize(sample_size, sample_size, sample_size // 4)
+        self._stats = _known_stats(stats)
+        self._what_if = {config.name: config for config in map(resolve_recipe, what_if)}
+        self._seed = seed
+        self._eager = contextlib.ExitStack()
+        self._handles: list[RemovableHandle] = []
+        self._begin_step()
+
+    def step(self) -> dict[str, float]:
+        """Ends a training step.
+
+        Returns:
+            After a sampled step ``{"quant/<layer>/<tensor or product>/<stat>": value}`` with the aggregates
+            ``quant/worst_layer/...`` and ``quant/median_layer/...``; ``{}`` after any other.
+        """
+        self.step_number += 1
+        results = self._results if self._handles else None
+        self.close()
+        self._begin_step()
+        if results is None:
+            return {}
+        if not results:
+            warnings.warn(
+                f"QuantMetrics: step {self.step_number} was to be sampled, but no measured layer ran forward and backward in "
+                "it; call step() once after each backward()",
+                stacklevel=2,
+            )
+            return {}
+        self.last = self._read(results)
+        for sink in self.sinks:
+            sink(self.last)
+        return self.last.flat()
+
+    def close(self) -> None:
+        """Takes the hooks off; what the current step measured so far is dropped."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._eager.close()
+
+    def __enter__(self) -> QuantMetrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin_step(self) -> None:
+        self._pending: dict[str, LayerProbe] = {}
+        self._results: dict[str, dict[tuple[str, str], Tensor]] = {}
+        self._generators: dict[torch.device, torch.Generator] = {}
+        following = self.step_number + 1
+        if following > 1 and following % self.every:
+            return
+        self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        for name, layer in self.layers.items():
+            # An FSDP2 module that is the layer itself drops the whole weight in its own forward hook, and gathers it again
+            # in a hook on the gradient of its output: the first of ours must run before, the second after it.
+            before = layer.register_forward_hook(self._forward_hook(name), prepend=True, with_kwargs=True)
+            after = layer.register_forward_hook(self._output_hook(name))
+            self._handles += [before, after]
+
+    def _forward_hook(self, name: str) -> Callable[..., None]:
+        def hook(layer: HaloLinear, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+            # The first forward with gradients; activation checkpointing runs it again.
+            if name in self._pending or name in self._results or not y.requires_grad or y.numel() == 0:
+                return
+            x = (args[0] if args else kwargs["x"]).detach().reshape(-1, layer.in_features).to(y.dtype)
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                self._pending[name] = LayerProbe(
+                    layer, x, self._what_if, self.size, self._generator(x.device)
+                )
+
+        return hook
+
+    def _output_hook(self, name: str) -> Callable[..., None]:
+        def on_grad(e: Tensor) -> None:
+            probe = self._pending.pop(name, None)
+            if probe is not None:
+                with torch.no_grad(), torch.autocast(e.device.type, enabled=False):
+                    probe.backward(e.detach().reshape(-1, e.shape[-1]))
+                self._results[name] = probe.results
+
+        def hook(layer: HaloLinear, args: tuple[Any, ...], y: Tensor) -> None:
+            if name in self._pending and y.requires_grad:
+                y.register_hook(on_grad)
+
+        return hook
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            generator = torch.Generator(device).manual_seed(self._seed + self.step_number)
+            self._generators[device] = generator
+        return self._generators[device]
+
+    def _read(self, results: dict[str, dict[tuple[str, str], Tensor]]) -> QuantSample:
+        """Brings everything over in one transfer from each device."""
+        values: Values = {}
+        histograms: dict[str, dict[str, list[float]]] = {}
+        places = [(layer, *key) for layer in self.layers if layer in results for key in results[layer]]
+        vectors = [results[layer][part, group] for layer, part, group in places]
+        for (layer, part, group), vector in zip(places, _to_lists(vectors), strict=True):
+            if group == HISTOGRAM:
+                histograms.setdefault(layer, {})[part] = vector
+            else:
+                named = dict(zip(GROUPS[group], vector, strict=True))
+                values.setdefault(layer, {})[part] = {k: v for k, v in named.items() if k in self._stats}
+        recipes = {layer: self.layers[layer].config.name for layer in values}
+        return QuantSample(self.step_number, self.size, recipes, values, histograms)
+
+
+def _to_lists(vectors: list[Tensor]) -> list[list[float]]:
+    found: list[list[float]] = [[] for _ in vectors]
+    for device in dict.fromkeys(v.device for v in vectors):
+        here = [i for i, v in enumerate(vectors) if v.device == device]
+        numbers = iter(torch.cat([vectors[i] for i in here]).tolist())
+        for i in here:
+            found[i] = list(itertools.islice(numbers, len(vectors[i])))
+    return found
+
+
+def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, HaloLinear]:
+    layers = dict(halo_linears(model))
+    if not layers:
+        raise ValueError("QuantMetrics: the model has no HaloLinear; call convert_to_halo_training first")
+    for pattern in patterns:
+        if not fnmatch.filter(layers, pattern):
+            raise ValueError(
+                f"QuantMetrics: layers: {pattern!r} matches none of the {len(layers)} HaloLinear layers, e.g. "
+                f"{next(iter(layers))!r}{did_you_mean(pattern, layers)}"
+            )
+    return {name: m for name, m in layers.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+
+
+def _known_stats(stats: Sequence[str] | None) -> frozenset[str]:
+    for name in stats or ():
+        if name not in STATS:
+            raise ValueError(
+                f"QuantMetrics: stats must be out of {', '.join(STATS)}; got {name!r}{did_you_mean(name, STATS)}"
+            )
+    return frozenset(STATS if stats is None else stats)

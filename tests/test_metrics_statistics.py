@@ -1,0 +1,193 @@
+"""Statistics of tensors and products against NumPy in float64, planted cases included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from halo_train.metrics.sample import GROUPS
+from halo_train.metrics.statistics import (
+    PRODUCT_STATS,
+    ROUNDING_STATS,
+    WholeTensor,
+    exponent_histogram,
+    matrix_outliers,
+    product_stats,
+    rounding_stats,
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def adahop(variances: np.ndarray, samples: int) -> float:
+    """research/adahop_hut_rotations.md, section 1.2."""
+    return np.std(variances, ddof=1) / np.mean(variances) / np.sqrt(2 / (samples - 1))
+
+
+def quantiles_db(exact: np.ndarray, approximate: np.ndarray) -> list[float]:
+    """Norm-wise, median, tenth percentile, minimum over rows that have signal."""
+    signal, noise = (exact**2).sum(1), ((approximate - exact) ** 2).sum(1)
+    kept = signal > 0
+    with np.errstate(divide="ignore"):
+        rows = np.minimum(10 * np.log10(signal[kept] / noise[kept]), 300)
+        total = 10 * np.log10(signal.sum() / noise.sum())
+    return [total, np.median(rows), np.quantile(rows, 0.1), rows.min()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("planted", ["nothing", "channels", "tokens", "tiny", "mean"])
+def test_whole_tensor(dtype, planted):
+    x = torch.randn(192, 80, generator=generator())
+    if planted == "channels":
+        x[:, [3, 50]] *= 60
+    elif planted == "tokens":
+        x[[7, 100]] *= 60
+    elif planted == "tiny":
+        x *= 1e-6 if dtype is torch.float16 else 1e-25
+    elif planted == "mean":
+        x += 3
+    x = x.to(dtype)
+    ours = dict(zip(GROUPS["whole"], WholeTensor.of(x).stats().tolist(), strict=True))
+    a = x.double().numpy()
+    rms = np.sqrt((a**2).mean())
+    expected = {
+        "amax": np.abs(a).max(),
+        "rms": rms,
+        "crest": np.abs(a).max() / rms,
+        "nonfinite": 0.0,
+        "row_outliers": adahop(a.var(1, ddof=1), 80),
+        "column_outliers": adahop(a.var(0, ddof=1), 192),
+    }
+    assert ours == pytest.approx(expected, rel=2e-4)
+    if planted in ("channels", "tokens"):
+        hot, cold = ("column_outliers", "row_outliers")[:: 1 if planted == "channels" else -1]
+        assert ours[hot] > 2 * ours[cold]  # AdaHOP's threshold
+    elif planted == "nothing":
+        assert 0.7 < ours["row_outliers"] < 1.3
+        assert 0.7 < ours["column_outliers"] < 1.3
+
+
+def test_scaled_rms_is_that_of_the_scaled_tensor():
+    x, rows, columns = (
+        torch.randn(s, generator=generator(i)) for i, s in enumerate([(50, 30), (50,), (30,)])
+    )
+    whole = WholeTensor.of(x * 1e-12)
+    assert whole.rms(row_scale=rows).item() == pytest.approx(
+        1e-12 * (x * rows[:, None]).square().mean().sqrt().item()
+    )
+    assert whole.rms(col_scale=columns).item() == pytest.approx(
+        1e-12 * (x * columns).square().mean().sqrt().item()
+    )
+
+
+def test_not_finite_rows_are_counted_and_seen():
+    x = torch.randn(40, 16, generator=generator())
+    x[3, 2], x[9, 9] = float("nan"), float("inf")
+    ours = dict(zip(GROUPS["whole"], WholeTensor.of(x).stats().tolist(), strict=True))
+    assert ours["nonfinite"] == 2 / 40
+    assert np.isnan(ours["amax"])
+
+
+def test_zero_tensor_gives_no_ratio_and_no_error():
+    ours = dict(zip(GROUPS["whole"], WholeTensor.of(torch.zeros(8, 8)).stats().tolist(), strict=True))
+    assert ours["amax"] == ours["rms"] == ours["nonfinite"] == 0
+
+
+def test_rounding_of_a_batch():
+    before = torch.randn(2, 60, 100, generator=generator(), dtype=torch.float64)
+    before[0] *= torch.exp(3 * torch.randn(60, 1, generator=generator(1), dtype=torch.float64))
+    before[1, 40:] = 0  # padding tokens
+    after = torch.round(before * 8) / 8
+    limit = after.abs() >= 2
+    ours = rounding_stats(before, after, limit)
+    for i in range(2):
+        a, b = before[i].numpy(), after[i].numpy()
+        nonzero = a != 0
+        expected = [
+            (a**4).mean() / (a**2).mean() ** 2,
+            (nonzero & (b == 0)).sum() / nonzero.sum(),
+            (nonzero & limit[i].numpy()).sum() / nonzero.sum(),
+            *quantiles_db(a, b),
+        ]
+        assert ours[i].tolist() == pytest.approx(expected, rel=1e-12)
+    assert ours.shape == (2, len(ROUNDING_STATS))
+
+
+def test_a_gradient_that_underflows():
+    before = torch.full((10, 64), 1e-9, dtype=torch.float64)
+    before[:, 0] = 1.0
+    after = torch.where(before < 1e-3, 0.0, before)
+    stats = dict(
+        zip(
+            ROUNDING_STATS,
+            rounding_stats(before[None], after[None], after[None] >= 1)[0].tolist(),
+            strict=True,
+        )
+    )
+    assert stats["underflow"] == pytest.approx(63 / 64)
+    assert stats["saturation"] == pytest.approx(1 / 64)
+    assert stats["sqnr_db"] > 100  # the norm hides it
+
+
+def test_products():
+    exact = torch.randn(70, 50, generator=generator(), dtype=torch.float64) + 0.5
+    noise = torch.randn(3, 70, 50, generator=generator(1), dtype=torch.float64)
+    approximate = (
+        exact * torch.tensor([1.0, 0.9, 1.0])[:, None, None]
+        + noise * torch.tensor([0.01, 0.01, 0])[:, None, None]
+    )
+    ours = product_stats(exact, approximate)
+    a = exact.numpy()
+    for i in range(2):
+        b = approximate[i].numpy()
+        cosine = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
+        bias = ((b - a) * a).sum() / (a * a).sum()
+        assert ours[i].tolist() == pytest.approx([*quantiles_db(a, b), cosine, bias], rel=1e-9)
+    assert ours[1, PRODUCT_STATS.index("bias")].item() == pytest.approx(-0.1, abs=1e-3)
+    assert ours[2].tolist() == pytest.approx([300, 300, 300, 300, 1, 0])
+
+
+def test_dead_tokens_show_in_the_median_only():
+    exact = torch.randn(100, 32, generator=generator(), dtype=torch.float64)
+    exact[:10] *= 1e6
+    approximate = exact.clone()
+    approximate[10:] = 0
+    approximate[:10] *= 1.01
+    stats = dict(zip(PRODUCT_STATS, product_stats(exact, approximate[None])[0].tolist(), strict=True))
+    assert stats["sqnr_db"] == pytest.approx(40, abs=0.1)
+    assert stats["median_db"] == stats["p10_db"] == stats["min_db"] == 0
+
+
+def test_broken_rows():
+    exact = torch.randn(10, 8, generator=generator(), dtype=torch.float64)
+    approximate = exact * 1.1
+    approximate[0] = float("nan")  # by rounding
+    exact[1] = approximate[1] = float("nan")  # from the data
+    exact[2] = 0  # padding
+    stats = dict(zip(PRODUCT_STATS, product_stats(exact, approximate[None])[0].tolist(), strict=True))
+    assert np.isnan(stats["sqnr_db"])
+    assert stats["min_db"] == -300
+    assert stats["median_db"] == pytest.approx(20)
+    empty = product_stats(torch.zeros(4, 4, dtype=torch.float64), torch.zeros(1, 4, 4, dtype=torch.float64))
+    assert torch.isnan(empty).all()
+
+
+def test_exponent_histogram():
+    x = torch.tensor([[8.0, 7.9, 4.0, 2.0], [1.0, 0.0, -8.5, 2.0**-60]])
+    expected = np.zeros(32)
+    np.add.at(expected, [0, 1, 1, 2, 3, 0, 31], 1 / 7)
+    assert exponent_histogram(x).tolist() == pytest.approx(expected.tolist())
+    x[0, 0] = float("nan")
+    assert exponent_histogram(x).sum().item() == pytest.approx(1)
+
+
+def test_outliers_of_a_sampled_matrix():
+    x = torch.randn(64, 48, generator=generator(), dtype=torch.float64)
+    x[:, 5] *= 30
+    rows, columns = matrix_outliers(x).tolist()
+    assert rows == pytest.approx(adahop(x.numpy().var(1, ddof=1), 48))
+    assert columns == pytest.approx(adahop(x.numpy().var(0, ddof=1), 64))
+    assert columns > 2 * rows
