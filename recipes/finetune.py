@@ -189,13 +189,7 @@ def train(
             }
             metrics.write(step=step, **values)
             wandb.log(step, **values)
-            bar.step(
-                step,
-                loss=values["loss"],
-                lr=values["lr"],
-                grad_norm=norm,
-                tokens_s=values["tokens_per_second"],
-            )
+            bar.step(step, loss=values["loss"], tokens_s=values["tokens_per_second"])
 
             last = step == cfg.steps
             if step % config.log.eval_every == 0 or last:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -205,7 +206,9 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
     # Letters in random order, which the tokenizer cannot merge into a few tokens.
     letters = random.Random(0)
     lengths = [1, 40] * 5
-    rows = [{"prompt": "a", "completion": "".join(letters.choices("bcdefghi", k=length))} for length in lengths]
+    rows = [
+        {"prompt": "a", "completion": "".join(letters.choices("bcdefghi", k=length))} for length in lengths
+    ]
     losses = {}
     for accumulate in (1, 2):
         folder = tmp_path / str(accumulate)
@@ -225,6 +228,36 @@ def test_wandb_without_the_package_says_what_to_install(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'halo_train\[wandb\]'"):
         finetune.run(load_config(write_run(tmp_path), ["log.wandb=true"]))
+
+
+def test_wandb_gets_every_step_and_never_asks_for_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[tuple[int, set[str]]] = []
+    ended: list[int] = []
+
+    class FakeRun:
+        def log(self, values: dict[str, float], step: int) -> None:
+            logged.append((step, set(values)))
+
+        def finish(self, exit_code: int) -> None:
+            ended.append(exit_code)
+
+    def init(**arguments: object) -> FakeRun:
+        assert os.environ["WANDB_MODE"] == "offline"
+        assert arguments["name"] == "tiny-fp8"
+        return FakeRun()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setenv("HOME", str(tmp_path))  # no .netrc
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "to be restored afterwards")
+    monkeypatch.delenv("WANDB_MODE")
+    finetune.run(load_config(write_run(tmp_path), ["log.wandb=true", "train.steps=2"]))
+    assert [step for step, _ in logged] == [1, 2, 2]
+    assert {"loss", "lr", "grad_norm", "tokens_per_second"} <= logged[0][1]
+    assert logged[-1][1] == {"valid_loss"}
+    assert ended == [0]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import netrc
 import os
 import platform
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from tqdm import tqdm
@@ -106,7 +108,7 @@ class ProgressBar:
 
 
 class WandbRun:
-    """Weights & Biases, or nothing when it is switched off.
+    """Weights & Biases, or nothing when it is switched off. Offline where no key is set, unless WANDB_MODE says otherwise.
 
     Raises:
         UserError: asked for, but not installed.
@@ -122,17 +124,11 @@ class WandbRun:
             raise UserError(
                 "log.wandb=true needs Weights & Biases: pip install 'halo_train[wandb]'"
             ) from None
-        # Without a key wandb would stop and ask for one, which hangs a batch job.
-        has_key = "WANDB_API_KEY" in os.environ or wandb.api.api_key is not None
-        mode = os.environ.get("WANDB_MODE", "online" if has_key else "offline")
+        if not _has_wandb_key():
+            # wandb would stop and ask for a key, which hangs a batch job.
+            os.environ.setdefault("WANDB_MODE", "offline")
         self._run = wandb.init(
-            project="halo_train",
-            name=name,
-            dir=str(folder),
-            config=config,
-            mode=mode,
-            id=name,
-            resume="allow",
+            project="halo_train", name=name, dir=str(folder), config=config, id=name, resume="allow"
         )
 
     def log(self, step: int, **values: float) -> None:
@@ -147,6 +143,17 @@ class WandbRun:
     ) -> None:
         if self._run is not None:
             self._run.finish(exit_code=0 if error is None else 1)
+
+
+def _has_wandb_key() -> bool:
+    """In the environment or where ``wandb login`` leaves it."""
+    if "WANDB_API_KEY" in os.environ:
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
 
 
 def environment() -> dict[str, Any]:

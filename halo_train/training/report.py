@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -81,47 +82,51 @@ def comparison_table(run: Result, twin: Result | None, emulated: bool) -> Table:
         emulated: the 8-bit arithmetic was emulated on a CPU, so that its speed means nothing.
     """
     results = [run] if twin is None else [run, twin]
-    title = f"{run.recipe}" + (
-        " beside the same run in bf16: same data, order, seed and first weights" if twin else ""
+    title = (
+        f"{run.recipe} beside the same run in bf16: same data, order, seed and first weights"
+        if twin
+        else run.recipe
     )
-    caption = "SQNR: signal over rounding noise of each product against float64, higher is better; for wgrad columns stand for tokens."
+    caption = "SQNR: signal over rounding noise of each product against float64; higher is better. For wgrad read columns for tokens."
     if emulated:
-        caption += "\nOn a CPU the 8-bit arithmetic is emulated exactly: losses and SQNR are real, its tokens/s say nothing about speed."
+        caption += (
+            "\n* On a CPU the 8-bit arithmetic is emulated exactly: losses and SQNR are real, its tokens/s say nothing "
+            "about speed."
+        )
     table = Table(title=title, caption=caption, caption_justify="left", title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for result in results:
-        table.add_column(result.recipe, justify="right")
+        table.add_column(result.recipe, justify="right", no_wrap=True)
     if twin:
-        table.add_column("difference", justify="right")
+        table.add_column("gap", justify="right", no_wrap=True)
 
-    def losses(label: str, values: list[float], unit: str = ".4f") -> None:
+    def losses(label: str, values: list[float]) -> None:
         gap = [f"{values[0] - values[1]:+.4f}"] if twin else []
-        table.add_row(label, *(f"{value:{unit}}" for value in values), *gap)
+        table.add_row(label, *(f"{value:.4f}" for value in values), *gap)
 
-    losses("validation loss before", [result.valid_before for result in results])
-    losses("validation loss after", [result.valid_after for result in results])
-    losses(f"training loss, last {TAIL} steps", [result.train_loss for result in results])
+    table.add_row("[bold]loss, nats a token[/bold]")
+    losses("validation, before", [result.valid_before for result in results])
+    losses("validation, after", [result.valid_after for result in results])
+    losses(f"last {TAIL} steps", [result.train_loss for result in results])
+    table.add_section()
     speeds = [result.tokens_per_second for result in results]
     marks = ["*" if emulated and result.recipe != "bf16" else "" for result in results]
-    ratio = ["emulated" if emulated else f"x {speeds[0] / speeds[1]:.2f}"] if twin else []
-    table.add_row(
-        "tokens/s" + (" (* emulated)" if any(marks) else ""),
-        *(f"{s:,.0f}{m}" for s, m in zip(speeds, marks, strict=True)),
-        *ratio,
-    )
+    ratio = [f"x {speeds[0] / speeds[1]:.2f}"] if twin and not emulated else []
+    table.add_row("tokens/s", *(f"{s:,.0f}{mark}" for s, mark in zip(speeds, marks, strict=True)), *ratio)
     if run.peak_memory_gib is not None:
         table.add_row("peak GPU memory, GiB", *(f"{result.peak_memory_gib:.2f}" for result in results))
+
     table.add_section()
-    table.add_row("[bold]SQNR in dB: " + " / ".join(PRODUCTS) + "[/bold]")
+    table.add_row("[bold]SQNR in dB[/bold]", *["[bold]" + " / ".join(PRODUCTS) + "[/bold]"] * len(results))
     table.add_row("median layer", *(_over_layers(result, "sqnr_db") for result in results))
-    table.add_row(
-        "median layer, its median token", *(_over_layers(result, "median_db") for result in results)
-    )
-    table.add_row(
-        "median layer, its worst tenth of tokens", *(_over_layers(result, "p10_db") for result in results)
-    )
-    for layer in _layers_to_show(run.errors):
-        table.add_row(layer, *(_cell(result.errors[layer]) for result in results))
+    table.add_row("  its median token", *(_over_layers(result, "median_db") for result in results))
+    table.add_row("  its worst 10%", *(_over_layers(result, "p10_db") for result in results))
+    shown = _layers_to_show(run.errors)
+    prefix = _common_prefix(shown)
+    table.add_section()
+    table.add_row(f"[bold]{prefix or 'layer'}[/bold]", *[""] * len(results))
+    for layer in shown:
+        table.add_row(layer.removeprefix(prefix), *(_cell(result.errors[layer]) for result in results))
     return table
 
 
@@ -195,6 +200,12 @@ def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
 def _layers_to_show(errors: Mapping[str, Mapping[str, ProductError]]) -> list[str]:
     worst = sorted(errors, key=lambda layer: errors[layer]["fprop"].sqnr_db)[:MAX_LAYERS]
     return [layer for layer in errors if layer in worst]
+
+
+def _common_prefix(layers: Sequence[str]) -> str:
+    """The modules that all layers are in, e.g. ``model.layers.``; without them a row fits a narrow terminal."""
+    levels = zip(*(layer.split(".")[:-1] for layer in layers), strict=False)
+    return "".join(level[0] + "." for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def _over_layers(result: Result, field: str) -> str:
