@@ -134,14 +134,15 @@ def _butterflies(y: Tensor, block: int) -> Tensor:
 
 
 def _round(y: Tensor, amax: Tensor, dtype: torch.dtype, dim: int | None) -> tuple[Tensor, Tensor]:
-    qmax = QMAX.get(dtype, 1.0)
+    # A tensor, not a number: PyTorch divides by a number through its reciprocal, which rounds twice.
+    qmax = torch.full_like(amax, QMAX.get(dtype, 1.0))
     floored = amax.clamp(min=AMAX_FLOOR)
     inverse = qmax / floored
     scale = torch.where(amax == 0, torch.ones_like(amax), floored / qmax)
     y = y * (inverse if dim is None else inverse[:, None])
     if dtype == torch.int8:
         # NaN has no integer; its row is poisoned through the scale.
-        y = torch.nan_to_num(y.round(), nan=0.0).clamp(-qmax, qmax)
-    elif dtype in QMAX:
-        y = y.clamp(-qmax, qmax)
+        y = torch.nan_to_num(y.round(), nan=0.0)
+    if dtype in QMAX:
+        y = y.clamp(-QMAX[dtype], QMAX[dtype])
     return y.to(dtype), scale
