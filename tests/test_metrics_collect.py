@@ -260,7 +260,9 @@ def test_every_stat_of_every_layer_is_in_the_flat_dict():
     both = [flat[f"quant/{layer}/wgrad/p10_db"] for layer in ("0", "2")]
     assert flat["quant/worst_layer/wgrad/p10_db"] == min(both)
     assert flat["quant/median_layer/wgrad/p10_db"] == pytest.approx(sum(both) / 2)
-    assert metrics.last.worst_layers("wgrad", "p10_db")[0] == ("0" if both[0] < both[1] else "2")
+    scores = {layer: metrics.last.score(layer) for layer in ("0", "2")}
+    assert scores["0"] == min(flat[f"quant/0/{p}/{s}"] for p in PRODUCTS for s in ("sqnr_db", "median_db"))
+    assert metrics.last.worst_first() == sorted(scores, key=scores.get)
     assert metrics.last.recipes == {"0": "int8", "2": "int8"}
 
 

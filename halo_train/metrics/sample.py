@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from statistics import median
 
+from .products import PRODUCTS
 from .statistics import OUTLIER_STATS, PRODUCT_STATS, ROUNDING_STATS, WHOLE_STATS
 
 GROUPS = {
@@ -24,6 +25,9 @@ STATS = tuple(dict.fromkeys(name for names in GROUPS.values() for name in names)
 
 HIGH_IS_BAD = ("crest", "kurtosis", "nonfinite", "underflow", "saturation", *OUTLIER_STATS)
 LOW_IS_BAD = ("sqnr_db", "median_db", "p10_db", "min_db", "cosine")
+
+CHARTED = ("sqnr_db", "median_db", "p10_db", "underflow", "crest", "nonfinite")
+"""Stats of single layers that trackers draw."""
 
 WORST, MEDIAN = "worst_layer", "median_layer"
 """Names under which the aggregates over layers stand beside the layers."""
@@ -75,18 +79,76 @@ class QuantSample:
             for stat, value in stats.items()
         }
 
-    def worst_layers(self, part: str, stat: str) -> list[str]:
-        """Layers that have the stat, the worst first; those where it is undefined come before all others."""
-        has = {name: parts[part][stat] for name, parts in self.values.items() if stat in parts.get(part, {})}
-        sign = 1 if stat in LOW_IS_BAD else -1
-        return sorted(has, key=lambda name: -math.inf if math.isnan(has[name]) else sign * has[name])
+    def charts(self) -> dict[str, float]:
+        """What trackers draw: aggregates as in :meth:`flat`; of single layers :data:`CHARTED` only.
+
+        A tracker slows down with tens of thousands of curves; all values are in the JSONL file. Keys of layers are
+        ``quant_<tensor or product>/<stat>/<layer>``, which trackers show as one section for each tensor and product.
+        """
+        curves = {
+            f"quant/{name}/{part}/{stat}": value
+            for name, parts in self.aggregates().items()
+            for part, stats in parts.items()
+            for stat, value in stats.items()
+        }
+        for layer, parts in self.values.items():
+            for part, stats in parts.items():
+                curves.update({f"quant_{part}/{s}/{layer}": v for s, v in stats.items() if s in CHARTED})
+        return curves
+
+    def parts(self) -> list[str]:
+        """Tensors and products that any layer has."""
+        return list(dict.fromkeys(part for parts in self.values.values() for part in parts))
+
+    def labels(self) -> list[str]:
+        """What-if recipes of the products; ``""`` stands for the recipe that ran."""
+        return list(dict.fromkeys(part.partition("@")[2] for part in self.parts() if is_product(part)))
+
+    def product_table(self) -> tuple[list[str], list[list[str | float]]]:
+        """Column names and rows: layer, recipe, norm-wise SQNR of every product as run and under each what-if recipe."""
+        products = [part for part in self.parts() if is_product(part)]
+        rows: list[list[str | float]] = []
+        for layer, parts in self.values.items():
+            figures = [parts.get(product, {}).get("sqnr_db", math.nan) for product in products]
+            rows.append([layer, self.recipes[layer], *figures])
+        return ["layer", "recipe", *products], rows
+
+    def score(self, layer: str, label: str = "") -> float:
+        """Of the three products the worst, of its norm-wise and median SQNR the lower, in dB.
+
+        -inf where one is undefined (NaN in the data); NaN where the layer was not measured so: high precision as run.
+
+        Args:
+            label: a what-if recipe; ``""`` is the recipe that ran.
+        """
+        suffix = f"@{label}" if label else ""
+        parts = self.values[layer]
+        figures = [
+            parts[product + suffix][stat]
+            for product in PRODUCTS
+            for stat in ("sqnr_db", "median_db")
+            if stat in parts.get(product + suffix, {})
+        ]
+        if not figures:
+            return math.nan
+        return -math.inf if any(map(math.isnan, figures)) else min(figures)
+
+    def worst_first(self) -> list[str]:
+        """Layers by :meth:`score` as run, the worst first, those in high precision last."""
+        scores = {layer: self.score(layer) for layer in self.values}
+        return sorted(scores, key=lambda layer: math.inf if math.isnan(scores[layer]) else scores[layer])
 
     def _over_layers(self, part: str, stat: str) -> list[float]:
         values = (parts[part][stat] for parts in self.values.values() if stat in parts.get(part, {}))
         return [value for value in values if not math.isnan(value)]
 
 
-def _worst(stat: str, values: Iterable[float]) -> float:
+def is_product(part: str) -> bool:
+    """Whether a part is a product, as run or under a what-if recipe, and not a tensor."""
+    return part.partition("@")[0] in PRODUCTS
+
+
+def _worst(stat: str, values: Sequence[float]) -> float:
     if stat in LOW_IS_BAD:
         return min(values, default=math.nan)
     return max(values, key=abs if stat == "bias" else None, default=math.nan)
