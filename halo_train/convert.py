@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from .config import HaloConfig, resolve_recipe
 from .linear import HaloLinear
+from .recipe_file import LayerRecipes, check_patterns, recipe_of_layer
 
 MIN_FEATURES = 16
 """A layer with fewer in or out features would be mostly padding; the default filter leaves it alone."""
@@ -66,7 +67,7 @@ class ConversionReport:
 def convert_to_halo_training(
     module: nn.Module,
     *,
-    recipe: str | HaloConfig = "fp8",
+    recipe: str | HaloConfig | LayerRecipes = "fp8",
     module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> ConversionReport:
     """Replaces the linear layers inside ``module`` by HaloLinear, in place, sharing their parameters.
@@ -76,7 +77,8 @@ def convert_to_halo_training(
 
     Args:
         module: any model that contains nn.Linear.
-        recipe: a recipe name (``halo_train.RECIPES``) or a HaloConfig.
+        recipe: a recipe name (``halo_train.RECIPES``), a HaloConfig, or a mapping of layer name patterns to them, of which
+            the first that matches decides; a layer that none matches is left alone. ``load_recipe`` reads one from a file.
         module_filter_fn: (layer, name) -> True to convert; replaces the default choice. It is asked only about layers
             that can be converted.
 
@@ -84,13 +86,13 @@ def convert_to_halo_training(
         The report; print it.
 
     Raises:
-        ValueError: unknown recipe; a bare nn.Linear; no linear layer; every linear layer was filtered out. The module
-            is unchanged then.
+        ValueError: unknown recipe; a bare nn.Linear; no linear layer; every linear layer was filtered out; a pattern that
+            matches no layer. The module is unchanged then.
         TypeError: module is no nn.Module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"convert_to_halo_training: module must be an nn.Module; got {type(module).__name__}")
-    config = resolve_recipe(recipe)
+    recipes = recipe if isinstance(recipe, Mapping) else {"*": resolve_recipe(recipe)}
     if isinstance(module, nn.Linear):
         raise ValueError(
             "convert_to_halo_training: module must contain linear layers, but it is one itself, which cannot be replaced "
@@ -115,8 +117,18 @@ def convert_to_halo_training(
             chosen.append((name, child))
     if not chosen:
         raise ValueError(_nothing_to_convert(module, skipped))
-    _replace(module, {id(layer): HaloLinear.from_linear(layer, config) for _, layer in chosen})
-    converted = [ConvertedLayer(n, (m.out_features, m.in_features), config.name) for n, m in chosen]
+    check_patterns(recipes, (name for name, _ in chosen))
+    converted: list[ConvertedLayer] = []
+    replacements: dict[int, nn.Module] = {}
+    for name, layer in chosen:
+        shape = (layer.out_features, layer.in_features)
+        config = recipe_of_layer(recipes, name)
+        if config is None:
+            skipped.append(SkippedLayer(name, shape, "no pattern of the recipe matches its name"))
+        else:
+            converted.append(ConvertedLayer(name, shape, config.name))
+            replacements[id(layer)] = HaloLinear.from_linear(layer, config)
+    _replace(module, replacements)
     return ConversionReport(converted, skipped)
 
 
