@@ -123,13 +123,18 @@ def train(
     cfg = config.train
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    model = build_model(Path(config.model.path), data.tokenizer, config.run.seed).to(device)
+    model = build_model(Path(config.model.path), data.tokenizer, config.run.seed, config.data.seq_len).to(
+        device
+    )
 
     # The first validation comes before the conversion: the layers take their equaliser from a training batch.
     checkpoint = latest_checkpoint(checkpoints) if config.run.resume else None
     valid_before = None if checkpoint else evaluate(model, data.valid, device)
 
-    conversion = convert_to_halo_training(model, recipe=recipe)
+    try:
+        conversion = convert_to_halo_training(model, recipe=recipe)
+    except ValueError as error:
+        raise UserError(f"quant.recipe={recipe} cannot be applied to {config.model.path}: {error}") from error
     write_atomically(folder / "conversion.json", json.dumps(conversion.to_dict(), indent=2) + "\n")
     print(
         f"{len(conversion.converted)} linear layers run {recipe}; {folder / 'conversion.json'} names them; left alone:"

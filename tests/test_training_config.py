@@ -95,7 +95,7 @@ def test_paths_start_at_the_file_and_in_overrides_at_the_current_folder(
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     config = load_config(file, ["data.train=mine.jsonl"])
-    assert config.model.path == str(file.parent / "llama.json")
+    assert config.model.path == str(file.parent / "model.json")
     assert config.data.train == str(elsewhere / "mine.jsonl")
     assert load_config(file, ["data.train=stdlib"]).data.train == "stdlib"
 

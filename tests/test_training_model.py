@@ -46,14 +46,14 @@ def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
 
 
 def test_random_weights_depend_on_the_seed_and_are_float32(config_file: Path, tokenizer) -> None:
-    first, same, other = (build_model(config_file, tokenizer, seed).state_dict() for seed in (0, 0, 1))
+    first, same, other = (build_model(config_file, tokenizer, seed, 64).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
     assert {value.dtype for value in first.values()} == {torch.float32}
 
 
 def test_the_export_is_an_ordinary_model_that_generates(config_file: Path, tokenizer, tmp_path: Path) -> None:
-    model = build_model(config_file, tokenizer, 0)
+    model = build_model(config_file, tokenizer, 0, 64)
     ids = tokenizer("def f", return_tensors="pt")["input_ids"]
     convert_to_halo_training(model, recipe="int8")
     trained = {name: value.clone() for name, value in model.state_dict().items()}
@@ -77,11 +77,11 @@ def test_the_export_is_an_ordinary_model_that_generates(config_file: Path, token
 
 
 def test_a_directory_is_loaded_with_its_own_tokenizer(config_file: Path, tokenizer, tmp_path: Path) -> None:
-    model = build_model(config_file, tokenizer, 0)
+    model = build_model(config_file, tokenizer, 0, 64)
     export_model(model.to(torch.bfloat16), tokenizer, tmp_path / "hf")
     loaded_tokenizer = load_tokenizer(tmp_path / "hf", iter(()), tmp_path / "unused")
     assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
-    loaded = build_model(tmp_path / "hf", loaded_tokenizer, 5)
+    loaded = build_model(tmp_path / "hf", loaded_tokenizer, 5, 64)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}  # master weights
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.float())
 
@@ -101,15 +101,15 @@ def test_a_config_file_that_is_none(tmp_path: Path, tokenizer, text: str, messag
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        build_model(path, tokenizer, 0)
+        build_model(path, tokenizer, 0, 64)
 
 
 def test_a_missing_path_and_an_empty_directory(tmp_path: Path, tokenizer) -> None:
     with pytest.raises(
         UserError, match="none does not exist; give a Hugging Face model directory or a config"
     ):
-        build_model(tmp_path / "none", tokenizer, 0)
+        build_model(tmp_path / "none", tokenizer, 0, 64)
     with pytest.raises(UserError, match="cannot load a causal language model"):
-        build_model(tmp_path, tokenizer, 0)
+        build_model(tmp_path, tokenizer, 0, 64)
     with pytest.raises(UserError, match="has no tokenizer"):
         load_tokenizer(tmp_path, iter(()), tmp_path)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import metrics, write_run
+from training_fixtures import LLAMA, metrics, write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halo_train.recipes import finetune
@@ -199,6 +199,79 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
     run = tmp_path / "runs" / "tiny"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
     assert [line["step"] for line in metrics(run) if "loss" in line] == [1, 2]
+
+
+OTHER_FAMILIES: dict[str, dict[str, object]] = {
+    "biases, tied embeddings": LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "fused projection, dropout": {
+        "model_type": "gpt_neox",
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "hidden_dropout": 0.1,
+    },
+}
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_other_families_train_resume_and_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    finetune.run(load_config(write_run(whole, model=OTHER_FAMILIES[family])))
+    file = write_run(stopped, model=OTHER_FAMILIES[family])
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 3, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            finetune.run(load_config(file))
+    finetune.run(load_config(file, ["run.resume=true"]))
+
+    run = stopped / "runs" / "tiny"
+    assert metrics(run) == metrics(whole / "runs" / "tiny")
+    valid = [line["valid_loss"] for line in metrics(run) if "valid_loss" in line]
+    assert valid[-1] < valid[0] - 0.3
+    exported = AutoModelForCausalLM.from_pretrained(run / "export")
+    assert exported.config.tie_word_embeddings == OTHER_FAMILIES[family].get("tie_word_embeddings", False)
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
+    gpt2: dict[str, object] = {
+        "model_type": "gpt2",
+        "vocab_size": 300,
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 2,
+    }
+    with pytest.raises(
+        UserError, match=r"(?s)quant\.recipe=fp8 cannot be applied to .*Conv1D is not nn\.Linear"
+    ):
+        finetune.run(load_config(write_run(tmp_path, model=gpt2)))
+
+
+def test_longer_rows_than_the_model_takes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"seq_len must be at most the model's max_position_embeddings=64; got 65"
+    ):
+        finetune.run(load_config(write_run(tmp_path), ["data.seq_len=65"]))
+
+
+def test_a_device_that_cannot_run_the_recipe_ends_the_run_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_kernels(*_: object) -> None:
+        raise RuntimeError("its kernel is not available: no nvcc")
+
+    monkeypatch.setattr(finetune.HaloLinear, "forward", no_kernels)
+    with pytest.raises(
+        UserError, match=r"quant\.recipe=fp8 does not run on cpu: its kernel is not available"
+    ):
+        finetune.run(load_config(write_run(tmp_path)))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ LLAMA = {
 }
 
 
-def write_run(folder: Path, rows: int = 24) -> Path:
+def write_run(folder: Path, rows: int = 24, model: dict[str, object] = LLAMA) -> Path:
     """Writes tiny.yaml with its model and data; its runs go to ``folder / "runs"``."""
-    (folder / "llama.json").write_text(json.dumps(LLAMA))
+    (folder / "model.json").write_text(json.dumps(model))
     lines = [
         {"prompt": f"def f{i}(x): return x + {i}\n", "completion": f"Add {i} to x."} for i in range(rows)
     ]
@@ -34,7 +34,7 @@ def write_run(folder: Path, rows: int = 24) -> Path:
     path.write_text(
         f"""
 run: {{name: tiny, dir: {folder / "runs"}}}
-model: {{path: llama.json}}
+model: {{path: model.json}}
 data: {{train: rows.jsonl, valid_fraction: 0.2, seq_len: 48}}
 train: {{steps: 6, micro_batch: 4, grad_accum: 2, lr: 1e-2, device: cpu}}
 save: {{every: 2}}

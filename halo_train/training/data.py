@@ -186,6 +186,7 @@ class BatchStream:
         return self
 
     def _shuffle(self, epoch: int, batches: int) -> list[list[int]]:
+        # No two runs of a few seeds and a million epochs share an order.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.examples), generator=generator).tolist()[: batches * self.micro_batch]
         window = _WINDOW * self.micro_batch

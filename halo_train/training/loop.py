@@ -85,7 +85,7 @@ def learning_rate(step: int, train: TrainSection) -> float:
 
 
 class StopSignals:
-    """While active, the first SIGINT or SIGTERM only sets :attr:`received`; a second SIGINT interrupts at once."""
+    """While active, the first SIGINT or SIGTERM only sets :attr:`received`; a second one interrupts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None

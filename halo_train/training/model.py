@@ -95,14 +95,16 @@ def read_model_config(path: Path) -> Any:
         raise UserError(f"model.path: transformers cannot read {path}: {error}") from None
 
 
-def build_model(path: Path, tokenizer: Any, seed: int) -> nn.Module:
+def build_model(path: Path, tokenizer: Any, seed: int, seq_len: int) -> nn.Module:
     """A causal language model with float32 weights: loaded from a directory, or random from a config file.
 
     Args:
         seed: of the random weights.
+        seq_len: longest sequence that it has to take.
 
     Raises:
-        UserError: not loadable as a causal language model; the tokenizer has more entries than the embedding.
+        UserError: not loadable as a causal language model; the tokenizer has more entries than the embedding; the model
+            takes shorter sequences only.
     """
     try:
         if path.is_dir():
@@ -124,6 +126,11 @@ def build_model(path: Path, tokenizer: Any, seed: int) -> nn.Module:
         raise UserError(
             f"model.path: the tokenizer has {len(tokenizer)} entries and the model's embedding only {size}; use the "
             "tokenizer that belongs to the model"
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and seq_len > longest:
+        raise UserError(
+            f"data.seq_len must be at most the model's max_position_embeddings={longest}; got {seq_len}"
         )
     return model
 
