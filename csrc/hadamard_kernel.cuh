@@ -1,16 +1,21 @@
-// The Hadamard kernel family: y = scale * (x diag(signs)) (I kron H_n), n = 2^kLogN, one read and one write of memory.
+// The Hadamard kernel family: y = scale * (x diag(signs)) (I kron H_n), n = 2^kLogN, one read and one write
+// of memory.
 //
 // A warp holds a tile of 32 * kValues elements. Index bits, from the lowest, sit in
-//     the 16-byte vector of a load | lanes 0..2 (one 128-byte line) | kLoads registers | lanes 3 and 4 | warps
-// so that short blocks have no index bit in lanes 3 and 4 (those take neighbouring blocks) and need no shuffle there.
-// Each index bit below kLogN gets one butterfly, in whatever place it happens to be:
-//   1. 16-bit input: two tensor-core products per 16 bytes with a constant +-1 matrix do bits 0, 1, 3 and 4. Products
-//      of the raw input with +-1 are exact and sums are fp32, so nothing is rounded. Their result layout also moves
-//      bit 5 from a lane into a register. fp32 input: registers and shuffles.
+//     the 16-byte vector of a load | lanes 0..2 (one 128-byte line) | kLoads registers | lanes 3 and 4 |
+//     warps
+// so that short blocks have no index bit in lanes 3 and 4 (those take neighbouring blocks) and need no
+// shuffle there. Each index bit below kLogN gets one butterfly, in whatever place it happens to be:
+//   1. 16-bit input: tensor-core products with a constant +-1 matrix do bits 0, 1, 3 and 4, and optionally 2.
+//   Products of
+//      the raw input with +-1 are exact and sums are fp32, so nothing is rounded. The layout of the result
+//      also moves bit 5 from a lane into a register. fp32 input: registers and shuffles.
 //   2. Register bits; then lanes 3 and 4 by shuffles where they belong to the block.
-//   3. Blocks over several warps: one fp32 exchange through shared memory turns the remaining bits into register bits.
-//   4. One multiplication by the scale, one rounding, 16-byte stores where the layout leaves three free bits.
-// Everything between the load and the rounding is fp32; the order of additions depends only on n and the type.
+//   3. Blocks of at least a tile: one fp32 exchange through shared memory turns the remaining bits into
+//   register bits.
+//   4. One multiplication by the scale, one rounding, one store.
+// Bits are done in ascending order within 1 and then from 2 on, whatever the configuration, so for one n and
+// type the sums are the same for every number of rows.
 
 #pragma once
 
@@ -23,15 +28,15 @@ namespace halo_train {
 
 template <typename T>
 struct HadamardParams {
-    const T* x;
-    T* y;                 // contiguous
-    const T* signs;       // one value per position, of which only the sign bit is used, or nullptr
-    int64_t total;        // elements
-    int64_t row_stride;   // elements between rows of x
-    uint32_t axis;        // 16-byte vectors in a row; a multiple of the block except for blocks below one vector
-    bool split;           // vectors must be located by (row, column): x has gaps between rows or there are signs
-    float scale;
-    int log_block;        // actual block, for the kernel that serves several small ones
+  const T* x;
+  T* y;                // contiguous
+  const T* signs;      // one value per position, of which only the sign bit is used, or nullptr
+  int64_t total;       // elements
+  int64_t row_stride;  // elements between rows of x
+  uint32_t axis;       // 16-byte vectors in a row; a multiple of the block except for blocks below one vector
+  bool split;          // vectors must be located by (row, column): x has gaps between rows or there are signs
+  float scale;
+  int log_block;  // actual block, for the kernel that serves several small ones
 };
 
 namespace detail {
@@ -41,453 +46,553 @@ struct Pair;  // two neighbouring 16-bit values in one register
 
 template <>
 struct Pair<__nv_bfloat16> {
-    static constexpr uint32_t kOne = 0x3f80;
-    static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
-        return reinterpret_cast<const uint32_t&>(pair);
-    }
-    static __device__ __forceinline__ float2 unpack(uint32_t u) {
-        return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(u));
-    }
-    static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
-    }
+  static constexpr uint32_t kOne = 0x3f80;
+  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+  static __device__ __forceinline__ float2 unpack(uint32_t u) {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(u));
+  }
+  // d = a b + c
+  static __device__ __forceinline__ void mma(float* d, const uint32_t* a, uint2 b, float4 c) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "f"(c.x), "f"(c.y), "f"(c.z),
+          "f"(c.w));
+  }
 };
 
 template <>
 struct Pair<__half> {
-    static constexpr uint32_t kOne = 0x3c00;
-    static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
-        const __half2 pair = __floats2half2_rn(lo, hi);
-        return reinterpret_cast<const uint32_t&>(pair);
-    }
-    static __device__ __forceinline__ float2 unpack(uint32_t u) {
-        return __half22float2(reinterpret_cast<const __half2&>(u));
-    }
-    static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
-    }
+  static constexpr uint32_t kOne = 0x3c00;
+  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
+    const __half2 pair = __floats2half2_rn(lo, hi);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+  static __device__ __forceinline__ float2 unpack(uint32_t u) {
+    return __half22float2(reinterpret_cast<const __half2&>(u));
+  }
+  // d = a b + c
+  static __device__ __forceinline__ void mma(float* d, const uint32_t* a, uint2 b, float4 c) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "f"(c.x), "f"(c.y), "f"(c.z),
+          "f"(c.w));
+  }
 };
 
-// x is read once and y is not read here: neither should push other data out of L1 or L2.
-__device__ __forceinline__ uint4 load16(const void* p) {
-    uint4 v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-    return v;
-}
-
 __device__ __forceinline__ void butterfly(float& a, float& b) {
-    const float t = a;
-    a = t + b;
-    b = t - b;
+  const float t = a;
+  a = t + b;
+  b = t - b;
 }
 
 // Butterfly on one bit of the register index.
 template <int kBit, int kValues>
 __device__ __forceinline__ void butterfly_registers(float (&v)[kValues]) {
-    static_assert((2 << kBit) <= kValues, "the bit must be one of the register index");
+  static_assert((2 << kBit) <= kValues, "the bit must be one of the register index");
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-        if (!(i >> kBit & 1)) butterfly(v[i], v[i | 1 << kBit]);
-    }
+  for (int i = 0; i < kValues; ++i) {
+    if (!(i >> kBit & 1)) butterfly(v[i], v[i | 1 << kBit]);
+  }
+}
+
+// The last butterfly with the scale in it: three operations for two values instead of four.
+template <int kBit, int kValues>
+__device__ __forceinline__ void butterfly_registers_scaled(float (&v)[kValues], float scale) {
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    if (i >> kBit & 1) continue;
+    const float a = v[i] * scale;
+    const float b = v[i | 1 << kBit];
+    v[i] = fmaf(b, scale, a);
+    v[i | 1 << kBit] = fmaf(-b, scale, a);
+  }
 }
 
 // Butterfly on one bit of the lane index.
 template <int kValues>
 __device__ __forceinline__ void butterfly_lanes(float (&v)[kValues], int lane_mask) {
-    const float sign = threadIdx.x & lane_mask ? -1.0f : 1.0f;
+  const float sign = threadIdx.x & lane_mask ? -1.0f : 1.0f;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-        v[i] = fmaf(sign, v[i], __shfl_xor_sync(0xffffffffu, v[i], lane_mask));
-    }
+  for (int i = 0; i < kValues; ++i) {
+    v[i] = fmaf(sign, v[i], __shfl_xor_sync(0xffffffffu, v[i], lane_mask));
+  }
 }
 
 }  // namespace detail
 
-// Where the bits of an index are; the only place that knows. kShuffled of the lane bits 3 and 4 are done by shuffles
-// before the exchange between warps (all of them when there is none).
-template <typename T_, int kLogN_, int kLogValues_, int kShuffled_>
+// Where the bits of an index are; the only place that knows. kShuffled of the lane bits 3 and 4 are done by
+// shuffles before the exchange between warps (all of them when there is none).
+template <typename T_, int kLogN_, int kLogValues_, int kShuffled_ = 2, bool kFiveBits_ = false>
 struct HadamardLayout {
-    using T = T_;
-    static constexpr int kLogN = kLogN_;
-    static constexpr int kLogValues = kLogValues_;
-    static constexpr int kValues = 1 << kLogValues;
+  using T = T_;
+  static constexpr int kLogN = kLogN_;
+  static constexpr int kLogValues = kLogValues_;
+  static constexpr int kValues = 1 << kLogValues;
 
-    static constexpr int kVectorBits = sizeof(T) == 2 ? 3 : 2;
-    static constexpr int kVector = 1 << kVectorBits;
-    static constexpr int kLineBit = kVectorBits + 3;
-    static constexpr int kLogLoads = kLogValues - kVectorBits;
-    static constexpr int kLoads = 1 << kLogLoads;
-    static constexpr int kLaneBit = kLineBit + kLogLoads;  // lanes 3 and 4 hold bits kLaneBit and kLaneBit + 1
-    static constexpr int kWarpBit = kLaneBit + 2;
-    static constexpr int kLogWarps = kLogN > kWarpBit ? kLogN - kWarpBit : 0;
-    static constexpr int kWarps = 1 << kLogWarps;  // that share a block
-    static constexpr bool kExchange = kLogWarps > 0;
-    static constexpr int kLogTile = kWarpBit + kLogWarps;
-    static_assert(kLogLoads >= 0, "a tile is at least one 16-byte load");
+  static constexpr int kVectorBits = sizeof(T) == 2 ? 3 : 2;
+  static constexpr int kVector = 1 << kVectorBits;
+  static constexpr int kLineBit = kVectorBits + 3;
+  static constexpr int kLogLoads = kLogValues - kVectorBits;
+  static constexpr int kLoads = 1 << kLogLoads;
+  static constexpr int kLaneBit = kLineBit + kLogLoads;  // lanes 3 and 4 hold bits kLaneBit and kLaneBit + 1
+  static constexpr int kWarpBit = kLaneBit + 2;
+  static constexpr bool kExchange = kLogN >= kWarpBit;  // a tile lies within a block
+  static constexpr int kLogWarps = kExchange ? kLogN - kWarpBit : 0;
+  static constexpr int kWarps = 1 << kLogWarps;  // that share a block
+  static_assert(kLogLoads >= 0, "a tile is at least one 16-byte load");
 
-    // The smallest kernel serves all blocks up to its own with masks: a product with a matrix that has zeros would
-    // carry inf and NaN from one block into the next, so it does not use the tensor cores.
-    static constexpr int kLogSmall = sizeof(T) == 2 ? 4 : 5;
-    static constexpr bool kSmall = kLogN <= kLogSmall;
-    static constexpr bool kTensor = sizeof(T) == 2 && !kSmall;
-    static_assert(!kSmall || kLogValues == kVectorBits, "small blocks lie within one load of a warp");
+  // The smallest kernel serves all blocks up to its own with masks: a product with a matrix that has zeros
+  // would carry inf and NaN from one block into the next, so it does not use the tensor cores.
+  static constexpr int kLogSmall = sizeof(T) == 2 ? 4 : 5;
+  static constexpr bool kSmall = kLogN <= kLogSmall;
+  static constexpr bool kTensor = sizeof(T) == 2 && !kSmall;
+  static constexpr bool kFiveBits = kTensor && kFiveBits_;  // bit 2 as well as 0, 1, 3 and 4
+  static_assert(!kSmall || kLogValues == kVectorBits, "small blocks lie within one load of a warp");
 
-    static constexpr int kShuffled = kExchange ? kShuffled_ : 2;
+  static constexpr int kShuffled = kShuffled_;
 
-    // After the exchange a thread holds the kLowBits lowest and the kHighBits highest index bits.
-    static constexpr int kDone = kLaneBit + kShuffled;  // bits below are done before the exchange
-    static constexpr int kFree = kLogValues - (kLogN - kDone);
-    static_assert(!kExchange || kFree >= 0, "too many bits left for the registers of a thread: shuffle more");
-    static constexpr int kLowBits = kFree < kVectorBits ? kFree : kVectorBits;
-    static constexpr int kHighBits = kLogValues - kLowBits;
-    static constexpr int kHighBit = kLogN - kHighBits;
-    static constexpr size_t kSharedBytes = kExchange ? sizeof(float) << kLogN : 0;
+  // After the exchange a thread holds the kLowBits lowest and the kHighBits highest index bits.
+  static constexpr int kDone = kLaneBit + kShuffled;  // bits below are done before the exchange
+  static constexpr int kFree = kLogValues - (kLogN - kDone);
+  static_assert(!kExchange || kFree >= 0, "too many bits left for the registers of a thread: shuffle more");
+  static constexpr int kLowBits = kFree < kVectorBits ? kFree : kVectorBits;
+  static constexpr int kHighBits = kLogValues - kLowBits;
+  static constexpr int kHighBit = kLogN - kHighBits;
 
-    // Shared-memory word of an index. Bits 5 and kLaneBit are added to bank bit 2 and kLaneBit + 1 to bank bit 4, which
-    // makes the 8-byte writes (lanes: bits kLaneBit, kLaneBit + 1, 1, 3, 4) and the reads of every width conflict-free.
-    static __host__ __device__ constexpr int word(int index) {
-        return index ^ ((index >> 5 ^ index >> kLaneBit) & 1) << 2 ^ (index >> (kLaneBit + 1) & 1) << 4;
-    }
+  static constexpr size_t kSharedBytes = sizeof(float) << kLogN;
+  // Shared-memory word of an index. Two bits are added to bank bits 2 and 4, which makes the 8-byte writes
+  // (lanes: bits kLaneBit, kLaneBit + 1, 1, 3, 4) and the reads of every width conflict-free. word(a ^ b) =
+  // word(a) ^ word(b).
+  static __host__ __device__ constexpr int word(int index) {
+    return index ^ ((index >> 5 ^ index >> kLaneBit) & 1) << 2 ^ (index >> (kLaneBit + 1) & 1) << 4;
+  }
+  // Only these bits of word(constant) overlap with word(thread's part); the others may be added.
+  static constexpr int kSwizzled = 1 << 2 | 1 << 4;
 };
 
 namespace detail {
 
-// A fragment of the +-1 matrix for bits 0, 1, 3 and 4. k (column): bits 0, 3, 4, 1 of the index, as the loads bring them.
-// m (row): bits 1, 3, 4, 0, so that bit 0 stays in a register and pairs can be packed.
+// A fragment of the +-1 matrix for bits 0, 1, 3 and 4. k (column): bits 0, 3, 4, 1 of the index, as the loads
+// bring them. m (row): bits 1, 3, 4, 0, so that bit 0 stays in a register and pairs can be packed.
 template <typename T>
 __device__ __forceinline__ void sign_matrix(uint32_t (&a)[4]) {
-    const int lane = threadIdx.x & 31;
+  const int lane = threadIdx.x & 31;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        uint32_t pair = 0;
+  for (int i = 0; i < 4; ++i) {
+    uint32_t pair = 0;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int m = (lane >> 2) + 8 * (i & 1);
-            const int k = 2 * (lane & 3) + h + 8 * (i >> 1);
-            const int row = m >> 3 | (m & 1) << 1 | (m & 6) << 2;
-            const int column = (k & 1) | k >> 3 << 1 | (k & 6) << 2;
-            const uint32_t negative = __popc(row & column) & 1;
-            pair |= (Pair<T>::kOne | negative << 15) << (16 * h);
-        }
-        a[i] = pair;
+    for (int h = 0; h < 2; ++h) {
+      const int m = (lane >> 2) + 8 * (i & 1);
+      const int k = 2 * (lane & 3) + h + 8 * (i >> 1);
+      const int row = m >> 3 | (m & 1) << 1 | (m & 6) << 2;
+      const int column = (k & 1) | k >> 3 << 1 | (k & 6) << 2;
+      const uint32_t negative = __popc(row & column) & 1;
+      pair |= (Pair<T>::kOne | negative << 15) << (16 * h);
     }
+    a[i] = pair;
+  }
 }
+
+__device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
 
 template <typename T>
 __device__ __forceinline__ void flip_signs(uint4& v, const uint4& s) {
-    const uint32_t mask = sizeof(T) == 2 ? 0x80008000u : 0x80000000u;
-    v.x ^= s.x & mask;
-    v.y ^= s.y & mask;
-    v.z ^= s.z & mask;
-    v.w ^= s.w & mask;
+  const uint32_t mask = sizeof(T) == 2 ? 0x80008000u : 0x80000000u;
+  v.x ^= s.x & mask;
+  v.y ^= s.y & mask;
+  v.z ^= s.z & mask;
+  v.w ^= s.w & mask;
+}
+
+// Rounds kCount neighbouring values and stores them.
+template <int kCount, typename T>
+__device__ __forceinline__ void store_values(T* y, const float* v) {
+  if constexpr (kCount == 1) {
+    *y = static_cast<T>(*v);
+  } else {
+    constexpr int kWords = kCount * static_cast<int>(sizeof(T)) / 4;
+    uint32_t u[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (sizeof(T) == 2) {
+        u[i] = Pair<T>::pack(v[2 * i], v[2 * i + 1]);
+      } else {
+        u[i] = __float_as_uint(v[i]);
+      }
+    }
+    if constexpr (kWords == 4) {
+      *reinterpret_cast<uint4*>(y) = make_uint4(u[0], u[1], u[2], u[3]);
+    } else if constexpr (kWords == 2) {
+      *reinterpret_cast<uint2*>(y) = make_uint2(u[0], u[1]);
+    } else {
+      *reinterpret_cast<uint32_t*>(y) = u[0];
+    }
+  }
 }
 
 // Row and column of a 16-byte vector; 64-bit division only where 32 bits do not hold the number.
 __device__ __forceinline__ void locate(int64_t vector, uint32_t axis, int64_t& row, uint32_t& column) {
-    if (vector >> 32) {
-        row = vector / axis;
-        column = static_cast<uint32_t>(vector - row * axis);
-    } else {
-        const uint32_t v = static_cast<uint32_t>(vector);
-        row = v / axis;
-        column = v % axis;
-    }
+  if (vector >> 32) {
+    row = vector / axis;
+    column = static_cast<uint32_t>(vector - row * axis);
+  } else {
+    const uint32_t v = static_cast<uint32_t>(vector);
+    row = v / axis;
+    column = v % axis;
+  }
 }
 
 template <typename T>
 __device__ __forceinline__ uint4 load_vector(const HadamardParams<T>& p, int64_t vector) {
-    constexpr int kVector = 16 / sizeof(T);
-    if (!p.split) return load16(p.x + vector * kVector);
-    int64_t row;
-    uint32_t column;
-    locate(vector, p.axis, row, column);
-    uint4 v = load16(p.x + row * p.row_stride + static_cast<int64_t>(column) * kVector);
-    if (p.signs != nullptr) flip_signs<T>(v, __ldg(reinterpret_cast<const uint4*>(p.signs) + column));
-    return v;
+  constexpr int kVector = 16 / sizeof(T);
+  if (!p.split) return load16(p.x + vector * kVector);
+  int64_t row;
+  uint32_t column;
+  locate(vector, p.axis, row, column);
+  uint4 v = load16(p.x + row * p.row_stride + static_cast<int64_t>(column) * kVector);
+  if (p.signs != nullptr) flip_signs<T>(v, __ldg(reinterpret_cast<const uint4*>(p.signs) + column));
+  return v;
+}
+
+// The last few elements of the tensor, fewer than a vector, which only blocks below one vector can leave.
+template <typename T>
+__device__ uint4 load_tail(const HadamardParams<T>& p, int64_t index) {
+  constexpr int kVector = 16 / sizeof(T);
+  uint32_t u[4] = {};
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (index + i >= p.total) continue;
+    float value = static_cast<float>(p.x[index + i]);
+    if (p.signs != nullptr) {
+      value = copysignf(1.0f, static_cast<float>(p.signs[(index + i) % (int64_t{p.axis} * kVector)])) * value;
+    }
+    if constexpr (sizeof(T) == 2) {
+      u[i / 2] |= (Pair<T>::pack(value, 0.0f) & 0xffffu) << 16 * (i % 2);
+    } else {
+      u[i] = __float_as_uint(value);
+    }
+  }
+  return make_uint4(u[0], u[1], u[2], u[3]);
+}
+
+template <typename T>
+__device__ void store_tail(const HadamardParams<T>& p, int64_t index, const uint4& v) {
+  const uint32_t u[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i) {
+    if (index + i >= p.total) continue;
+    if constexpr (sizeof(T) == 2) {
+      const float2 pair = Pair<T>::unpack(u[i / 2]);
+      p.y[index + i] = static_cast<T>(i % 2 ? pair.y : pair.x);
+    } else {
+      p.y[index + i] = __uint_as_float(u[i]);
+    }
+  }
 }
 
 }  // namespace detail
 
 // Steps 1 and 2: raw loads of one tile to fp32 values with all bits below L::kDone transformed.
-// Tensor-core layout of values: register bits, from the lowest, are index bits 5, 0, 2, kLineBit...; lanes are
-// kLaneBit, kLaneBit + 1, 1, 3, 4. Otherwise both are in the order of the loads.
+// Tensor-core layout of values: register bits, from the lowest, are index bits 5, 0, 2, kLineBit...; lanes
+// are kLaneBit, kLaneBit + 1, 1, 3, 4. Otherwise both are in the order of the loads.
 template <typename L>
 __device__ __forceinline__ void transform_tile(const uint4 (&raw)[L::kLoads], const uint32_t (&a)[4],
                                                float (&v)[L::kValues], int log_block) {
-    using T = typename L::T;
-    if constexpr (L::kTensor) {
+  using T = typename L::T;
+  if constexpr (L::kTensor) {
 #pragma unroll
-        for (int j = 0; j < L::kLoads; ++j) {
-            float d[4];
-            detail::Pair<T>::mma(d, a, raw[j].x, raw[j].y);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) v[8 * j + i] = d[i];
-            detail::Pair<T>::mma(d, a, raw[j].z, raw[j].w);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) v[8 * j + 4 + i] = d[i];
-        }
-        detail::butterfly_registers<2>(v);
-        if constexpr (L::kLogN > 5) detail::butterfly_registers<0>(v);
-    } else {
-#pragma unroll
-        for (int j = 0; j < L::kLoads; ++j) {
-            const uint32_t u[4] = {raw[j].x, raw[j].y, raw[j].z, raw[j].w};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if constexpr (sizeof(T) == 2) {
-                    const float2 f = detail::Pair<T>::unpack(u[i]);
-                    v[8 * j + 2 * i] = f.x;
-                    v[8 * j + 2 * i + 1] = f.y;
-                } else {
-                    v[4 * j + i] = __uint_as_float(u[i]);
-                }
-            }
-        }
-        const int bits = L::kSmall ? log_block : L::kLogN;
-        if (bits > 0) detail::butterfly_registers<0>(v);
-        if (bits > 1) detail::butterfly_registers<1>(v);
-        if constexpr (L::kVectorBits == 3) {
-            if (bits > 2) detail::butterfly_registers<2>(v);
-        }
-#pragma unroll
-        for (int b = 0; b < 3; ++b) {
-            if (bits > L::kVectorBits + b) detail::butterfly_lanes(v, 1 << b);
-        }
+    for (int j = 0; j < L::kLoads; ++j) {
+      const uint2 b0 = make_uint2(raw[j].x, raw[j].y);
+      const uint2 b1 = make_uint2(raw[j].z, raw[j].w);
+      const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      float* d = v + 8 * j;
+      if constexpr (L::kFiveBits) {
+        float s[4];
+        detail::Pair<T>::mma(s, a, b0, zero);
+        const float4 sum = make_float4(s[0], s[1], s[2], s[3]);
+        detail::Pair<T>::mma(d, a, b1, sum);
+        detail::Pair<T>::mma(d + 4, a, make_uint2(b1.x ^ 0x80008000u, b1.y ^ 0x80008000u), sum);
+      } else {
+        detail::Pair<T>::mma(d, a, b0, zero);
+        detail::Pair<T>::mma(d + 4, a, b1, zero);
+      }
     }
-    constexpr int kFirst = L::kTensor ? 3 : L::kVectorBits;
-    if constexpr (L::kLogLoads > 0 && L::kLogN > L::kLineBit) detail::butterfly_registers<kFirst>(v);
-    if constexpr (L::kLogLoads > 1 && L::kLogN > L::kLineBit + 1) detail::butterfly_registers<kFirst + 1>(v);
-    if constexpr (L::kLogLoads > 2 && L::kLogN > L::kLineBit + 2) detail::butterfly_registers<kFirst + 2>(v);
-    if constexpr (L::kLogLoads > 3 && L::kLogN > L::kLineBit + 3) detail::butterfly_registers<kFirst + 3>(v);
-    // The products have moved index bits kLaneBit and kLaneBit + 1 to lanes 0 and 1.
-    if constexpr (L::kShuffled > 0 && L::kLogN > L::kLaneBit) detail::butterfly_lanes(v, L::kTensor ? 1 : 8);
-    if constexpr (L::kShuffled > 1 && L::kLogN > L::kLaneBit + 1) detail::butterfly_lanes(v, L::kTensor ? 2 : 16);
+    if constexpr (!L::kFiveBits) detail::butterfly_registers<2>(v);
+    if constexpr (L::kLogN > 5) detail::butterfly_registers<0>(v);
+  } else {
+#pragma unroll
+    for (int j = 0; j < L::kLoads; ++j) {
+      const uint32_t u[4] = {raw[j].x, raw[j].y, raw[j].z, raw[j].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 2) {
+          const float2 f = detail::Pair<T>::unpack(u[i]);
+          v[8 * j + 2 * i] = f.x;
+          v[8 * j + 2 * i + 1] = f.y;
+        } else {
+          v[4 * j + i] = __uint_as_float(u[i]);
+        }
+      }
+    }
+    const int bits = L::kSmall ? log_block : L::kLogN;
+    if (bits > 0) detail::butterfly_registers<0>(v);
+    if (bits > 1) detail::butterfly_registers<1>(v);
+    if constexpr (L::kVectorBits == 3) {
+      if (bits > 2) detail::butterfly_registers<2>(v);
+    }
+#pragma unroll
+    for (int b = 0; b < 3; ++b) {
+      if (bits > L::kVectorBits + b) detail::butterfly_lanes(v, 1 << b);
+    }
+  }
+  constexpr int kFirst = L::kTensor ? 3 : L::kVectorBits;
+  if constexpr (L::kLogLoads > 0 && L::kLogN > L::kLineBit) detail::butterfly_registers<kFirst>(v);
+  if constexpr (L::kLogLoads > 1 && L::kLogN > L::kLineBit + 1) detail::butterfly_registers<kFirst + 1>(v);
+  if constexpr (L::kLogLoads > 2 && L::kLogN > L::kLineBit + 2) detail::butterfly_registers<kFirst + 2>(v);
+  if constexpr (L::kLogLoads > 3 && L::kLogN > L::kLineBit + 3) detail::butterfly_registers<kFirst + 3>(v);
+  // The products have moved index bits kLaneBit and kLaneBit + 1 to lanes 0 and 1.
+  if constexpr (L::kShuffled > 0 && L::kLogN > L::kLaneBit) detail::butterfly_lanes(v, L::kTensor ? 1 : 8);
+  if constexpr (L::kShuffled > 1 && L::kLogN > L::kLaneBit + 1)
+    detail::butterfly_lanes(v, L::kTensor ? 2 : 16);
 }
 
 // Step 4 for blocks within one warp: v in the layout of transform_tile to 16-byte vectors.
 template <typename L>
-__device__ __forceinline__ void pack_tile(const float (&v)[L::kValues], float scale, uint4 (&out)[L::kLoads]) {
-    using T = typename L::T;
-    const bool upper = threadIdx.x & 4;
+__device__ __forceinline__ void pack_tile(const float (&v)[L::kValues], float scale,
+                                          uint4 (&out)[L::kLoads]) {
+  using T = typename L::T;
+  const bool upper = threadIdx.x & 4;
 #pragma unroll
-    for (int j = 0; j < L::kLoads; ++j) {
-        uint32_t u[4];
-        if constexpr (L::kTensor) {
-            // Bit 1 is in lane 2 and bit 5 in a register: trade them, so that a lane has bits 0, 1 and 2.
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-                const float* d = v + 8 * j + 4 * m;
-                const uint32_t p0 = detail::Pair<T>::pack(d[0] * scale, d[2] * scale);
-                const uint32_t p1 = detail::Pair<T>::pack(d[1] * scale, d[3] * scale);
-                const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? p0 : p1, 4);
-                u[2 * m] = upper ? other : p0;
-                u[2 * m + 1] = upper ? p1 : other;
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if constexpr (sizeof(T) == 2) {
-                    u[i] = detail::Pair<T>::pack(v[8 * j + 2 * i] * scale, v[8 * j + 2 * i + 1] * scale);
-                } else {
-                    u[i] = __float_as_uint(v[4 * j + i] * scale);
-                }
-            }
-        }
-        out[j] = make_uint4(u[0], u[1], u[2], u[3]);
-    }
-}
-
-// Blocks within one warp. A warp takes kUnits neighbouring tiles at a time and has the loads of all of them in flight.
-template <typename L, int kUnits, int kThreads, int kMinBlocks>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) hadamard_warp(const HadamardParams<typename L::T> p) {
-    static_assert(!L::kExchange, "blocks over several warps take hadamard_block");
-    using T = typename L::T;
-    constexpr int kTile = 1 << L::kLogTile;
-    const int lane = threadIdx.x & 31;
-    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-
-    // Index of the lane's first element in a tile, on the way in and on the way out.
-    const int in = (lane & 7) << L::kVectorBits | (lane >> 3) << L::kLaneBit;
-    const int out = L::kTensor ? (lane & 3) << L::kLaneBit | (lane >> 2 & 1) << 5 | (lane >> 3) << 3 : in;
-
-    uint32_t a[4] = {};
-    const int64_t first = warp * kUnits * kTile;
-    uint4 raw[kUnits][L::kLoads];
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-#pragma unroll
-        for (int j = 0; j < L::kLoads; ++j) {
-            const int64_t index = first + u * kTile + in + (j << L::kLineBit);
-            if (index + L::kVector <= p.total) {
-                raw[u][j] = detail::load_vector(p, index / L::kVector);
-            } else {
-                raw[u][j] = make_uint4(0, 0, 0, 0);
-                if constexpr (L::kSmall) {  // other blocks are whole vectors
-                    T* values = reinterpret_cast<T*>(&raw[u][j]);
-                    for (int i = 0; index + i < p.total; ++i) {
-                        values[i] = p.x[index + i];
-                        if (p.signs != nullptr && signbit(static_cast<float>(p.signs[(index + i) % (static_cast<int64_t>(p.axis) * L::kVector)]))) {
-                            values[i] = -values[i];
-                        }
-                    }
-                }
-            }
-        }
-    }
-    if constexpr (L::kTensor) detail::sign_matrix<T>(a);
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-        float v[L::kValues];
-        transform_tile<L>(raw[u], a, v, p.log_block);
-        pack_tile<L>(v, p.scale, raw[u]);
-#pragma unroll
-        for (int j = 0; j < L::kLoads; ++j) {
-            const int64_t index = first + u * kTile + out + (j << L::kLineBit);
-            if (index + L::kVector <= p.total) {
-                *reinterpret_cast<uint4*>(p.y + index) = raw[u][j];
-            } else if constexpr (L::kSmall) {
-                const T* values = reinterpret_cast<const T*>(&raw[u][j]);
-                for (int i = 0; index + i < p.total; ++i) p.y[index + i] = values[i];
-            }
-        }
-    }
-}
-
-// Blocks over several warps: one thread block per Hadamard block, which strides over the blocks of the tensor and has
-// the loads of the next one in flight while it works (kPrefetch).
-template <typename L, bool kPrefetch, int kMinBlocks>
-__global__ void __launch_bounds__(32 * L::kWarps, kMinBlocks) hadamard_block(const HadamardParams<typename L::T> p) {
-    static_assert(L::kExchange, "blocks within one warp take hadamard_warp");
-    using T = typename L::T;
-    extern __shared__ float shared[];
-    const int lane = threadIdx.x & 31;
-    const int warp = threadIdx.x / 32;
-    const int64_t blocks = p.total >> L::kLogN;
-    const int in = (lane & 7) << L::kVectorBits | (lane >> 3) << L::kLaneBit | warp << L::kWarpBit;
-
-    const auto load = [&](int64_t block, uint4(&raw)[L::kLoads]) {
-        constexpr int kVectors = 1 << (L::kLogN - L::kVectorBits);
-        int64_t row = 0, offset = block << L::kLogN;
-        uint32_t column = 0;
-        if (p.split) {
-            detail::locate(block, p.axis / kVectors, row, column);
-            offset = row * p.row_stride + (static_cast<int64_t>(column) << L::kLogN);
-        }
-        const T* x = p.x + offset + in;
-#pragma unroll
-        for (int j = 0; j < L::kLoads; ++j) raw[j] = detail::load16(x + (j << L::kLineBit));
-        if (p.signs != nullptr) {
-            const T* s = p.signs + (static_cast<int64_t>(column) << L::kLogN) + in;
-#pragma unroll
-            for (int j = 0; j < L::kLoads; ++j) {
-                detail::flip_signs<T>(raw[j], __ldg(reinterpret_cast<const uint4*>(s + (j << L::kLineBit))));
-            }
-        }
-    };
-
-    uint4 raw[L::kLoads];
-    load(blockIdx.x, raw);
-    uint32_t a[4] = {};
-    if constexpr (L::kTensor) detail::sign_matrix<T>(a);
-
-    int write;  // word of the thread's first value
+  for (int j = 0; j < L::kLoads; ++j) {
+    uint32_t u[4];
     if constexpr (L::kTensor) {
-        write = L::word((lane & 3) << L::kLaneBit | (lane >> 2 & 1) << 1 | (lane >> 3) << 3 | warp << L::kWarpBit);
+      // Bit 1 is in lane 2 and bit 5 in a register: trade them, so that a lane has bits 0, 1 and 2.
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const float* d = v + 8 * j + 4 * m;
+        const uint32_t p0 = detail::Pair<T>::pack(d[0] * scale, d[2] * scale);
+        const uint32_t p1 = detail::Pair<T>::pack(d[1] * scale, d[3] * scale);
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? p0 : p1, 4);
+        u[2 * m] = upper ? other : p0;
+        u[2 * m + 1] = upper ? p1 : other;
+      }
     } else {
-        write = L::word(in);
-    }
-    const int out = threadIdx.x << L::kLowBits;
-    const int read = L::word(out);
-
-    for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-        float v[L::kValues];
-        if constexpr (L::kTensor) {
-            transform_tile<L>(raw, a, v, 0);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 2) {
+          u[i] = detail::Pair<T>::pack(v[8 * j + 2 * i] * scale, v[8 * j + 2 * i + 1] * scale);
         } else {
-            transform_tile<L>(raw, a, v, 0);
+          u[i] = __float_as_uint(v[4 * j + i] * scale);
         }
-        const bool more = block + gridDim.x < blocks;
-        if (kPrefetch && more) load(block + gridDim.x, raw);
-
-        if (block != blockIdx.x) __syncthreads();  // the last block has been read
-        if constexpr (L::kTensor) {
-#pragma unroll
-            for (int i = 0; i < L::kValues; ++i) {
-                if (i & 2) continue;
-                const int index = (i & 1) << 5 | (i >> 2 & 1) << 2 | i >> 3 << L::kLineBit;
-                *reinterpret_cast<float2*>(shared + (write ^ L::word(index))) = make_float2(v[i], v[i + 2]);
-            }
-        } else {
-#pragma unroll
-            for (int j = 0; j < L::kLoads; ++j) {
-                *reinterpret_cast<float4*>(shared + (write ^ L::word(j << L::kLineBit))) =
-                    make_float4(v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]);
-            }
-        }
-        __syncthreads();
-
-        constexpr int kWide = L::kLowBits < 2 ? 1 << L::kLowBits : 4;  // words of one read
-#pragma unroll
-        for (int i = 0; i < L::kValues; i += kWide) {
-            const int index = (i & ((1 << L::kLowBits) - 1)) | i >> L::kLowBits << L::kHighBit;
-            const float* source = shared + (read ^ L::word(index));
-            if constexpr (kWide == 4) {
-                const float4 f = *reinterpret_cast<const float4*>(source);
-                v[i] = f.x, v[i + 1] = f.y, v[i + 2] = f.z, v[i + 3] = f.w;
-            } else if constexpr (kWide == 2) {
-                const float2 f = *reinterpret_cast<const float2*>(source);
-                v[i] = f.x, v[i + 1] = f.y;
-            } else {
-                v[i] = *source;
-            }
-        }
-        if constexpr (L::kHighBit + 0 >= L::kDone) detail::butterfly_registers<L::kLowBits>(v);
-        if constexpr (L::kHighBits > 1 && L::kHighBit + 1 >= L::kDone) detail::butterfly_registers<L::kLowBits + 1>(v);
-        if constexpr (L::kHighBits > 2 && L::kHighBit + 2 >= L::kDone) detail::butterfly_registers<L::kLowBits + 2>(v);
-        if constexpr (L::kHighBits > 3 && L::kHighBit + 3 >= L::kDone) detail::butterfly_registers<L::kLowBits + 3>(v);
-        if constexpr (L::kHighBits > 4 && L::kHighBit + 4 >= L::kDone) detail::butterfly_registers<L::kLowBits + 4>(v);
-        if constexpr (L::kHighBits > 5 && L::kHighBit + 5 >= L::kDone) detail::butterfly_registers<L::kLowBits + 5>(v);
-
-        T* y = p.y + (block << L::kLogN) + out;
-#pragma unroll
-        for (int i = 0; i < L::kValues >> L::kLowBits; ++i) {
-            constexpr int kCount = 1 << L::kLowBits;
-            T* target = y + (static_cast<int64_t>(i) << L::kHighBit);
-            float w[kCount];
-#pragma unroll
-            for (int k = 0; k < kCount; ++k) w[k] = v[i * kCount + k] * p.scale;
-            if constexpr (sizeof(T) == 4) {
-                if constexpr (kCount == 4) {
-                    *reinterpret_cast<float4*>(target) = make_float4(w[0], w[1], w[2], w[3]);
-                } else if constexpr (kCount == 2) {
-                    *reinterpret_cast<float2*>(target) = make_float2(w[0], w[1]);
-                } else {
-                    *target = w[0];
-                }
-            } else if constexpr (kCount == 1) {
-                *target = static_cast<T>(w[0]);
-            } else {
-                uint32_t u[kCount / 2];
-#pragma unroll
-                for (int k = 0; k < kCount / 2; ++k) u[k] = detail::Pair<T>::pack(w[2 * k], w[2 * k + 1]);
-                if constexpr (kCount == 8) {
-                    *reinterpret_cast<uint4*>(target) = make_uint4(u[0], u[1], u[2], u[3]);
-                } else if constexpr (kCount == 4) {
-                    *reinterpret_cast<uint2*>(target) = make_uint2(u[0], u[1]);
-                } else {
-                    *reinterpret_cast<uint32_t*>(target) = u[0];
-                }
-            }
-        }
-        if (!kPrefetch && more) load(block + gridDim.x, raw);
+      }
     }
+    out[j] = make_uint4(u[0], u[1], u[2], u[3]);
+  }
+}
+
+// Blocks within one warp, one tile for a warp.
+template <typename L, int kThreads>
+__global__ void __launch_bounds__(kThreads) hadamard_warp(const HadamardParams<typename L::T> p) {
+  static_assert(L::kLogN <= L::kWarpBit, "larger blocks take hadamard_block");
+  using T = typename L::T;
+  constexpr int kTile = 1 << L::kWarpBit;
+  const int lane = threadIdx.x & 31;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+
+  // Index of the lane's first element in a tile, on the way in and on the way out.
+  const int in = (lane & 7) << L::kVectorBits | (lane >> 3) << L::kLaneBit;
+  const int out = L::kTensor ? (lane & 3) << L::kLaneBit | (lane >> 2 & 1) << 5 | (lane >> 3) << 3 : in;
+
+  uint32_t a[4] = {};
+  const int64_t first = warp * kTile;
+  uint4 raw[L::kLoads];
+#pragma unroll
+  for (int j = 0; j < L::kLoads; ++j) {
+    const int64_t index = first + in + (j << L::kLineBit);
+    raw[j] = make_uint4(0, 0, 0, 0);
+    if (index + L::kVector <= p.total) {
+      raw[j] = detail::load_vector(p, index / L::kVector);
+    } else if constexpr (L::kSmall) {  // larger blocks are whole vectors
+      raw[j] = detail::load_tail(p, index);
+    }
+  }
+  if constexpr (L::kTensor) detail::sign_matrix<T>(a);
+  float v[L::kValues];
+  transform_tile<L>(raw, a, v, p.log_block);
+  pack_tile<L>(v, p.scale, raw);
+#pragma unroll
+  for (int j = 0; j < L::kLoads; ++j) {
+    const int64_t index = first + out + (j << L::kLineBit);
+    if (index + L::kVector <= p.total) {
+      *reinterpret_cast<uint4*>(p.y + index) = raw[j];
+    } else if constexpr (L::kSmall) {
+      detail::store_tail(p, index, raw[j]);
+    }
+  }
+}
+
+namespace detail {
+
+// Barrier of the threads that share a Hadamard block. The number of a barrier must be a constant: with a
+// number in a register the compiler reserves all sixteen, which limits a multiprocessor to four thread
+// blocks.
+template <int kThreads, int kGroups, int kGroup = 0>
+__device__ __forceinline__ void group_barrier(int group) {
+  if constexpr (kThreads == 32) {
+    __syncwarp();
+  } else if constexpr (kGroups == 1) {
+    __syncthreads();
+  } else if constexpr (kGroup == kGroups - 1) {
+    asm volatile("bar.sync %0, %1;" ::"n"(kGroup + 1), "n"(kThreads) : "memory");
+  } else if (group == kGroup) {
+    asm volatile("bar.sync %0, %1;" ::"n"(kGroup + 1), "n"(kThreads) : "memory");
+  } else {
+    group_barrier<kThreads, kGroups, kGroup + 1>(group);
+  }
+}
+
+}  // namespace detail
+
+// Blocks of at least one tile: kWarps warps for a Hadamard block, kGroups Hadamard blocks in a thread block.
+//
+// Where several thread blocks fit on a multiprocessor they cover for each other: the grid has one for each
+// Hadamard block (which the hardware hands out in order, so that all work at neighbouring addresses), and
+// once a thread block has its own input, it calls the one that will be wanted `ahead` blocks later into the
+// L2 cache, for the memory to stay busy while everybody computes. Where only one fits (kStay), it strides
+// over the blocks and loads the next while it computes.
+template <typename L, int kGroups, int kMinBlocks, bool kStay>
+__global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
+    hadamard_block(const HadamardParams<typename L::T> p, const int64_t ahead) {
+  static_assert(L::kExchange, "smaller blocks take hadamard_warp");
+  using T = typename L::T;
+  constexpr int kThreads = 32 * L::kWarps;
+  extern __shared__ float shared_memory[];
+  const int group = kGroups == 1 ? 0 : threadIdx.x / kThreads;
+  const int thread = kGroups == 1 ? threadIdx.x : threadIdx.x % kThreads;
+  const int lane = thread & 31;
+  const int warp = thread / 32;
+  float* const shared = shared_memory + (group << L::kLogN);
+
+  const int64_t blocks = p.total >> L::kLogN;
+  int64_t block = static_cast<int64_t>(blockIdx.x) * kGroups + group;
+  if (kGroups > 1 && block >= blocks) return;
+
+  const auto source = [&](int64_t index, uint32_t& column) {
+    constexpr int kVectors = 1 << (L::kLogN - L::kVectorBits);
+    column = 0;
+    if (!p.split) return p.x + (index << L::kLogN);
+    int64_t row;
+    detail::locate(index, p.axis / kVectors, row, column);
+    column <<= L::kLogN;
+    return p.x + row * p.row_stride + column;
+  };
+  const int in = (lane & 7) << L::kVectorBits | (lane >> 3) << L::kLaneBit | warp << L::kWarpBit;
+  const int out = thread << L::kLowBits;
+  uint32_t column;
+  uint4 raw[L::kLoads];
+  const auto load = [&](int64_t index) {
+    const T* x = source(index, column) + in;
+#pragma unroll
+    for (int j = 0; j < L::kLoads; ++j) raw[j] = detail::load16(x + (j << L::kLineBit));
+  };
+  load(block);
+  uint32_t a[4] = {};
+  if constexpr (L::kTensor) detail::sign_matrix<T>(a);
+
+  for (bool first = true;; first = false) {
+    if (p.signs != nullptr) {
+      const T* signs = p.signs + column + in;
+#pragma unroll
+      for (int j = 0; j < L::kLoads; ++j) {
+        detail::flip_signs<T>(raw[j], __ldg(reinterpret_cast<const uint4*>(signs + (j << L::kLineBit))));
+      }
+    }
+    float v[L::kValues];
+    transform_tile<L>(raw, a, v, 0);
+    const int64_t next = block + (kStay ? static_cast<int64_t>(gridDim.x) * kGroups : ahead);
+    if constexpr (kStay) {
+      if (next < blocks) load(next);
+      if (!first) detail::group_barrier<kThreads, kGroups>(group);  // the last block has been read
+    } else {
+#if __CUDA_ARCH__ >= 900
+      if (ahead > 0 && thread == 0 && next < blocks) {
+        uint32_t unused;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source(next, unused)),
+                     "n"(sizeof(T) << L::kLogN)
+                     : "memory");
+      }
+#endif
+    }
+
+    // Addresses are a base with its swizzled bits flipped plus a constant, which becomes part of the
+    // instruction.
+    if constexpr (L::kTensor) {
+      const int base =
+          L::word((lane & 3) << L::kLaneBit | (lane >> 2 & 1) << 1 | (lane >> 3) << 3 | warp << L::kWarpBit);
+      float* const flipped[2] = {shared + base, shared + (base ^ 1 << 2)};
+#pragma unroll
+      for (int i = 0; i < L::kValues; ++i) {
+        if (i & 2) continue;
+        const int word = L::word((i & 1) << 5 | (i >> 2 & 1) << 2 | i >> 3 << L::kLineBit);
+        float* target = flipped[word >> 2 & 1] + (word & ~L::kSwizzled);
+        *reinterpret_cast<float2*>(target) = make_float2(v[i], v[i + 2]);
+      }
+    } else {
+      const int base = L::word(in);
+#pragma unroll
+      for (int j = 0; j < L::kLoads; ++j) {
+        *reinterpret_cast<float4*>(shared + (base ^ L::word(j << L::kLineBit))) =
+            make_float4(v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]);
+      }
+    }
+    detail::group_barrier<kThreads, kGroups>(group);
+    {
+      constexpr int kWide = L::kLowBits < 2 ? 1 << L::kLowBits : 4;  // words of one read
+      const int base = L::word(out);
+      const float* const flipped[4] = {shared + base, shared + (base ^ 1 << 2), shared + (base ^ 1 << 4),
+                                       shared + (base ^ L::kSwizzled)};
+#pragma unroll
+      for (int i = 0; i < L::kValues; i += kWide) {
+        const int word = L::word((i & ((1 << L::kLowBits) - 1)) | i >> L::kLowBits << L::kHighBit);
+        const float* from = flipped[(word >> 2 & 1) | (word >> 4 & 1) << 1] + (word & ~L::kSwizzled);
+        if constexpr (kWide == 4) {
+          const float4 f = *reinterpret_cast<const float4*>(from);
+          v[i] = f.x, v[i + 1] = f.y, v[i + 2] = f.z, v[i + 3] = f.w;
+        } else if constexpr (kWide == 2) {
+          const float2 f = *reinterpret_cast<const float2*>(from);
+          v[i] = f.x, v[i + 1] = f.y;
+        } else {
+          v[i] = *from;
+        }
+      }
+    }
+    if constexpr (L::kHighBits > 1 && L::kHighBit + 0 >= L::kDone)
+      detail::butterfly_registers<L::kLowBits>(v);
+    if constexpr (L::kHighBits > 2 && L::kHighBit + 1 >= L::kDone)
+      detail::butterfly_registers<L::kLowBits + 1>(v);
+    if constexpr (L::kHighBits > 3 && L::kHighBit + 2 >= L::kDone)
+      detail::butterfly_registers<L::kLowBits + 2>(v);
+    if constexpr (L::kHighBits > 4 && L::kHighBit + 3 >= L::kDone)
+      detail::butterfly_registers<L::kLowBits + 3>(v);
+    if constexpr (L::kHighBits > 5 && L::kHighBit + 4 >= L::kDone)
+      detail::butterfly_registers<L::kLowBits + 4>(v);
+    static_assert(L::kLogN - 1 >= L::kDone, "the top bit is left for the last butterfly");
+    detail::butterfly_registers_scaled<L::kLogValues - 1>(v, p.scale);
+
+    T* y = p.y + (block << L::kLogN) + out;
+#pragma unroll
+    for (int i = 0; i < L::kValues; i += 1 << L::kLowBits) {
+      detail::store_values<1 << L::kLowBits>(y + (static_cast<int64_t>(i >> L::kLowBits) << L::kHighBit),
+                                             v + i);
+    }
+    if (!kStay || next >= blocks) return;
+    block = next;
+  }
 }
 
 }  // namespace halo_train

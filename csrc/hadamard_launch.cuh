@@ -1,4 +1,5 @@
-// The configuration table of the Hadamard kernels and the launch. One translation unit for each type includes this.
+// The configuration table of the Hadamard kernels and the launch. One translation unit for each type includes
+// this.
 
 #pragma once
 
@@ -11,87 +12,150 @@
 namespace halo_train::detail {
 
 constexpr int kMaxDevices = 64;
+constexpr int kStays = -1;
 
 inline cudaError_t multiprocessors(int device, int& count) {
-    static std::atomic<int> known[kMaxDevices];
-    const bool cached = device < kMaxDevices;
-    count = cached ? known[device].load(std::memory_order_relaxed) : 0;
-    if (count > 0) return cudaSuccess;
-    const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess && cached) known[device].store(count, std::memory_order_relaxed);
-    return error;
+  static std::atomic<int> known[kMaxDevices];
+  const bool cached = device < kMaxDevices;
+  count = cached ? known[device].load(std::memory_order_relaxed) : 0;
+  if (count > 0) return cudaSuccess;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess && cached) known[device].store(count, std::memory_order_relaxed);
+  return error;
 }
 
 // More than 48 KB of shared memory has to be asked for, once for each kernel and device.
-template <auto kKernel>
-cudaError_t allow_shared(size_t bytes, int device) {
-    static std::atomic<bool> done[kMaxDevices];
-    if (bytes <= 48 * 1024 || (device < kMaxDevices && done[device].load(std::memory_order_relaxed))) return cudaSuccess;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error == cudaSuccess && device < kMaxDevices) done[device].store(true, std::memory_order_relaxed);
-    return error;
+template <auto kKernel, size_t kBytes>
+cudaError_t allow_shared(int device) {
+  if constexpr (kBytes <= 48 * 1024) return cudaSuccess;
+  static std::atomic<bool> done[kMaxDevices];
+  const bool cached = device < kMaxDevices;
+  if (cached && done[device].load(std::memory_order_relaxed)) return cudaSuccess;
+  int limit = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  if (static_cast<size_t>(limit) < kBytes) return cudaErrorLaunchOutOfResources;
+  error =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes));
+  if (error == cudaSuccess && cached) done[device].store(true, std::memory_order_relaxed);
+  return error;
 }
 
-template <typename L, int kUnits, int kThreads, int kMinBlocks>
-cudaError_t launch_warps(const HadamardParams<typename L::T>& p, int, cudaStream_t stream) {
-    constexpr int64_t kElements = static_cast<int64_t>(kThreads / 32 * kUnits) << L::kLogTile;
-    const int64_t grid = (p.total + kElements - 1) / kElements;
-    hadamard_warp<L, kUnits, kThreads, kMinBlocks><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+template <typename L>
+cudaError_t launch_warps(const HadamardParams<typename L::T>& p, cudaStream_t stream) {
+  constexpr int kThreads =
+      128;  // 64 are limited by the rate at which thread blocks start, 256 by waiting for each other
+  constexpr int64_t kElements = int64_t{kThreads / 32} << L::kWarpBit;
+  const int64_t grid = (p.total + kElements - 1) / kElements;
+  hadamard_warp<L, kThreads><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
 }
 
-template <typename L, bool kPrefetch, int kMinBlocks>
+// kGroups Hadamard blocks in a thread block; kMinBlocks thread blocks on a multiprocessor have to fit its
+// registers. kAhead: Hadamard blocks for every ten multiprocessors by which the L2 cache runs ahead of the
+// loads; kStay: see hadamard_block.
+template <typename L, int kGroups, int kMinBlocks, int kAhead>
 cudaError_t launch_blocks(const HadamardParams<typename L::T>& p, int device, cudaStream_t stream) {
-    constexpr auto kKernel = hadamard_block<L, kPrefetch, kMinBlocks>;
-    int count;
-    cudaError_t error = multiprocessors(device, count);
-    if (error == cudaSuccess) error = allow_shared<kKernel>(L::kSharedBytes, device);
-    if (error != cudaSuccess) return error;
-    const int64_t grid = std::min(p.total >> L::kLogN, static_cast<int64_t>(count) * kMinBlocks);
-    kKernel<<<static_cast<unsigned>(grid), 32 * L::kWarps, L::kSharedBytes, stream>>>(p);
-    return cudaGetLastError();
+  constexpr bool kStay = kAhead == kStays;
+  constexpr auto kKernel = hadamard_block<L, kGroups, kMinBlocks, kStay>;
+  constexpr size_t kShared = L::kSharedBytes * kGroups;
+  int count;
+  cudaError_t error = multiprocessors(device, count);
+  if (error == cudaSuccess) error = allow_shared<kKernel, kShared>(device);
+  if (error != cudaSuccess) return error;
+  int64_t grid = ((p.total >> L::kLogN) + kGroups - 1) / kGroups;
+  if (kStay) grid = std::min(grid, int64_t{count} * kMinBlocks);
+  const int64_t ahead = kStay ? 0 : int64_t{count} * kAhead / 10;
+  kKernel<<<static_cast<unsigned>(grid), 32 * L::kWarps * kGroups, kShared, stream>>>(p, ahead);
+  return cudaGetLastError();
 }
 
-// The table: values in a thread, bits shuffled before the exchange, tiles in flight, threads or prefetch, and thread
-// blocks on a multiprocessor for each size.
+// The table, measured on an H200 (benchmarks/bench_hadamard.py). What decides: 32 to 64 KB of loads in flight
+// on each multiprocessor (less leaves the memory idle, more makes reads and writes collide in it), the fewest
+// shuffles, and as many thread blocks side by side as registers allow, since one that waits at a barrier
+// needs others to cover for it.
 template <typename T>
 cudaError_t launch_sized(const HadamardParams<T>& p, int device, cudaStream_t stream) {
-    constexpr bool kHalf = sizeof(T) == 2;
-    constexpr int kMin = kHalf ? 3 : 2;  // log2 of the values in one 16-byte load
-    constexpr int kSmall = HadamardLayout<T, 1, kMin, 2>::kLogSmall;
-    if (p.log_block <= kSmall) return launch_warps<HadamardLayout<T, kSmall, kMin, 2>, 4, 256, 4>(p, device, stream);
+  if constexpr (sizeof(T) == 2) {
     switch (p.log_block) {
-        case 5: return launch_warps<HadamardLayout<T, 5, kMin, 2>, 4, 256, 4>(p, device, stream);
-        case 6: return launch_warps<HadamardLayout<T, 6, 3, 2>, kHalf ? 4 : 2, 256, 4>(p, device, stream);
-        case 7: return launch_warps<HadamardLayout<T, 7, 4, 2>, 2, 256, 4>(p, device, stream);
-        case 8: return launch_warps<HadamardLayout<T, 8, 5, 2>, 1, 256, 4>(p, device, stream);
-        case 9: return launch_warps<HadamardLayout<T, 9, kHalf ? 6 : 5, 2>, 1, 128, 4>(p, device, stream);
-        case 10: return launch_warps<HadamardLayout<T, 10, kHalf ? 6 : 5, 2>, 1, 128, 4>(p, device, stream);
-        case 11: return launch_warps<HadamardLayout<T, 11, 6, 2>, 1, 128, 4>(p, device, stream);
-        case 12: return launch_blocks<HadamardLayout<T, 12, kHalf ? 6 : 5, kHalf ? 0 : 2>, kHalf, 8>(p, device, stream);
-        case 13: return launch_blocks<HadamardLayout<T, 13, kHalf ? 6 : 5, kHalf ? 0 : 2>, kHalf, 4>(p, device, stream);
-        case 14: return launch_blocks<HadamardLayout<T, 14, kHalf ? 6 : 5, kHalf ? 0 : 2>, kHalf, 2>(p, device, stream);
-        case 15: return launch_blocks<HadamardLayout<T, 15, 6, kHalf ? 1 : 2>, kHalf, 1>(p, device, stream);
-        default: return cudaErrorInvalidValue;
+      case 0:
+      case 1:
+      case 2:
+      case 3:
+      case 4:
+        return launch_warps<HadamardLayout<T, 4, 3>>(p, stream);
+      case 5:
+        return launch_warps<HadamardLayout<T, 5, 3>>(p, stream);
+      case 6:
+        return launch_warps<HadamardLayout<T, 6, 3>>(p, stream);
+      case 7:
+        return launch_warps<HadamardLayout<T, 7, 3>>(p, stream);
+      case 8:
+        return launch_warps<HadamardLayout<T, 8, 4>>(p, stream);
+      case 9:
+        return launch_blocks<HadamardLayout<T, 9, 4, 0, true>, 4, 10, 0>(p, device, stream);
+      case 10:
+        return launch_blocks<HadamardLayout<T, 10, 4, 0, true>, 1, 20, 160>(p, device, stream);
+      case 11:
+        return launch_blocks<HadamardLayout<T, 11, 4, 0>, 1, 16, 80>(p, device, stream);
+      case 12:
+        return launch_blocks<HadamardLayout<T, 12, 5, 0, true>, 1, 7, 45>(p, device, stream);
+      case 13:
+        return launch_blocks<HadamardLayout<T, 13, 6, 0, true>, 1, 4, 30>(p, device, stream);
+      case 14:
+        return launch_blocks<HadamardLayout<T, 14, 6, 0, true>, 1, 2, 17>(p, device, stream);
+      case 15:
+        return launch_blocks<HadamardLayout<T, 15, 6, 1>, 1, 1, kStays>(p, device, stream);
     }
+  } else {
+    switch (p.log_block) {
+      case 0:
+      case 1:
+      case 2:
+      case 3:
+      case 4:
+      case 5:
+        return launch_warps<HadamardLayout<T, 5, 2>>(p, stream);
+      case 6:
+        return launch_warps<HadamardLayout<T, 6, 2>>(p, stream);
+      case 7:
+        return launch_warps<HadamardLayout<T, 7, 2>>(p, stream);
+      case 8:
+        return launch_warps<HadamardLayout<T, 8, 3>>(p, stream);
+      case 9:
+        return launch_blocks<HadamardLayout<T, 9, 3>, 2, 1, 0>(p, device, stream);
+      case 10:
+        return launch_blocks<HadamardLayout<T, 10, 4>, 1, 1, 0>(p, device, stream);
+      case 11:
+        return launch_blocks<HadamardLayout<T, 11, 4>, 1, 1, 40>(p, device, stream);
+      case 12:
+        return launch_blocks<HadamardLayout<T, 12, 4>, 1, 1, 40>(p, device, stream);
+      case 13:
+        return launch_blocks<HadamardLayout<T, 13, 5>, 1, 1, 20>(p, device, stream);
+      case 14:
+        return launch_blocks<HadamardLayout<T, 14, 5>, 1, 2, 15>(p, device, stream);
+      case 15:
+        return launch_blocks<HadamardLayout<T, 15, 5>, 1, 1, 8>(p, device, stream);
+    }
+  }
+  return cudaErrorInvalidValue;
 }
 
 template <typename T>
 cudaError_t launch_hadamard(const HadamardArgs& args, cudaStream_t stream) {
-    constexpr int kVector = 16 / sizeof(T);
-    HadamardParams<T> p;
-    p.x = static_cast<const T*>(args.x);
-    p.y = static_cast<T*>(args.y);
-    p.signs = static_cast<const T*>(args.signs);
-    p.total = args.total;
-    p.row_stride = args.row_stride;
-    p.axis = static_cast<uint32_t>(args.axis / kVector);
-    p.split = args.signs != nullptr || args.row_stride != args.axis;
-    p.scale = static_cast<float>(args.scale);
-    p.log_block = 0;
-    while (1 << p.log_block < args.block) ++p.log_block;
-    return launch_sized(p, args.device, stream);
+  constexpr int kVector = 16 / sizeof(T);
+  HadamardParams<T> p;
+  p.x = static_cast<const T*>(args.x);
+  p.y = static_cast<T*>(args.y);
+  p.signs = static_cast<const T*>(args.signs);
+  p.total = args.total;
+  p.row_stride = args.row_stride;
+  p.axis = static_cast<uint32_t>(args.axis / kVector);
+  p.split = args.signs != nullptr || args.row_stride != args.axis;
+  p.scale = static_cast<float>(args.scale);
+  p.log_block = 0;
+  while (1 << p.log_block < args.block) ++p.log_block;
+  return launch_sized(p, args.device, stream);
 }
 
 }  // namespace halo_train::detail
