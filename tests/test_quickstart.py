@@ -35,6 +35,7 @@ def test_a_shortened_quickstart_runs_from_any_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_quickstart_learns_as_the_readme_says(tmp_path: Path) -> None:
     done = _run(tmp_path)
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halo_train.recipes import finetune
 from halo_train.training import logging as run_logging
+from halo_train.training.checkpoint import latest_checkpoint
 from halo_train.training.config import load_config
 from halo_train.training.errors import Interrupted, RunFailed, UserError
 
@@ -44,6 +45,11 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "export" / "model.safetensors")
+
+
+def _steps_saved(run: Path) -> int:
+    last = latest_checkpoint(run / "checkpoints")
+    return int(last.name.removeprefix("step-")) if last else 0
 
 
 def test_a_run_leaves_everything_promised(finished: Path) -> None:
@@ -334,19 +340,33 @@ def test_wandb_gets_every_step_and_never_asks_for_a_key(
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_lose_nothing(finished: Path, tmp_path: Path) -> None:
-    file = write_run(tmp_path)
-    command = [sys.executable, "-m", "halo_train.cli", "run", str(file), "run.resume=true"]
+def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    overrides = ["train.steps=60", "save.every=1"]  # much of the time goes into saving
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    finetune.run(load_config(write_run(whole), overrides))
+    run = killed / "runs" / "tiny"
+    command = [
+        sys.executable,
+        "-m",
+        "halo_train.cli",
+        "run",
+        str(write_run(killed)),
+        "run.resume=true",
+        *overrides,
+    ]
     moments = random.Random(0)
-    kills = 0
-    while kills < 5:
+    for kill in range(5):
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(moments.uniform(4, 12))
-        if child.poll() is None:
-            child.kill()
-        assert child.wait() in (0, -signal.SIGKILL)
-        kills += 1
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    run = tmp_path / "runs" / "tiny"
-    assert metrics(run) == metrics(finished)
-    assert all(torch.equal(value, _weights(finished)[name]) for name, value in _weights(run).items())
+        while _steps_saved(run) < 10 * kill + 3:
+            assert child.poll() is None
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.2))
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert metrics(run) == metrics(whole / "runs" / "tiny")
+    expected = _weights(whole / "runs" / "tiny")
+    assert all(torch.equal(value, expected[name]) for name, value in _weights(run).items())
