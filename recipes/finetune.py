@@ -214,7 +214,12 @@ def train(
     errors = measure(model, data, device)
     export_model(revert(model), data.tokenizer, folder / "export")
     return Result(
-        recipe, peak_memory_gib=peak, errors=errors, **summarise(read_metrics(folder / "metrics.jsonl"))
+        recipe=recipe,
+        layers_converted=len(conversion.converted),
+        layers_left_alone=len(conversion.skipped),
+        peak_memory_gib=peak,
+        errors=errors,
+        **summarise(read_metrics(folder / "metrics.jsonl")),
     )
 
 

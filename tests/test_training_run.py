@@ -81,6 +81,7 @@ def test_the_summary_compares_with_the_twin(finished: Path) -> None:
     # Close, but not equal: equal losses would mean that the run was not in 8 bits at all.
     assert 0 < abs(summary["valid_loss_gap_to_bf16"]) < 0.1
     assert summary["valid_loss_gap_to_bf16"] == summary["valid_after"] - twin["valid_after"]
+    assert (summary["layers_converted"], summary["layers_left_alone"]) == (14, 2)
     assert len(summary["errors"]) == 14
     for layer, products in summary["errors"].items():
         for product, error in products.items():

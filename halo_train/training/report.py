@@ -36,6 +36,9 @@ class Result:
     """What a finished run came to. Losses are nats per trained token."""
 
     recipe: str
+    layers_converted: int
+    layers_left_alone: int
+    """Modules with a matrix weight that the recipe does not touch, such as embeddings."""
     valid_before: float
     valid_after: float
     train_loss: float
@@ -116,6 +119,7 @@ def comparison_table(run: Result, twin: Result | None, emulated: bool) -> Table:
     if run.peak_memory_gib is not None:
         table.add_row("peak GPU memory, GiB", *(f"{result.peak_memory_gib:.2f}" for result in results))
 
+    table.add_row("layers converted", *(str(result.layers_converted) for result in results))
     table.add_section()
     table.add_row("[bold]SQNR in dB[/bold]", *["[bold]" + " / ".join(PRODUCTS) + "[/bold]"] * len(results))
     table.add_row("median layer", *(_over_layers(result, "sqnr_db") for result in results))
