@@ -126,19 +126,17 @@ class HaloLinearFunction(torch.autograd.Function):
 
 def quantize_operands(x: Tensor, weight: Tensor, equalizer: Tensor | None, config: HaloConfig) -> Operands:
     """Pads, equalises, rotates and rounds X [M, K] and W [N, K] (docs/numerics.md, eq. 3)."""
-    x = _pad(x, MULTIPLE, MULTIPLE)
+    x, weight = _pad(x, MULTIPLE, MULTIPLE), _pad(weight, MULTIPLE, MULTIPLE)
     block = largest_block(x.shape[1]) if config.rotate_k else 1
-    inverse = None if equalizer is None else 1 / _pad_vector(equalizer, x.shape[1])
-    q = quantize(x, config.format, scaling=config.scaling, block=block, col_scale=inverse)
-    return Operands(q, quantize_weight(weight, equalizer, config), block)
-
-
-def quantize_weight(weight: Tensor, equalizer: Tensor | None, config: HaloConfig) -> Quantized:
-    """W [N, K] as in :func:`quantize_operands`; with row scales, rows may be rounded apart from each other."""
-    weight = _pad(weight, MULTIPLE, MULTIPLE)
-    block = largest_block(weight.shape[1]) if config.rotate_k else 1
-    d = None if equalizer is None else _pad_vector(equalizer, weight.shape[1])
-    return quantize(weight, config.format, scaling=config.scaling, block=block, col_scale=d)
+    d = inverse = None
+    if equalizer is not None:
+        d = _pad_vector(equalizer, x.shape[1])
+        inverse = 1 / d
+    return Operands(
+        quantize(x, config.format, scaling=config.scaling, block=block, col_scale=inverse),
+        quantize(weight, config.format, scaling=config.scaling, block=block, col_scale=d),
+        block,
+    )
 
 
 def quantize_grad_for_dgrad(e: Tensor, w_scale: Tensor, config: HaloConfig) -> Quantized:

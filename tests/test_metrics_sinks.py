@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -62,10 +63,21 @@ def test_jsonl_writes_nan_as_null(tmp_path):
 
 def read_wandb(folder) -> list[dict]:
     """History rows of an offline run, from its transaction log: protocol buffers in LevelDB's log format."""
+    (file,) = folder.rglob("run-*.wandb")
+    rows, kinds = [], set()
+    for _ in range(300):
+        rows, kinds = parse_wandb(file.read_bytes())
+        if "exit" in kinds:  # another process writes the file
+            break
+        time.sleep(0.1)
+    return rows
+
+
+def parse_wandb(data: bytes) -> tuple[list[dict], set[str]]:
+    """History rows and kinds of all records."""
     from wandb.proto import wandb_internal_pb2
 
-    (file,) = folder.rglob("run-*.wandb")
-    data, position, rows, payload = file.read_bytes(), 7, [], b""
+    position, rows, kinds, payload = 7, [], set(), b""
     while position + 7 <= len(data):
         left = 32768 - position % 32768
         if left < 7:
@@ -80,8 +92,9 @@ def read_wandb(folder) -> list[dict]:
             rows += (
                 [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}] if items else []
             )
+            kinds.add(record.WhichOneof("record_type"))
             payload = b""
-    return rows
+    return rows, kinds
 
 
 def test_wandb_offline(tmp_path, monkeypatch):

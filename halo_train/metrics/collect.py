@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from ..config import HaloConfig, did_you_mean, resolve_recipe
 from ..linear import HaloLinear, halo_linears
 from .probe import LayerProbe
-from .sample import GROUPS, HISTOGRAM, STATS, QuantSample, SampleSize, Values
+from .sample import STATS, QuantSample, SampleSize, Values
+from .statistics import STATS_OF, Reduction, finish
 
 Sink = Callable[[QuantSample], None]
 """Something that a sampled step is handed to; :mod:`halo_train.metrics.sinks` has several."""
@@ -117,7 +118,7 @@ class QuantMetrics:
 
     def _begin_step(self) -> None:
         self._pending: dict[str, LayerProbe] = {}
-        self._results: dict[str, dict[tuple[str, str], Tensor]] = {}
+        self._results: dict[str, dict[str, list[Reduction]]] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
         following = self.step_number + 1
         if following > 1 and following % self.every:
@@ -163,18 +164,24 @@ class QuantMetrics:
             self._generators[device] = generator
         return self._generators[device]
 
-    def _read(self, results: dict[str, dict[tuple[str, str], Tensor]]) -> QuantSample:
-        """Brings everything over in one transfer from each device."""
+    def _read(self, results: dict[str, dict[str, list[Reduction]]]) -> QuantSample:
+        """Finishes the statistics and brings everything over in one transfer from each device."""
         values: Values = {}
         histograms: dict[str, dict[str, list[float]]] = {}
-        places = [(layer, *key) for layer in self.layers if layer in results for key in results[layer]]
-        vectors = [results[layer][part, group] for layer, part, group in places]
-        for (layer, part, group), vector in zip(places, _to_lists(vectors), strict=True):
-            if group == HISTOGRAM:
+        places = [
+            (layer, part, reduction)
+            for layer in self.layers
+            for part, reductions in results.get(layer, {}).items()
+            for reduction in reductions
+        ]
+        vectors = finish([reduction for _, _, reduction in places])
+        for (layer, part, reduction), vector in zip(places, _to_lists(vectors), strict=True):
+            if reduction.kind == "exponents":
                 histograms.setdefault(layer, {})[part] = vector
             else:
-                named = dict(zip(GROUPS[group], vector, strict=True))
-                values.setdefault(layer, {})[part] = {k: v for k, v in named.items() if k in self._stats}
+                named = zip(STATS_OF[reduction.kind], vector, strict=True)
+                stats = values.setdefault(layer, {}).setdefault(part, {})
+                stats.update({name: value for name, value in named if name in self._stats})
         recipes = {layer: self.layers[layer].config.name for layer in values}
         return QuantSample(self.step_number, self.size, recipes, values, histograms)
 

@@ -10,9 +10,41 @@ from torch import Tensor
 
 from ..config import HaloConfig, Scaling
 from ..functional import pad_tokens, quantize_grad_for_dgrad, quantize_grad_for_wgrad
+from ..gemm import MULTIPLE
 from ..hadamard import hadamard_transform, largest_block
 from ..quantize import Quantized, quantize
 from ..reference import QMAX
+
+
+class RotatedOperand:
+    """X or W under several recipes: equalised and rotated once for all that share it, then rounded for each.
+
+    What comes out is what ``quantize_operands`` rounds, which does both in one operator.
+
+    Args:
+        a: [R, K]. factor: what equalisation multiplies its columns by, [K], or None.
+    """
+
+    def __init__(self, a: Tensor, factor: Tensor | None) -> None:
+        rows, width = a.shape
+        self._a = _pad(a, -rows % MULTIPLE, -width % MULTIPLE)
+        self._factor = None if factor is None else F.pad(factor, (0, -width % MULTIPLE), value=1.0)
+        self._rotated: dict[tuple[bool, bool], Tensor] = {}
+
+    def exact(self, config: HaloConfig) -> Tensor:
+        """[R', K'], padded to multiples of 16: what the recipe rounds."""
+        factor = self._factor if config.equalize else None
+        key = (factor is not None, config.rotate_k)
+        if not any(key):
+            return self._a
+        if key not in self._rotated:
+            y = self._a.to(torch.promote_types(self._a.dtype, torch.float32))
+            y = y if factor is None else y * factor
+            self._rotated[key] = hadamard_transform(y) if config.rotate_k else y
+        return self._rotated[key]
+
+    def rounded(self, config: HaloConfig) -> Quantized:
+        return quantize(self.exact(config), config.format, scaling=config.scaling)
 
 
 def take_rows(q: Quantized, rows: Tensor | slice) -> Quantized:
@@ -72,12 +104,12 @@ def grad_rows(
     width = w.data.shape[0]
     if config.rotate_m_dgrad:
         # Every token is mixed into every row.
-        whole = pad_tokens(F.pad(e, (0, width - e.shape[1], 0, -e.shape[0] % 16)))
+        whole = pad_tokens(_pad(e, -e.shape[0] % MULTIPLE, width - e.shape[1]))
         q = quantize_grad_for_dgrad(whole, w.scale, config)
         values = hadamard_transform(q.dequantize(), axis=0)[tokens]
         q = take_rows(q, tokens)
     else:
-        rows = F.pad(e[tokens], (0, width - e.shape[1]))
+        rows = _pad(e[tokens], 0, width - e.shape[1])
         if config.scaling is Scaling.TENSORWISE:
             rows = _with_row(rows, amax)
         q = take_rows(quantize_grad_for_dgrad(rows, w.scale, config), slice(len(tokens)))
@@ -125,6 +157,11 @@ def _with_row(rows: Tensor, amax: Tensor) -> Tensor:
     # One scale for all is that of the whole tensor when the sample holds its largest value.
     extra = F.pad(amax.to(rows.dtype).reshape(1, 1), (0, rows.shape[1] - 1))
     return torch.cat([rows, extra])
+
+
+def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
+    # Padding by nothing would copy.
+    return F.pad(x, (0, columns, 0, rows)) if rows or columns else x
 
 
 def _bytes(data: Tensor) -> Tensor:

@@ -8,22 +8,12 @@ from collections.abc import Sequence
 from statistics import median
 
 from .products import PRODUCTS
-from .statistics import OUTLIER_STATS, PRODUCT_STATS, ROUNDING_STATS, WHOLE_STATS
+from .statistics import STATS_OF
 
-GROUPS = {
-    "whole": (*WHOLE_STATS, "nonfinite", *OUTLIER_STATS),
-    "tensor": (*WHOLE_STATS, "nonfinite", *OUTLIER_STATS, *ROUNDING_STATS),
-    "operand": (*WHOLE_STATS, *OUTLIER_STATS, *ROUNDING_STATS),
-    "product": PRODUCT_STATS,
-}
-"""Names of the values that are measured together; docs/metrics.md defines each."""
+STATS = tuple(dict.fromkeys(name for names in STATS_OF.values() for name in names))
+"""Every stat of a tensor or product; docs/metrics.md defines each."""
 
-HISTOGRAM = "exponents"
-"""Name of the group that holds :func:`halo_train.metrics.statistics.exponent_histogram`."""
-
-STATS = tuple(dict.fromkeys(name for names in GROUPS.values() for name in names))
-
-HIGH_IS_BAD = ("crest", "kurtosis", "nonfinite", "underflow", "saturation", *OUTLIER_STATS)
+HIGH_IS_BAD = ("crest", "kurtosis", "nonfinite", "underflow", "saturation", "row_outliers", "column_outliers")
 LOW_IS_BAD = ("sqnr_db", "median_db", "p10_db", "min_db", "cosine")
 
 CHARTED = ("sqnr_db", "median_db", "p10_db", "underflow", "crest", "nonfinite")

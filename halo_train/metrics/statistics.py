@@ -1,4 +1,8 @@
-"""Statistics of tensors and of products, on the device and without waiting for it: 0-dimensional tensors out, in float64.
+"""Statistics of tensors and of products, on the device and without waiting for it, in two stages.
+
+While a layer runs, its tensors are reduced to a few sums by row, a handful of kernels each (:class:`Reduction`). At the end
+of the step the sums of all layers are finished together, kind by kind, in batches: kernel launches, not arithmetic, would
+otherwise be most of the cost.
 
 Rounding is compared in rows: tokens of X, E, Y and dX, output channels of W, columns of dW. A row without signal (padding)
 or whose exact values are not finite has no signal-to-noise ratio and does not count; a row that only its rounding made
@@ -8,174 +12,223 @@ non-finite counts as -300 dB, one that is exact as 300 dB.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-PRODUCT_STATS = ("sqnr_db", "median_db", "p10_db", "min_db", "cosine", "bias")
-"""Of one product against the same in high precision; see docs/metrics.md."""
-
-ROUNDING_STATS = ("kurtosis", "underflow", "saturation", "sqnr_db", "median_db", "p10_db", "min_db")
-"""Of sampled rows before and after they are rounded."""
-
-WHOLE_STATS = ("amax", "rms", "crest")
-OUTLIER_STATS = ("row_outliers", "column_outliers")
+DB_LIMIT = 300.0
 
 HISTOGRAM_BINS = 32
 """Binary orders of magnitude below the largest value; the last bin holds all that is smaller still."""
 
-DB_LIMIT = 300.0
+_EXPONENTS = (-149, 128)
+"""Of the smallest and the largest float32: range of the histogram before it is shifted to the largest value."""
 
 _QUANTILES = (0.5, 0.1, 0.0)
 
 
-class WholeTensor(NamedTuple):
-    """Reductions of a matrix [R, Q] in a few passes over its own dtype; sums are of x times ``unit``, a power of two."""
+class Reduction(NamedTuple):
+    """Sums of one tensor or product from which its statistics are finished."""
 
-    unit: Tensor
-    """Brings amax into [0.5, 1), so that float32 sums of squares neither under- nor overflow."""
+    kind: str
+    """Key of :data:`STATS_OF`."""
+    sums: tuple[Tensor, ...]
+    """Vectors over rows and scalars."""
+    length: int = 0
+    """Elements that a sum is over, where the kind needs it."""
+
+
+class WholeTensor(NamedTuple):
+    """Reductions of a matrix [R, Q], each one pass over its own dtype; float64, in which no square over- or underflows."""
+
     row_amax: Tensor
-    """[R] in the dtype of x and not scaled; what follows is float64: [R], [R], [Q], [Q]."""
-    row_squares: Tensor
+    row_norm: Tensor
     row_sum: Tensor
-    col_squares: Tensor
+    col_norm: Tensor
     col_sum: Tensor
+
+    @staticmethod
+    def of(x: Tensor) -> WholeTensor:
+        """x: [R, Q], any floating-point dtype, both dimensions at least 1."""
+        wide = torch.float64
+        return WholeTensor(
+            torch.linalg.vector_norm(x, math.inf, dim=1).to(wide),
+            torch.linalg.vector_norm(x, dim=1, dtype=wide),
+            x.sum(1, dtype=wide),
+            torch.linalg.vector_norm(x, dim=0, dtype=wide),
+            x.sum(0, dtype=wide),
+        )
 
     def amax(self) -> Tensor:
         return self.row_amax.max()
 
     def rms(self, row_scale: Tensor | None = None, col_scale: Tensor | None = None) -> Tensor:
-        """Of diag(row_scale) x or x diag(col_scale), float64."""
-        squares, scale = (self.row_squares, row_scale) if col_scale is None else (self.col_squares, col_scale)
-        total = (squares if scale is None else squares * scale.double().square()).sum()
-        return (total / (self.row_squares.numel() * self.col_squares.numel())).sqrt() / self.unit
+        """Of x, of diag(row_scale) x or of x diag(col_scale)."""
+        norms, scale = (self.row_norm, row_scale) if col_scale is None else (self.col_norm, col_scale)
+        scaled = norms if scale is None else norms * scale
+        return torch.linalg.vector_norm(scaled) / math.sqrt(len(self.row_norm) * len(self.col_norm))
 
-    def stats(self) -> Tensor:
-        """[6]: amax, rms, crest, share of rows with NaN or inf, row and column outliers."""
-        amax, rms = self.amax().double(), self.rms()
-        broken = (~torch.isfinite(self.row_squares)).double().mean()
-        rows, columns = self.row_squares.numel(), self.col_squares.numel()
-        row_variance = _variance(self.row_squares, self.row_sum, columns)
-        col_variance = _variance(self.col_squares, self.col_sum, rows)
-        return torch.stack(
-            [
-                amax,
-                rms,
-                amax / rms,
-                broken,
-                outlier_statistic(row_variance, columns),
-                outlier_statistic(col_variance, rows),
-            ]
-        )
-
-    @staticmethod
-    def of(x: Tensor) -> WholeTensor:
-        """x: [R, Q], any floating-point dtype, both dimensions at least 1."""
-        row_amax = torch.linalg.vector_norm(x, math.inf, dim=1)
-        amax = row_amax.max().double()
-        usable = torch.isfinite(amax) & (amax > 0)
-        unit = torch.where(usable, torch.ldexp(torch.ones_like(amax), -torch.frexp(amax).exponent), 1.0)
-        # bfloat16 has the exponents of float32: scaling by a power of two is exact in it and halves the traffic.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        z = (x if x.dtype == torch.bfloat16 else x.to(wide)) * unit.to(wide)
-        return WholeTensor(
-            unit,
-            row_amax,
-            torch.linalg.vector_norm(z, 2, dim=1, dtype=wide).double().square(),
-            z.sum(1, dtype=wide).double(),
-            torch.linalg.vector_norm(z, 2, dim=0, dtype=wide).double().square(),
-            z.sum(0, dtype=wide).double(),
-        )
+    def reductions(self) -> list[Reduction]:
+        """For amax, rms, crest, nonfinite and both outlier statistics."""
+        rows, columns = len(self.row_norm), len(self.col_norm)
+        return [
+            Reduction("scale", (self.amax(), self.rms())),
+            Reduction("rows", (_variance(self.row_norm, self.row_sum, columns),), columns),
+            Reduction("columns", (_variance(self.col_norm, self.col_sum, rows),), rows),
+        ]
 
 
-def outlier_statistic(variances: Tensor, samples: int) -> Tensor:
-    """How unequal the variances of rows (or columns) are: 1 for independent Gaussians, large when few rows are hot.
-
-    cv / sqrt(2 / (samples - 1)), cv = standard deviation over mean: AdaHOP's detection statistic (arXiv 2604.02525).
-
-    Args:
-        variances: [R] variance of each row. samples: elements in a row.
-    """
-    cv = variances.std() / variances.mean()
-    return cv / math.sqrt(2 / (samples - 1)) if samples > 1 else cv * math.nan
-
-
-def matrix_outliers(x: Tensor) -> Tensor:
-    """[2]: row and column outlier statistic of x [R, Q]."""
-    return torch.stack([outlier_statistic(x.var(1), x.shape[1]), outlier_statistic(x.var(0), x.shape[0])])
+def sampled_reductions(before: Tensor) -> list[Reduction]:
+    """For both outlier statistics and the histogram of exponents of sampled rows [R, Q], float64."""
+    rows, columns = before.shape
+    low, high = _EXPONENTS
+    counts = torch.histc(before.abs().log2(), high - low, low, high)
+    return [
+        Reduction("rows", (before.var(1),), columns),
+        Reduction("columns", (before.var(0),), rows),
+        Reduction("exponents", (counts,)),
+    ]
 
 
-def rounding_stats(before: Tensor, after: Tensor, saturated: Tensor) -> Tensor:
-    """[T, 7] in the order of :data:`ROUNDING_STATS`.
+def rounding_reductions(before: Tensor, after: Tensor, saturated: Tensor) -> list[Reduction]:
+    """One for each of T tensors.
 
     Args:
         before, after: [T, R, Q] float64, values of sampled rows before and after rounding.
         saturated: [T, R, Q] bool, at the largest value of the format.
     """
-    square = before.square()
-    scale = square.mean((-2, -1))
-    kurtosis = (square / scale[:, None, None]).square().mean((-2, -1))
-    # Zeros (padding) have nothing to lose: shares are of the nonzero elements.
-    nonzero = before != 0
-    count = nonzero.sum((-2, -1)).clamp(min=1).double()
-    underflow = (nonzero & (after == 0)).sum((-2, -1)) / count
-    saturation = (nonzero & saturated).sum((-2, -1)) / count
-    norm_wise, per_row = _sqnr(before, after)
-    return torch.stack([kurtosis, underflow, saturation, norm_wise, *_spread(per_row)], -1)
+    count = before[0].numel()
+    sums = (
+        torch.linalg.vector_norm(before, dim=-1),
+        torch.linalg.vector_norm(after - before, dim=-1),
+        torch.linalg.vector_norm(before, 4, dim=(-2, -1)),
+        (before != 0).sum((-2, -1), dtype=before.dtype),
+        (after != 0).sum((-2, -1), dtype=before.dtype),
+        saturated.sum((-2, -1), dtype=before.dtype),
+    )
+    return [Reduction("rounding", part, count) for part in zip(*(s.unbind() for s in sums), strict=True)]
 
 
-def product_stats(exact: Tensor, approximate: Tensor) -> Tensor:
-    """[T, 6] in the order of :data:`PRODUCT_STATS`.
+def product_reductions(exact: Tensor, approximate: Tensor) -> list[Reduction]:
+    """One for each of T roundings.
 
     Args:
-        exact: [R, Q] float64. approximate: [T, R, Q] float64, the same product with T roundings.
+        exact: [R, Q] float64. approximate: [T, R, Q] float64.
     """
-    norm_wise, per_row = _sqnr(exact.expand_as(approximate), approximate)
-    overlap = (approximate * exact).sum((-2, -1))
-    energy, own = exact.square().sum(), approximate.square().sum((-2, -1))
-    return torch.stack(
-        [norm_wise, *_spread(per_row), overlap / (energy * own).sqrt(), overlap / energy - 1], -1
+    signal = torch.linalg.vector_norm(exact, dim=-1)
+    sums = (
+        torch.linalg.vector_norm(approximate - exact, dim=-1),
+        (approximate * exact).sum((-2, -1)),
+        torch.linalg.vector_norm(approximate, dim=(-2, -1)),
     )
+    return [Reduction("product", (signal, *part)) for part in zip(*(s.unbind() for s in sums), strict=True)]
 
 
-def exponent_histogram(x: Tensor) -> Tensor:
-    """Shares of the nonzero finite elements by binary order below the largest, [HISTOGRAM_BINS].
+def finish(reductions: Sequence[Reduction]) -> list[Tensor]:
+    """The statistics of each reduction, float64 vectors in the order of :data:`STATS_OF` (32 shares for exponents)."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, (kind, sums, length) in enumerate(reductions):
+        key = (kind, length, sums[0].device, *(s.shape for s in sums))
+        groups.setdefault(key, []).append(i)
+    found: dict[int, Tensor] = {}
+    for members in groups.values():
+        kind, sums, length = reductions[members[0]]
+        stacked = [torch.stack([reductions[i].sums[field] for i in members]) for field in range(len(sums))]
+        found.update(zip(members, _FINISH[kind](length, *stacked).unbind(), strict=True))
+    return [found[i] for i in range(len(reductions))]
 
-    Bin 0 holds the elements with the exponent of amax, bin b those with an exponent b lower.
+
+# Below, B is the number of tensors that are finished together.
+
+
+def _finish_scale(_: int, amax: Tensor, rms: Tensor) -> Tensor:
+    return torch.stack([amax, rms, amax / rms], -1)
+
+
+def _finish_rows(columns: int, variance: Tensor) -> Tensor:
+    return torch.stack([_outliers(variance, columns), (~torch.isfinite(variance)).double().mean(-1)], -1)
+
+
+def _finish_columns(rows: int, variance: Tensor) -> Tensor:
+    return _outliers(variance, rows)[:, None]
+
+
+def _finish_rounding(
+    count: int,
+    signal: Tensor,
+    noise: Tensor,
+    fourth: Tensor,
+    nonzero: Tensor,
+    kept: Tensor,
+    saturated: Tensor,
+) -> Tensor:
+    # Fourth root and square roots are what the norms return; their ratio stays in range.
+    kurtosis = count * (fourth / torch.linalg.vector_norm(signal, dim=-1)) ** 4
+    some = nonzero.clamp(min=1)
+    # Zeros (padding) have nothing to lose: shares are of the nonzero elements.
+    underflow, saturation = (nonzero - kept) / some, saturated / some
+    return torch.stack([kurtosis, underflow, saturation, *_sqnr(signal, noise)], -1)
+
+
+def _finish_product(_: int, signal: Tensor, noise: Tensor, overlap: Tensor, own: Tensor) -> Tensor:
+    exact = torch.linalg.vector_norm(signal, dim=-1)
+    return torch.stack([*_sqnr(signal, noise), overlap / exact / own, overlap / exact / exact - 1], -1)
+
+
+def _finish_exponents(_: int, counts: Tensor) -> Tensor:
+    bins = torch.arange(counts.shape[-1], device=counts.device)
+    top = torch.where(counts > 0, bins, 0).amax(-1, keepdim=True)
+    order = top - bins[: HISTOGRAM_BINS - 1]
+    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    near = torch.where(order >= 0, shares.gather(-1, order.clamp(min=0)), 0.0)
+    rest = shares.sum(-1, keepdim=True) - near.sum(-1, keepdim=True)
+    return torch.cat([near, rest.clamp(min=0)], -1)
+
+
+STATS_OF: dict[str, tuple[str, ...]] = {
+    "scale": ("amax", "rms", "crest"),
+    "rows": ("row_outliers", "nonfinite"),
+    "columns": ("column_outliers",),
+    "rounding": ("kurtosis", "underflow", "saturation", "sqnr_db", "median_db", "p10_db", "min_db"),
+    "product": ("sqnr_db", "median_db", "p10_db", "min_db", "cosine", "bias"),
+    "exponents": (),
+}
+"""Names of what each kind of reduction is finished to; docs/metrics.md defines them."""
+
+_FINISH: dict[str, Callable[..., Tensor]] = {
+    "scale": _finish_scale,
+    "rows": _finish_rows,
+    "columns": _finish_columns,
+    "rounding": _finish_rounding,
+    "product": _finish_product,
+    "exponents": _finish_exponents,
+}
+
+
+def _outliers(variance: Tensor, samples: int) -> Tensor:
+    """How unequal the variances [B, R] of rows of ``samples`` elements are: AdaHOP's statistic (arXiv 2604.02525).
+
+    Standard deviation over mean, divided by sqrt(2 / (samples - 1)): 1 for independent Gaussians.
     """
-    exponent = torch.frexp(x).exponent.to(torch.float32)
-    counted = torch.isfinite(x) & (x != 0)
-    top = torch.where(counted, exponent, -math.inf).max()
-    order = torch.where(counted, (top - exponent).clamp(max=HISTOGRAM_BINS - 1), -1.0)
-    counts = torch.histc(order, HISTOGRAM_BINS, -0.5, HISTOGRAM_BINS - 0.5)
-    return (counts / counts.sum().clamp(min=1)).double()
+    cv = variance.std(-1) / variance.mean(-1)
+    return cv / math.sqrt(2 / (samples - 1)) if samples > 1 else cv * math.nan
 
 
-def _variance(squares: Tensor, total: Tensor, count: int) -> Tensor:
-    return ((squares - total.square() / count) / max(count - 1, 1)).clamp(min=0)
+def _variance(norm: Tensor, total: Tensor, count: int) -> Tensor:
+    return ((norm.square() - total.square() / count) / max(count - 1, 1)).clamp(min=0)
 
 
-def _sqnr(exact: Tensor, approximate: Tensor) -> tuple[Tensor, Tensor]:
-    """Norm-wise SQNR [T] and that of every row [T, R], in dB; NaN where there is none."""
-    signal, noise = exact.square().sum(-1), (approximate - exact).square().sum(-1)
-    per_row = _decibel(signal, noise)
-    per_row = torch.where(torch.isfinite(noise), per_row, -DB_LIMIT)
+def _sqnr(signal: Tensor, noise: Tensor) -> list[Tensor]:
+    """Norm-wise SQNR, then median, tenth percentile and minimum over rows [B, R], in dB; NaN where there is none."""
+    per_row = torch.where(torch.isfinite(noise), _decibel(signal, noise), -DB_LIMIT)
     per_row = torch.where(torch.isfinite(signal) & (signal > 0), per_row, math.nan)
-    total = signal.sum(-1)
-    return torch.where(total > 0, _decibel(total, noise.sum(-1)), math.nan), per_row
-
-
-def _decibel(signal: Tensor, noise: Tensor) -> Tensor:
-    return (10 * torch.log10(signal / noise)).clamp(-DB_LIMIT, DB_LIMIT)
-
-
-def _spread(per_row: Tensor) -> list[Tensor]:
-    """Median, tenth percentile and minimum of [T, R] over the rows that are not NaN; NaN where there is none."""
+    total, lost = torch.linalg.vector_norm(signal, dim=-1), torch.linalg.vector_norm(noise, dim=-1)
+    found = [torch.where(total > 0, _decibel(total, lost), math.nan)]
     # torch.nanquantile sorts again for every quantile, and takes several only as a tensor that has to be sent over.
     ordered = per_row.sort(-1).values
     last = (~torch.isnan(per_row)).sum(-1, keepdim=True) - 1
-    found = []
     for quantile in _QUANTILES:
         position = (quantile * last.double()).clamp(min=0)
         low = position.floor().long()
@@ -183,3 +236,7 @@ def _spread(per_row: Tensor) -> list[Tensor]:
         below, above = ordered.gather(-1, low), ordered.gather(-1, high)
         found.append((below + (above - below) * (position - low)).squeeze(-1))
     return found
+
+
+def _decibel(signal: Tensor, noise: Tensor) -> Tensor:
+    return (20 * torch.log10(signal / noise)).clamp(-DB_LIMIT, DB_LIMIT)
