@@ -16,47 +16,16 @@
 #include <string>
 #include <vector>
 
+#include "binding_helpers.h"
 #include "hadamard.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
+using halo_train::aligned;
+using halo_train::check_launch;
+using halo_train::empty;
+using halo_train::kernel_dtype;
 using torch::stable::Tensor;
-
-void check_launch(const char* op, cudaError_t error, int device) {
-  if (error == cudaSuccess) return;
-  std::string message = std::string("halo_train::") + op + ": " + cudaGetErrorString(error);
-  if (error == cudaErrorNoKernelImageForDevice) {
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    const std::string capability = std::to_string(major) + std::to_string(minor);
-    message += ": this GPU is sm_" + capability +
-               ", the kernels were built for " HALO_TRAIN_ARCHS
-               "; build them for it with HALO_TRAIN_CUDA_ARCHS=" +
-               capability + " pip install .";
-  } else if (error == cudaErrorLaunchOutOfResources) {
-    int bytes = 0;
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    message += ": the block needs more shared memory than the " + std::to_string(bytes / 1024) +
-               " KB that this GPU gives a thread block; use a smaller block";
-  }
-  STD_TORCH_CHECK(false, message);
-}
-
-Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), dtype, aoti_torch_device_type_cuda(),
-                                                  like.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Elements between rows if all axes but the last collapse into one, else -1.
 int64_t row_stride(const Tensor& x) {
@@ -75,21 +44,6 @@ int64_t row_stride(const Tensor& x) {
     expected = strides[i] * sizes[i];
   }
   return stride < 0 ? sizes[last] : stride;
-}
-
-std::optional<halo_train::DType> kernel_dtype(ScalarType type) {
-  switch (type) {
-    case ScalarType::BFloat16:
-      return halo_train::DType::kBFloat16;
-    case ScalarType::Half:
-      return halo_train::DType::kFloat16;
-    case ScalarType::Float:
-      return halo_train::DType::kFloat32;
-    case ScalarType::Double:
-      return halo_train::DType::kFloat64;
-    default:
-      return std::nullopt;
-  }
 }
 
 // The signs as the kernel reads them: x's dtype, dense, aligned, and long enough that a period is whole
@@ -130,13 +84,17 @@ Tensor hadamard(const Tensor& x, int64_t block, double scale, const std::optiona
   const int64_t vector = 16 / static_cast<int64_t>(x.element_size());
   const int64_t stride = row_stride(x);
   const bool dense = stride == axis || x.numel() == axis;
-  const bool direct = *dtype != halo_train::DType::kFloat64 && aligned(x.data_ptr()) &&
-                      (dense || (stride >= 0 && stride % vector == 0 && axis % vector == 0));
-  // Any other layout is copied to y and transformed there.
-  if (!direct) torch::stable::copy_(y, x);
+  const bool rows =
+      *dtype != halo_train::DType::kFloat64 && stride >= 0 && stride % vector == 0 && axis % vector == 0;
+  const bool direct = aligned(x.data_ptr()) && (dense || rows);
+  Tensor source = x;
+  if (!direct) {  // any other layout
+    source = empty(sizes, x);
+    torch::stable::copy_(source, x);
+  }
 
   halo_train::HadamardArgs args{};
-  args.x = direct ? x.data_ptr() : y.data_ptr();
+  args.x = source.data_ptr();
   args.y = y.data_ptr();
   args.dtype = *dtype;
   args.total = x.numel();
@@ -154,9 +112,7 @@ Tensor hadamard(const Tensor& x, int64_t block, double scale, const std::optiona
     // Dense here if repeats > 1: other layouts of rows that are not whole vectors were copied.
     if (repeats > 1) args.axis = args.row_stride = axis * repeats;
   }
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  check_launch("hadamard", halo_train::hadamard(args, static_cast<cudaStream_t>(stream)), device);
+  check_launch("hadamard", halo_train::hadamard(args, halo_train::current_stream(device)), device);
   return y;
 }
 

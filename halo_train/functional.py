@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import Format, HaloConfig, Scaling
 from .gemm import MULTIPLE, matmul
 from .hadamard import hadamard_transform, largest_block
-from .quantize import Quantized, quantize, quantize_transposed
+from .quantize import Quantized, quantize, quantize_grad, quantize_transposed
 
 _MIN_TOKEN_BLOCK = 256
 """A rotation along M spreads an outlier token over at least this many tokens; shorter axes are padded with zeros."""
@@ -111,13 +111,16 @@ class HaloLinearFunction(torch.autograd.Function):
         x_data, x_scale, w_data, w_scale, equalizer = ctx.saved_tensors
         config, (m, n, k) = ctx.config, ctx.shape
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        padded = _pad(e, MULTIPLE, MULTIPLE)
+        x, w = Quantized(x_data, x_scale), Quantized(w_data, w_scale)
+        for_dx, for_dw = _round_grad(_pad(e, MULTIPLE, MULTIPLE), x, w, needs_dx, needs_dw, config)
         dx = dw = db = None
-        if needs_dx:
-            dx = _dgrad(padded, Quantized(w_data, w_scale), config, ctx.x_dtype)
+        if for_dx is not None:
+            dx = matmul(for_dx, _contract_rows(w, config), ctx.x_dtype)
+            if config.rotate_m_dgrad:
+                dx = hadamard_transform(dx, axis=0)
             dx = _undo_k(dx, ctx.block, None if equalizer is None else 1 / equalizer)[:m, :k]
-        if needs_dw:
-            dw = _wgrad(padded, Quantized(x_data, x_scale), config, ctx.weight_dtype)
+        if for_dw is not None:
+            dw = matmul(for_dw, _contract_rows(x, config), ctx.weight_dtype)
             dw = _undo_k(dw, ctx.block, equalizer)[:n, :k]
         if needs_db:
             db = e.sum(0, dtype=torch.promote_types(e.dtype, torch.float32)).to(ctx.bias_dtype)
@@ -147,7 +150,7 @@ def quantize_grad_for_dgrad(e: Tensor, w_scale: Tensor, config: HaloConfig) -> Q
         return quantize(e, config.grad_format, col_scale=w_scale)
     block = largest_block(e.shape[0]) if config.rotate_m_dgrad else 1
     q = quantize(e.t() if block > 1 else e, config.grad_format, scaling=Scaling.TENSORWISE, block=block)
-    return Quantized(q.data.t().contiguous(), q.scale) if block > 1 else q
+    return Quantized(q.transposed_data(), q.scale) if block > 1 else q
 
 
 def quantize_grad_for_wgrad(e: Tensor, x_scale: Tensor, config: HaloConfig) -> Quantized:
@@ -155,20 +158,24 @@ def quantize_grad_for_wgrad(e: Tensor, x_scale: Tensor, config: HaloConfig) -> Q
     if config.scaling is Scaling.ROWWISE:
         return quantize_transposed(e, config.grad_format, x_scale)
     q = quantize(e, config.grad_format, scaling=Scaling.TENSORWISE)
-    return Quantized(q.data.t().contiguous(), q.scale)
+    return Quantized(q.transposed_data(), q.scale)
 
 
-def _dgrad(e: Tensor, w: Quantized, config: HaloConfig, dtype: torch.dtype) -> Tensor:
-    """(E W) H_K with W rotated: [M', K'], the rotation along K' still on it."""
-    if config.rotate_m_dgrad:
-        e = pad_tokens(e)
-    dx = matmul(quantize_grad_for_dgrad(e, w.scale, config), _contract_rows(w, config), dtype)
-    return hadamard_transform(dx, axis=0) if config.rotate_m_dgrad else dx
-
-
-def _wgrad(e: Tensor, x: Quantized, config: HaloConfig, dtype: torch.dtype) -> Tensor:
-    """(E^T X) H_K with X rotated: [N', K'], the rotation along K' still on it."""
-    return matmul(quantize_grad_for_wgrad(e, x.scale, config), _contract_rows(x, config), dtype)
+def _round_grad(
+    e: Tensor, x: Quantized, w: Quantized, needs_dx: bool, needs_dw: bool, config: HaloConfig
+) -> tuple[Quantized | None, Quantized | None]:
+    """E [M', N'] rounded for dgrad and for wgrad, each only if it is needed."""
+    if needs_dx and needs_dw and not config.rotate_m_dgrad:
+        if config.scaling is Scaling.ROWWISE:
+            return quantize_grad(e, config.grad_format, w.scale, x.scale)
+        q = quantize(e, config.grad_format, scaling=Scaling.TENSORWISE)
+        return q, Quantized(q.transposed_data(), q.scale)
+    return (
+        quantize_grad_for_dgrad(pad_tokens(e) if config.rotate_m_dgrad else e, w.scale, config)
+        if needs_dx
+        else None,
+        quantize_grad_for_wgrad(e, x.scale, config) if needs_dw else None,
+    )
 
 
 def _contract_rows(q: Quantized, config: HaloConfig) -> Quantized:
@@ -176,7 +183,7 @@ def _contract_rows(q: Quantized, config: HaloConfig) -> Quantized:
 
     Row scales lie on the contracted axis, where a GEMM cannot apply them: they are folded into the other operand.
     """
-    data = q.data.t().contiguous()
+    data = q.transposed_data()
     scale = q.scale.new_ones(data.shape[0]) if config.scaling is Scaling.ROWWISE else q.scale
     return Quantized(data, scale)
 

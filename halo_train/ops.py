@@ -1,8 +1,9 @@
 """The library's torch operators: schemas, shape checks, fake kernels, and which implementation serves which device.
 
 The only file that names ``torch.ops``. Each op has a reference in :mod:`halo_train.reference`, which is its CPU
-implementation. On CUDA an op in :data:`KERNEL_OPS` runs the kernel of the same name in ``csrc/`` and raises when the
-kernels are not built; the other ops run their reference on the GPU until a kernel is written for them.
+implementation. On CUDA an op in :data:`KERNEL_OPS` runs its kernel in ``csrc/`` and raises when the kernels are not
+built; the other ops run their reference on the GPU until a kernel is written for them. Quantising float64 values, or
+without rounding, is for checks: it is the reference on every device.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ from . import reference
 MAX_BLOCK = 32768
 """Largest Hadamard block of the CUDA kernel: one row of float32 has to fit the registers of one thread block."""
 
-KERNEL_OPS = ("hadamard",)
-"""Ops that have a CUDA kernel."""
+KERNEL_OPS = {
+    "hadamard": "hadamard.cu",
+    "quantize_rows": "quantize.cu",
+    "quantize_rows_transposed": "quantize.cu",
+    "quantize_grad": "quantize.cu",
+    "transpose_bytes": "quantize.cu",
+}
+"""Ops that have a CUDA kernel, and the file in ``csrc/`` that holds it."""
 
 _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "hadamard": (
@@ -36,6 +43,11 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         "(Tensor x, ScalarType dtype, Tensor row_scale) -> (Tensor, Tensor)",
         reference.quantize_rows_transposed,
     ),
+    "quantize_grad": (
+        "(Tensor e, ScalarType dtype, Tensor col_scale, Tensor row_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+        reference.quantize_grad,
+    ),
+    "transpose_bytes": ("(Tensor x) -> Tensor", reference.transpose_bytes),
     "quantize_tensor": (
         "(Tensor x, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
         reference.quantize_tensor,
@@ -67,6 +79,8 @@ def quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """8-bit rows of (x diag(col_scale)) H_block, one scale a row; see :func:`reference.quantize_rows`."""
     _check_matrix("quantize_rows", x, block, col_scale)
+    if not _has_kernel_types(x, dtype):
+        return reference.quantize_rows(x, dtype, block, col_scale)
     return torch.ops.halo_train.quantize_rows(x, dtype, block, col_scale)
 
 
@@ -74,7 +88,33 @@ def quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -
     """8-bit rows of (diag(row_scale) x)^T, one scale a row; see :func:`reference.quantize_rows_transposed`."""
     _check_matrix("quantize_rows_transposed", x, 1, None)
     _check_vector("quantize_rows_transposed", "row_scale", row_scale, x.shape[0], x)
+    if not _has_kernel_types(x, dtype):
+        return reference.quantize_rows_transposed(x, dtype, row_scale)
     return torch.ops.halo_train.quantize_rows_transposed(x, dtype, row_scale)
+
+
+def quantize_grad(
+    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both 8-bit forms of a gradient, E read twice instead of three times; see :func:`reference.quantize_grad`."""
+    _check_matrix("quantize_grad", e, 1, col_scale)
+    _check_vector("quantize_grad", "row_scale", row_scale, e.shape[0], e)
+    if not _has_kernel_types(e, dtype):
+        return reference.quantize_grad(e, dtype, col_scale, row_scale)
+    return torch.ops.halo_train.quantize_grad(e, dtype, col_scale, row_scale)
+
+
+def transpose_bytes(x: Tensor) -> Tensor:
+    """A matrix of one-byte elements, transposed and contiguous.
+
+    Raises:
+        ValueError: x is no matrix or its elements are wider.
+    """
+    if x.dim() != 2 or x.element_size() != 1:
+        raise ValueError(
+            f"transpose_bytes: x must be a matrix of one-byte elements; got shape {tuple(x.shape)}, {x.dtype}"
+        )
+    return torch.ops.halo_train.transpose_bytes(x)
 
 
 def quantize_tensor(
@@ -89,6 +129,10 @@ def kernel_status() -> dict[str, Any]:
     """What the build left behind: ``{"loaded": bool, "reason": str, "build": dict, "ops": {op: implementation}}``."""
     ops = {name: "CUDA kernel" if name in KERNEL_OPS else "PyTorch reference on the GPU" for name in _SCHEMAS}
     return {"loaded": not _why_not_loaded, "reason": _why_not_loaded, "build": _build_info(), "ops": ops}
+
+
+def _has_kernel_types(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.dtype != torch.float64 and dtype in reference.QMAX
 
 
 def check_input(op: str, x: Tensor) -> int:
@@ -179,6 +223,18 @@ def _fake_quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Ten
     return x.new_empty((x.shape[1], x.shape[0]), dtype=data), x.new_empty(x.shape[1:], dtype=wide)
 
 
+def _fake_quantize_grad(
+    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, u = _fake_quantize_rows(e, dtype, 1, col_scale)
+    b, v = _fake_quantize_rows_transposed(e, dtype, row_scale)
+    return a, u, b, v
+
+
+def _fake_transpose_bytes(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[1], x.shape[0]))
+
+
 def _fake_quantize_tensor(
     x: Tensor, dtype: torch.dtype, block: int, col_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -190,6 +246,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "hadamard": _fake_hadamard,
     "quantize_rows": _fake_quantize_rows,
     "quantize_rows_transposed": _fake_quantize_rows_transposed,
+    "quantize_grad": _fake_quantize_grad,
+    "transpose_bytes": _fake_transpose_bytes,
     "quantize_tensor": _fake_quantize_tensor,
 }
 

@@ -27,6 +27,10 @@ class Quantized(NamedTuple):
         scale = self.scale.unsqueeze(-1) if self.scale.dim() else self.scale
         return self.data.to(self.scale.dtype) * scale
 
+    def transposed_data(self) -> Tensor:
+        """The data [M, N] as a contiguous [N, M]: 8-bit GEMMs want the contracted axis adjacent in memory."""
+        return ops.transpose_bytes(self.data) if self.data.element_size() == 1 else self.data.t().contiguous()
+
 
 def quantize(
     x: Tensor,
@@ -69,6 +73,22 @@ def quantize_transposed(x: Tensor, fmt: Format | str, row_scale: Tensor) -> Quan
     """
     dtype = storage_dtype(parse_choice(Format, "fmt", fmt), x.dtype)
     return Quantized(*ops.quantize_rows_transposed(x, dtype, row_scale))
+
+
+def quantize_grad(
+    e: Tensor, fmt: Format | str, col_scale: Tensor, row_scale: Tensor
+) -> tuple[Quantized, Quantized]:
+    """Rows of E diag(col_scale) and rows of (diag(row_scale) E)^T, reading E once for the scales of both.
+
+    Args:
+        e: [M, N]; col_scale: [N]; row_scale: [M].
+
+    Returns:
+        The first with data [M, N], the second with data [N, M].
+    """
+    dtype = storage_dtype(parse_choice(Format, "fmt", fmt), e.dtype)
+    a, u, b, v = ops.quantize_grad(e, dtype, col_scale, row_scale)
+    return Quantized(a, u), Quantized(b, v)
 
 
 def equalizer_exponents(x: Tensor, weight: Tensor) -> Tensor:

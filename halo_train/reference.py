@@ -74,6 +74,25 @@ def quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -
     return q.contiguous(), scale
 
 
+def quantize_grad(
+    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both rounded forms of a gradient: rows of E diag(col_scale), and rows of (diag(row_scale) E)^T.
+
+    Args:
+        e: [M, N]; col_scale: [N]; row_scale: [M].
+
+    Returns:
+        a [M, N], its scale [M], b [N, M], its scale [N].
+    """
+    return (*quantize_rows(e, dtype, 1, col_scale), *quantize_rows_transposed(e, dtype, row_scale))
+
+
+def transpose_bytes(x: Tensor) -> Tensor:
+    """x [M, N] of one-byte elements as a contiguous [N, M]."""
+    return x.t().clone(memory_format=torch.contiguous_format)
+
+
 def quantize_tensor(
     x: Tensor, dtype: torch.dtype, block: int = 1, col_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halo_train import hadamard_transform, quantize
-from halo_train.quantize import equalizer_exponents, quantize_transposed
+from halo_train import hadamard_transform, ops, quantize
+from halo_train.quantize import equalizer_exponents, quantize_grad, quantize_transposed
 
 QMAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
 MANTISSA_BITS = {"e4m3": 3, "e5m2": 2}
@@ -53,6 +53,22 @@ def test_transposed_with_folded_row_scales():
     assert q.data.is_contiguous()
     assert torch.equal(q.data, expected.data)
     assert torch.equal(q.scale, expected.scale)
+
+
+def test_both_forms_of_a_gradient():
+    e, t, s = torch.randn(40, 24), torch.rand(24) + 0.1, torch.rand(40) + 0.1
+    a, b = quantize_grad(e, "e4m3", t, s)
+    for ours, alone in ((a, quantize(e, "e4m3", col_scale=t)), (b, quantize_transposed(e, "e4m3", s))):
+        assert torch.equal(ours.data.float(), alone.data.float())
+        assert torch.equal(ours.scale, alone.scale)
+
+
+def test_transposed_data():
+    q = quantize(torch.randn(5, 7), "int8")
+    assert torch.equal(q.transposed_data(), q.data.t())
+    assert q.transposed_data().is_contiguous()
+    with pytest.raises(ValueError, match=r"one-byte elements; got shape \(2, 2\), torch.float32"):
+        ops.transpose_bytes(torch.ones(2, 2))
 
 
 def test_leading_shapes_and_dequantize():

@@ -1,0 +1,717 @@
+// Rounding to 8 bits at the speed of memory: by rows in one pass, transposed in one pass once the scales are
+// known, and the plain transpose of bytes. Numerics: docs/numerics.md, section 4; the same operations in the
+// same order as halo_train/reference.py, so that results are equal bit by bit.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "quantize.h"
+
+namespace halo_train {
+namespace {
+
+constexpr float kAmaxFloor = 0x1p-100f;
+
+template <QType kType>
+__host__ __device__ constexpr float qmax() {
+  return kType == QType::kE4M3 ? 448.0f : kType == QType::kE5M2 ? 57344.0f : 127.0f;
+}
+
+// Magnitudes are compared as the bits of floats: NaN is above infinity there, so it is not lost as in fmaxf.
+__device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+
+template <QType kType>
+struct RowScale {
+  float scale, inverse;
+  __device__ explicit RowScale(uint32_t amax_bits) {
+    const float amax = __uint_as_float(amax_bits);
+    const float floored = amax < kAmaxFloor ? kAmaxFloor : amax;  // keeps NaN
+    inverse = __fdiv_rn(qmax<kType>(), floored);
+    scale = amax_bits == 0 ? 1.0f : __fdiv_rn(floored, qmax<kType>());
+  }
+};
+
+// Four values to four bytes, the first in the lowest.
+template <QType kType>
+__device__ __forceinline__ uint32_t round4(float a, float b, float c, float d) {
+  if constexpr (kType == QType::kInt8) {
+    uint32_t word = 0;
+    const float v[4] = {a, b, c, d};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // |v| <= 127 up to rounding, so -128 does not occur; NaN becomes 0 and is told by the scale.
+      int32_t r;
+      asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(r) : "f"(v[i]));
+      word |= (static_cast<uint32_t>(r) & 0xffu) << (8 * i);
+    }
+    return word;
+  } else {
+    constexpr auto kInterpretation = kType == QType::kE4M3 ? __NV_E4M3 : __NV_E5M2;
+    const uint32_t lo = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, kInterpretation);
+    const uint32_t hi = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, kInterpretation);
+    return lo | hi << 16;
+  }
+}
+
+// Eight neighbouring elements, as loaded.
+template <typename T>
+struct Eight {
+  static constexpr int kWords = 2 * sizeof(T);
+  uint32_t word[kWords];
+
+  __device__ __forceinline__ void load(const T* p) {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      // volatile: a load that is issued ahead must not sink to where its value is needed.
+      asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(word[i]), "=r"(word[i + 1]), "=r"(word[i + 2]), "=r"(word[i + 3])
+                   : "l"(reinterpret_cast<const uint4*>(p) + i / 4));
+    }
+  }
+  // Any alignment, at most `count` elements, zeros beyond.
+  __device__ __forceinline__ void load_part(const T* p, int64_t count) {
+    T* element = reinterpret_cast<T*>(word);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) element[i] = i < count ? p[i] : T(0.0f);
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) word[i] = 0;
+  }
+  __device__ __forceinline__ void floats(float (&v)[8]) const {
+    const T* element = reinterpret_cast<const T*>(word);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = static_cast<float>(element[i]);
+  }
+};
+
+// Eight float factors that belong to neighbouring columns; ones where there are none.
+template <bool kVector>
+__device__ __forceinline__ void load_factors(float (&f)[8], const float* factors, int64_t column,
+                                             int64_t cols) {
+  if (factors == nullptr) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) f[j] = 1.0f;
+  } else if constexpr (kVector) {
+    const float4 lo = __ldg(reinterpret_cast<const float4*>(factors + column));
+    const float4 hi = __ldg(reinterpret_cast<const float4*>(factors + column) + 1);
+    f[0] = lo.x, f[1] = lo.y, f[2] = lo.z, f[3] = lo.w, f[4] = hi.x, f[5] = hi.y, f[6] = hi.z, f[7] = hi.w;
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) f[j] = column + j < cols ? __ldg(factors + column + j) : 1.0f;
+  }
+}
+
+template <bool kVector>
+__device__ __forceinline__ void store8(uint8_t* p, uint2 bytes, int64_t count) {
+  if constexpr (kVector) {
+    *reinterpret_cast<uint2*>(p) = bytes;
+  } else {
+    const uint8_t* byte = reinterpret_cast<const uint8_t*>(&bytes);
+    for (int j = 0; j < 8 && j < count; ++j) p[j] = byte[j];
+  }
+}
+
+template <typename T>
+struct RowsParams {
+  const T* x;
+  int64_t rows, cols, row_stride;
+  const float* col_scale;
+  const float* row_scale;
+  uint32_t* col_amax;
+  uint32_t* partial_amax;  // [thread blocks, cols] of quantize_rows_kernel
+  uint8_t* q;
+  float* scale;
+};
+
+template <typename T, bool kVector>
+__device__ __forceinline__ void load_columns(Eight<T>& v, const RowsParams<T>& p, int64_t row,
+                                             int64_t column) {
+  if (row >= p.rows || column >= p.cols) {
+    v.clear();
+  } else if constexpr (kVector) {
+    v.load(p.x + row * p.row_stride + column);
+  } else {
+    v.load_part(p.x + row * p.row_stride + column, p.cols - column);
+  }
+}
+
+// The largest of a value over the thread block. `slot` alternates between calls, so that one barrier a call
+// suffices.
+__device__ __forceinline__ uint32_t block_max(uint32_t value, uint32_t* slot) {
+  value = __reduce_max_sync(0xffffffffu, value);
+  if ((threadIdx.x & 31) == 0) slot[threadIdx.x >> 5] = value;
+  __syncthreads();
+  const uint32_t lane = threadIdx.x & 31;
+  return __reduce_max_sync(0xffffffffu, lane < blockDim.x >> 5 ? slot[lane] : 0);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_partial(const RowsParams<T>& p, int64_t column,
+                                              const uint32_t (&amax)[8]) {
+  uint4* to = reinterpret_cast<uint4*>(p.partial_amax + blockIdx.x * p.cols + column);
+  to[0] = make_uint4(amax[0], amax[1], amax[2], amax[3]);
+  to[1] = make_uint4(amax[4], amax[5], amax[6], amax[7]);
+}
+
+// A thread block takes whole rows, thread t the columns 8 (t + i blockDim.x) + 0..7, i < kVectors, in
+// registers. The next row is loaded before the barrier at which this row's largest magnitude is known.
+template <typename T, QType kType, int kVectors, bool kAmax>
+__global__ void __launch_bounds__(1024, 1) quantize_rows_kernel(RowsParams<T> p) {
+  __shared__ uint32_t warp_amax[2][32];
+  const auto column = [&](int i) { return 8 * (static_cast<int64_t>(threadIdx.x) + i * blockDim.x); };
+  uint32_t col_amax[kAmax ? kVectors : 1][8] = {};
+  Eight<T> next[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) load_columns<T, true>(next[i], p, blockIdx.x, column(i));
+  int parity = 0;
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, parity ^= 1) {
+    const float row_factor = kAmax ? __ldg(p.row_scale + row) : 0.0f;
+    float v[kVectors][8];
+    uint32_t amax = 0;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      next[i].floats(v[i]);
+      load_columns<T, true>(next[i], p, row + gridDim.x, column(i));
+      if (column(i) >= p.cols) continue;
+      if constexpr (kAmax) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) col_amax[i][j] = max(col_amax[i][j], magnitude(v[i][j] * row_factor));
+      }
+      if (p.col_scale != nullptr) {
+        float f[8];
+        load_factors<true>(f, p.col_scale, column(i), p.cols);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[i][j] *= f[j];
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) amax = max(amax, magnitude(v[i][j]));
+    }
+    const RowScale<kType> s(block_max(amax, warp_amax[parity]));
+    if (threadIdx.x == 0) p.scale[row] = s.scale;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (column(i) >= p.cols) continue;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[i][j] *= s.inverse;
+      const uint2 bytes = {round4<kType>(v[i][0], v[i][1], v[i][2], v[i][3]),
+                           round4<kType>(v[i][4], v[i][5], v[i][6], v[i][7])};
+      store8<true>(p.q + row * p.cols + column(i), bytes, 8);
+    }
+  }
+  if constexpr (kAmax) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (column(i) < p.cols) store_partial(p, column(i), col_amax[i]);
+    }
+  }
+}
+
+// Sixteen bytes from global to shared memory without passing through registers.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global));
+}
+
+// Rows in the ring, the one that is worked on included: 57 KB under way hide the latency of memory, and a
+// third row would take the L1 cache from the column factors.
+constexpr int kStages = 2;
+
+// The same for rows that leave no registers to load ahead: they wait in a ring in shared memory, of which
+// each thread reads only what it copied there itself.
+template <typename T, QType kType, int kVectors, bool kAmax>
+__global__ void __launch_bounds__(1024, 1) quantize_long_rows_kernel(RowsParams<T> p) {
+  extern __shared__ uint4 ring[];
+  __shared__ uint32_t warp_amax[2][32];
+  constexpr int kQuads = Eight<T>::kWords / 4;  // 16-byte pieces of eight elements
+  const auto column = [&](int i) { return 8 * (static_cast<int64_t>(threadIdx.x) + i * blockDim.x); };
+  const auto slot = [&](int stage, int i) {
+    return ring + ((stage * kVectors + i) * blockDim.x + threadIdx.x) * kQuads;
+  };
+  const auto prefetch = [&](int stage, int64_t row) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (row >= p.rows || column(i) >= p.cols) continue;
+      const auto* from = reinterpret_cast<const uint4*>(p.x + row * p.row_stride + column(i));
+#pragma unroll
+      for (int k = 0; k < kQuads; ++k) copy_async(slot(stage, i) + k, from + k);
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+  const auto fetch = [&](float (&v)[8], int stage, int i) {
+    Eight<T> x;
+#pragma unroll
+    for (int k = 0; k < kQuads; ++k) {
+      const uint4 w = slot(stage, i)[k];
+      x.word[4 * k] = w.x, x.word[4 * k + 1] = w.y, x.word[4 * k + 2] = w.z, x.word[4 * k + 3] = w.w;
+    }
+    x.floats(v);
+  };
+  const auto multiply = [&](float (&v)[8], int i) {
+    if (p.col_scale == nullptr) return;
+    float f[8];
+    load_factors<true>(f, p.col_scale, column(i), p.cols);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] *= f[j];
+  };
+
+  uint32_t col_amax[kAmax ? kVectors : 1][8] = {};
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) prefetch(s, blockIdx.x + s * static_cast<int64_t>(gridDim.x));
+  int stage = 0, parity = 0;
+  for (int64_t row = blockIdx.x; row < p.rows;
+       row += gridDim.x, parity ^= 1, stage = stage + 1 == kStages ? 0 : stage + 1) {
+    prefetch(stage == 0 ? kStages - 1 : stage - 1, row + (kStages - 1) * static_cast<int64_t>(gridDim.x));
+    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1));
+    const float row_factor = kAmax ? __ldg(p.row_scale + row) : 0.0f;
+    uint32_t amax = 0;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (column(i) >= p.cols) continue;
+      float v[8];
+      fetch(v, stage, i);
+      if constexpr (kAmax) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) col_amax[i][j] = max(col_amax[i][j], magnitude(v[j] * row_factor));
+      }
+      multiply(v, i);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) amax = max(amax, magnitude(v[j]));
+    }
+    const RowScale<kType> s(block_max(amax, warp_amax[parity]));
+    if (threadIdx.x == 0) p.scale[row] = s.scale;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (column(i) >= p.cols) continue;
+      float v[8];
+      fetch(v, stage, i);
+      multiply(v, i);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] *= s.inverse;
+      const uint2 bytes = {round4<kType>(v[0], v[1], v[2], v[3]), round4<kType>(v[4], v[5], v[6], v[7])};
+      store8<true>(p.q + row * p.cols + column(i), bytes, 8);
+    }
+  }
+  if constexpr (kAmax) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (column(i) < p.cols) store_partial(p, column(i), col_amax[i]);
+    }
+  }
+}
+
+constexpr int kReduceRows = 32;  // threads that share a column
+
+// col_amax[n] = max of partial[.., n].
+__global__ void __launch_bounds__(32 * kReduceRows)
+    reduce_amax_kernel(const uint32_t* partial, uint32_t* col_amax, int parts, int64_t cols) {
+  __shared__ uint32_t best[kReduceRows][32];
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+  uint32_t amax = 0;
+  if (column < cols) {
+#pragma unroll 8
+    for (int i = threadIdx.y; i < parts; i += kReduceRows)
+      amax = max(amax, __ldg(partial + i * cols + column));
+  }
+  best[threadIdx.y][threadIdx.x] = amax;
+  __syncthreads();
+  if (threadIdx.y > 0 || column >= cols) return;
+#pragma unroll
+  for (int i = 1; i < kReduceRows; ++i) amax = max(amax, best[i][threadIdx.x]);
+  col_amax[column] = amax;
+}
+
+// Rows that are too wide for the ring or not made of aligned vectors: read twice, the second time mostly from
+// L2.
+template <typename T, QType kType, bool kVector>
+__global__ void __launch_bounds__(1024) quantize_wide_rows_kernel(RowsParams<T> p) {
+  __shared__ uint32_t warp_amax[2][32];
+  int parity = 0;
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, parity ^= 1) {
+    uint32_t amax = 0;
+    float v[8], f[8];
+    Eight<T> x;
+    for (int64_t c = 8 * threadIdx.x; c < p.cols; c += 8 * blockDim.x) {
+      load_columns<T, kVector>(x, p, row, c);
+      x.floats(v);
+      load_factors<kVector>(f, p.col_scale, c, p.cols);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) amax = max(amax, magnitude(v[j] * f[j]));
+    }
+    const RowScale<kType> s(block_max(amax, warp_amax[parity]));
+    if (threadIdx.x == 0) p.scale[row] = s.scale;
+    for (int64_t c = 8 * threadIdx.x; c < p.cols; c += 8 * blockDim.x) {
+      load_columns<T, kVector>(x, p, row, c);
+      x.floats(v);
+      load_factors<kVector>(f, p.col_scale, c, p.cols);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] = v[j] * f[j] * s.inverse;
+      const uint2 bytes = {round4<kType>(v[0], v[1], v[2], v[3]), round4<kType>(v[4], v[5], v[6], v[7])};
+      store8<kVector>(p.q + row * p.cols + c, bytes, p.cols - c);
+    }
+  }
+}
+
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(256) widen_kernel(RowsParams<T> p, float* y) {
+  const int64_t vectors = (p.cols + 7) / 8, total = p.rows * vectors;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < total;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const int64_t row = i / vectors, c = 8 * (i % vectors);
+    Eight<T> x;
+    float v[8], f[8];
+    load_columns<T, kVector>(x, p, row, c);
+    x.floats(v);
+    load_factors<kVector>(f, p.col_scale, c, p.cols);
+    for (int j = 0; j < 8 && c + j < p.cols; ++j) y[row * p.cols + c + j] = v[j] * f[j];
+  }
+}
+
+constexpr int kAmaxRows = 64;  // rows of one thread block: enough to make its atomics rare
+
+// col_amax[n] = max over m of |row_scale[m] x[m, n]|.
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(256) column_amax_kernel(RowsParams<T> p) {
+  const int64_t c = 8 * (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x);
+  if (c >= p.cols) return;
+  uint32_t amax[8] = {};
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kAmaxRows;
+#pragma unroll 4
+  for (int64_t row = first; row < min(first + kAmaxRows, p.rows); ++row) {
+    Eight<T> x;
+    float v[8];
+    load_columns<T, kVector>(x, p, row, c);
+    x.floats(v);
+    const float factor = __ldg(p.row_scale + row);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) amax[j] = max(amax[j], magnitude(v[j] * factor));
+  }
+  for (int j = 0; j < 8 && c + j < p.cols; ++j) atomicMax(p.col_amax + c + j, amax[j]);
+}
+
+// Transposing tiles. A thread reads four neighbouring rows of a group of columns and packs, for each column,
+// the four bytes into a word; words go through shared memory and leave as 16 bytes along the rows.
+constexpr int kTileRows = 128;
+constexpr int kTileWords = kTileRows / 4;  // of one column
+constexpr int kGroups = 8;                 // of columns in a tile
+constexpr int kTransposeThreads = kTileWords * kGroups;
+
+// Eight groups write the same words of different columns at once; columns are 32 banks apart, so each group
+// gets banks of its own by swapping words in fours, which keeps 16-byte reads whole.
+__device__ __forceinline__ int tile_slot(int column, int word, int group) {
+  return column * kTileWords + (word ^ group << 2);
+}
+
+// Writes a tile of kGroups * kColumns columns from shared memory to y [cols, rows].
+template <int kColumns, bool kVector>
+__device__ __forceinline__ void store_tile(const uint32_t* tile, uint8_t* y, int64_t rows, int64_t cols,
+                                           int64_t row0, int64_t col0) {
+  constexpr int kChunks = kTileRows / 16;
+  for (int i = threadIdx.x; i < kGroups * kColumns * kChunks; i += kTransposeThreads) {
+    const int column = i / kChunks, chunk = i % kChunks;
+    const int64_t row = row0 + 16 * chunk;
+    if (col0 + column >= cols || row >= rows) continue;
+    const uint32_t* from = tile + tile_slot(column, 4 * chunk, column / kColumns);
+    uint8_t* to = y + (col0 + column) * rows + row;
+    if constexpr (kVector) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      const uint8_t* byte = reinterpret_cast<const uint8_t*>(from);
+      for (int j = 0; j < 16 && row + j < rows; ++j) to[j] = byte[j];
+    }
+  }
+}
+
+constexpr int kTilesPerBlock =
+    8;  // along the rows: the scales of the columns are worked out once for all of them
+
+template <typename T, QType kType, bool kVector>
+__global__ void __launch_bounds__(kTransposeThreads) quantize_transposed_kernel(RowsParams<T> p) {
+  __shared__ __align__(16) uint32_t tile[kGroups * 8 * kTileWords];
+  const int group = threadIdx.x % kGroups, word = threadIdx.x / kGroups;
+  const int64_t col0 = static_cast<int64_t>(blockIdx.x) * kGroups * 8, column = col0 + 8 * group;
+  float inverse[8] = {};
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (column + j >= p.cols) break;
+    const RowScale<kType> s(__ldg(p.col_amax + column + j));
+    inverse[j] = s.inverse;
+    if (blockIdx.y == 0 && word == 0) p.scale[column + j] = s.scale;
+  }
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kTilesPerBlock * kTileRows;
+  Eight<T> x[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) load_columns<T, kVector>(x[r], p, first + 4 * word + r, column);
+  for (int t = 0; t < kTilesPerBlock; ++t) {
+    const int64_t row0 = first + t * kTileRows, row = row0 + 4 * word;
+    if (row0 >= p.rows) break;
+    float v[4][8];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float factor = row + r < p.rows ? __ldg(p.row_scale + row + r) : 0.0f;
+      x[r].floats(v[r]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[r][j] = v[r][j] * factor * inverse[j];
+    }
+    if (t + 1 < kTilesPerBlock) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) load_columns<T, kVector>(x[r], p, row + kTileRows + r, column);
+    }
+    if (t > 0) __syncthreads();  // the tile before has been read
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      tile[tile_slot(8 * group + j, word, group)] = round4<kType>(v[0][j], v[1][j], v[2][j], v[3][j]);
+    }
+    __syncthreads();
+    store_tile<8, kVector>(tile, p.q, p.rows, p.cols, row0, col0);
+  }
+}
+
+template <bool kVector>
+__global__ void __launch_bounds__(kTransposeThreads)
+    transpose_bytes_kernel(const uint8_t* x, uint8_t* y, int64_t rows, int64_t cols) {
+  __shared__ __align__(16) uint32_t tile[kGroups * 16 * kTileWords];
+  const int group = threadIdx.x % kGroups, word = threadIdx.x / kGroups;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTileRows,
+                col0 = static_cast<int64_t>(blockIdx.x) * kGroups * 16;
+  const int64_t column = col0 + 16 * group;
+  uint32_t in[4][4] = {};
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int64_t row = row0 + 4 * word + r;
+    if (row >= rows || column >= cols) continue;
+    const uint8_t* at = x + row * cols + column;
+    if constexpr (kVector) {
+      const uint4 v = __ldg(reinterpret_cast<const uint4*>(at));
+      in[r][0] = v.x, in[r][1] = v.y, in[r][2] = v.z, in[r][3] = v.w;
+    } else {
+      uint8_t* byte = reinterpret_cast<uint8_t*>(in[r]);
+      for (int j = 0; j < 16 && column + j < cols; ++j) byte[j] = at[j];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    // Four rows of four bytes: pairs of rows interleaved, then pairs of pairs.
+    const uint32_t ab_lo = __byte_perm(in[0][i], in[1][i], 0x5140),
+                   ab_hi = __byte_perm(in[0][i], in[1][i], 0x7362);
+    const uint32_t cd_lo = __byte_perm(in[2][i], in[3][i], 0x5140),
+                   cd_hi = __byte_perm(in[2][i], in[3][i], 0x7362);
+    const uint32_t out[4] = {__byte_perm(ab_lo, cd_lo, 0x5410), __byte_perm(ab_lo, cd_lo, 0x7632),
+                             __byte_perm(ab_hi, cd_hi, 0x5410), __byte_perm(ab_hi, cd_hi, 0x7632)};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) tile[tile_slot(16 * group + 4 * i + j, word, group)] = out[j];
+  }
+  __syncthreads();
+  store_tile<16, kVector>(tile, y, rows, cols, row0, col0);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Eight columns are one 16-byte access to 16-bit values (two to 32-bit ones) and one 8-byte access to the
+// result.
+template <typename T>
+bool vectorised(const RowsParams<T>& p) {
+  return aligned(p.x) && aligned(p.q) && p.cols % 8 == 0 && p.row_stride % 8 == 0 &&
+         (p.col_scale == nullptr || aligned(p.col_scale));
+}
+
+int multiprocessors(int device) {
+  int count = 1;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxBlocks = 8;   // on a multiprocessor; more only makes the scratch larger
+constexpr int kRegisters = 64;  // of a thread, from __launch_bounds__(1024, 1)
+constexpr int kMultiprocessorShared =
+    225280;  // bytes for rings; the static part and what the system reserves come on top
+
+constexpr int kVectors = 2, kLongVectors = 4;  // of eight columns in a thread
+
+struct RowsShape {
+  int threads, per_multiprocessor;
+  size_t shared;
+  RowsShape(int64_t cols, int vectors, size_t ring_bytes) {
+    threads = static_cast<int>(32 * ceil_div(cols, 32 * 8 * vectors));
+    shared = ring_bytes * threads * vectors * kStages;
+    per_multiprocessor = std::min({65536 / (kRegisters * threads), 2048 / threads,
+                                   static_cast<int>(kMultiprocessorShared / (shared + 2048)), kMaxBlocks});
+  }
+  bool fits() const { return threads <= kMaxThreads && per_multiprocessor > 0; }
+};
+
+template <auto kKernel, typename T>
+cudaError_t launch_rows(const RowsParams<T>& p, const RowsShape& shape, int device, cudaStream_t stream) {
+  if (shape.shared > 40 * 1024) {  // 48 KB with the static part are there without asking
+    const cudaError_t error =
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMultiprocessorShared);
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t grid = std::min<int64_t>(p.rows, int64_t{multiprocessors(device)} * shape.per_multiprocessor);
+  kKernel<<<static_cast<unsigned>(grid), shape.threads, shape.shared, stream>>>(p);
+  cudaError_t error = cudaGetLastError();
+  if (p.col_amax != nullptr && error == cudaSuccess) {
+    reduce_amax_kernel<<<static_cast<unsigned>(ceil_div(p.cols, 32)), dim3(32, kReduceRows), 0, stream>>>(
+        p.partial_amax, p.col_amax, static_cast<int>(grid), p.cols);
+    error = cudaGetLastError();
+  }
+  return error;
+}
+
+template <typename T, bool kVector>
+cudaError_t launch_column_amax(const RowsParams<T>& p, cudaStream_t stream) {
+  cudaError_t error = cudaMemsetAsync(p.col_amax, 0, sizeof(uint32_t) * p.cols, stream);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.cols, 8 * 256)),
+                  static_cast<unsigned>(ceil_div(p.rows, kAmaxRows)));
+  column_amax_kernel<T, kVector><<<grid, 256, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <typename T, QType kType, bool kVector>
+cudaError_t launch_wide_rows(const RowsParams<T>& p, int device, cudaStream_t stream) {
+  const int64_t grid = std::min<int64_t>(p.rows, 2 * int64_t{multiprocessors(device)});
+  quantize_wide_rows_kernel<T, kType, kVector><<<static_cast<unsigned>(grid), kMaxThreads, 0, stream>>>(p);
+  const cudaError_t error = cudaGetLastError();
+  return error != cudaSuccess || p.col_amax == nullptr ? error : launch_column_amax<T, kVector>(p, stream);
+}
+
+template <typename T, QType kType>
+cudaError_t rows_sized(const RowsParams<T>& p, int device, cudaStream_t stream) {
+  const bool amax = p.col_amax != nullptr;
+  if (!vectorised(p)) return launch_wide_rows<T, kType, false>(p, device, stream);
+  const RowsShape registers(p.cols, kVectors, 0), ring(p.cols, kLongVectors, sizeof(Eight<T>));
+  if (registers.fits()) {
+    return amax ? launch_rows<quantize_rows_kernel<T, kType, kVectors, true>>(p, registers, device, stream)
+                : launch_rows<quantize_rows_kernel<T, kType, kVectors, false>>(p, registers, device, stream);
+  }
+  if (ring.fits()) {
+    return amax
+               ? launch_rows<quantize_long_rows_kernel<T, kType, kLongVectors, true>>(p, ring, device, stream)
+               : launch_rows<quantize_long_rows_kernel<T, kType, kLongVectors, false>>(p, ring, device,
+                                                                                       stream);
+  }
+  return launch_wide_rows<T, kType, true>(p, device, stream);
+}
+
+template <typename T, QType kType, bool kVector>
+cudaError_t transposed_sized(const RowsParams<T>& p, bool gather, cudaStream_t stream) {
+  if (gather) {
+    const cudaError_t error = launch_column_amax<T, kVector>(p, stream);
+    if (error != cudaSuccess) return error;
+  }
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.cols, 8 * kGroups)),
+                  static_cast<unsigned>(ceil_div(p.rows, kTileRows * kTilesPerBlock)));
+  quantize_transposed_kernel<T, kType, kVector><<<grid, kTransposeThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <typename T>
+struct Input {
+  using type = T;
+};
+
+// Calls f(Input<T>{}, std::integral_constant<QType, ...>{}) for the types that are asked for.
+template <typename T, typename F>
+cudaError_t dispatch_qtype(QType qtype, const F& f) {
+  switch (qtype) {
+    case QType::kE4M3:
+      return f(Input<T>{}, std::integral_constant<QType, QType::kE4M3>{});
+    case QType::kE5M2:
+      return f(Input<T>{}, std::integral_constant<QType, QType::kE5M2>{});
+    case QType::kInt8:
+      return f(Input<T>{}, std::integral_constant<QType, QType::kInt8>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <typename F>
+cudaError_t dispatch(DType dtype, QType qtype, const F& f) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return dispatch_qtype<__nv_bfloat16>(qtype, f);
+    case DType::kFloat16:
+      return dispatch_qtype<__half>(qtype, f);
+    case DType::kFloat32:
+      return dispatch_qtype<float>(qtype, f);
+    case DType::kFloat64:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t quantize_rows(const QuantizeRowsArgs& a, cudaStream_t stream) {
+  return dispatch(a.dtype, a.qtype, [&](auto input, auto qtype) {
+    using T = typename decltype(input)::type;
+    constexpr QType kType = decltype(qtype)::value;
+    const RowsParams<T> p{static_cast<const T*>(a.x),
+                          a.rows,
+                          a.cols,
+                          a.row_stride,
+                          a.col_scale,
+                          a.row_scale,
+                          a.col_amax,
+                          a.partial_amax,
+                          static_cast<uint8_t*>(a.q),
+                          a.scale};
+    return rows_sized<T, kType>(p, a.device, stream);
+  });
+}
+
+int64_t quantize_rows_scratch(int64_t cols, int device) {
+  return int64_t{multiprocessors(device)} * kMaxBlocks * cols;
+}
+
+cudaError_t quantize_rows_transposed(const QuantizeTransposedArgs& a, cudaStream_t stream) {
+  return dispatch(a.dtype, a.qtype, [&](auto input, auto qtype) {
+    using T = typename decltype(input)::type;
+    constexpr QType kType = decltype(qtype)::value;
+    const RowsParams<T> p{
+        static_cast<const T*>(a.x), a.rows, a.cols, a.row_stride, nullptr, a.row_scale, a.col_amax, nullptr,
+        static_cast<uint8_t*>(a.q), a.scale};
+    return vectorised(p) && a.rows % 16 == 0
+               ? transposed_sized<T, kType, true>(p, a.gather_col_amax, stream)
+               : transposed_sized<T, kType, false>(p, a.gather_col_amax, stream);
+  });
+}
+
+cudaError_t widen(const void* x, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,
+                  const float* col_scale, float* y, int device, cudaStream_t stream) {
+  const unsigned grid = static_cast<unsigned>(
+      std::min<int64_t>(ceil_div(rows * ceil_div(cols, 8), 256), 16 * int64_t{multiprocessors(device)}));
+  return dispatch(dtype, QType::kE4M3, [&](auto input, auto) {
+    using T = typename decltype(input)::type;
+    const RowsParams<T> p{static_cast<const T*>(x), rows, cols, row_stride, col_scale};
+    if (vectorised(p)) {
+      widen_kernel<T, true><<<grid, 256, 0, stream>>>(p, y);
+    } else {
+      widen_kernel<T, false><<<grid, 256, 0, stream>>>(p, y);
+    }
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t transpose_bytes(const void* x, void* y, int64_t rows, int64_t cols, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(cols, 16 * kGroups)),
+                  static_cast<unsigned>(ceil_div(rows, kTileRows)));
+  const auto* from = static_cast<const uint8_t*>(x);
+  auto* to = static_cast<uint8_t*>(y);
+  if (aligned(x) && aligned(y) && rows % 16 == 0 && cols % 16 == 0) {
+    transpose_bytes_kernel<true><<<grid, kTransposeThreads, 0, stream>>>(from, to, rows, cols);
+  } else {
+    transpose_bytes_kernel<false><<<grid, kTransposeThreads, 0, stream>>>(from, to, rows, cols);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace halo_train

@@ -1,0 +1,60 @@
+// Interface between the quantising operators (quantize_bindings.cpp, which sees PyTorch) and their kernels
+// (quantize.cu).
+
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "hadamard.h"
+
+namespace halo_train {
+
+enum class QType { kE4M3, kE5M2, kInt8 };
+
+// Rows of x diag(col_scale) in 8 bits, one scale a row: x is read once.
+struct QuantizeRowsArgs {
+  const void* x;  // [rows, cols], rows row_stride elements apart, neighbouring columns adjacent
+  DType dtype;    // not kFloat64
+  int64_t rows, cols, row_stride;
+  const float* col_scale;  // [cols] or nullptr
+  QType qtype;
+  void* q;       // [rows, cols] dense
+  float* scale;  // [rows]
+  // Gathered on the way, when not nullptr: col_amax[n] = max over m of |row_scale[m] x[m, n]|, as the bits of
+  // a float.
+  const float* row_scale;  // [rows]
+  uint32_t* col_amax;      // [cols]
+  uint32_t* partial_amax;  // scratch, quantize_rows_scratch() words
+  int device;
+};
+cudaError_t quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream);
+
+// The 32-bit words of QuantizeRowsArgs::partial_amax.
+int64_t quantize_rows_scratch(int64_t cols, int device);
+
+// Rows of (diag(row_scale) x)^T in 8 bits, one scale a row of the result, given the largest magnitudes of its
+// rows.
+struct QuantizeTransposedArgs {
+  const void* x;
+  DType dtype;
+  int64_t rows, cols, row_stride;
+  const float* row_scale;  // [rows]
+  uint32_t* col_amax;      // [cols], as in QuantizeRowsArgs
+  bool gather_col_amax;    // fill col_amax first, with a pass over x of its own
+  QType qtype;
+  void* q;       // [cols, rows] dense
+  float* scale;  // [cols]
+  int device;
+};
+cudaError_t quantize_rows_transposed(const QuantizeTransposedArgs& args, cudaStream_t stream);
+
+// y = x diag(col_scale) in float32, dense, for a rotation that comes before the rounding.
+cudaError_t widen(const void* x, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,
+                  const float* col_scale, float* y, int device, cudaStream_t stream);
+
+// q [rows, cols] -> [cols, rows], one byte an element, both dense.
+cudaError_t transpose_bytes(const void* x, void* y, int64_t rows, int64_t cols, cudaStream_t stream);
+
+}  // namespace halo_train

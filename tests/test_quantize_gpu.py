@@ -1,0 +1,146 @@
+"""The quantising kernels against the reference on the CPU: equal bit by bit where the arithmetic is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from halo_train import ops, reference
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [
+    (1, 1),
+    (3, 7),
+    (5, 16),
+    (33, 48),
+    (100, 264),
+    (257, 1000),
+    (64, 4096),
+    (130, 6144),
+    (40, 14336),
+    (20, 28672),
+]
+SHAPES += [(7, 32768), (5, 40000), (513, 136), (3, 131072)]
+INPUTS = [torch.bfloat16, torch.float16, torch.float32]
+FORMATS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().view(torch.uint8)
+
+
+def assert_same(ours: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    for mine, true in zip(ours, expected, strict=True):
+        assert mine.shape == true.shape
+        different = bits(mine.cpu()) != bits(true)
+        assert not different.any(), (
+            f"{different.sum()} bytes differ, first at {different.nonzero()[0].tolist()}"
+        )
+
+
+def example(m: int, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = (torch.randn(m, n) * torch.exp(torch.randn(m, 1))).to(dtype)
+    if m > 3:
+        x[1] = 0
+    return x, torch.exp2(torch.randint(-4, 5, (n,)).float()) * 1.37, torch.rand(m) + 0.1
+
+
+@pytest.mark.parametrize("dtype", INPUTS)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_every_op_gives_the_bits_of_the_reference(m, n, dtype, fmt):
+    x, col_scale, row_scale = example(m, n, dtype)
+    gx, gc, gr = x.cuda(), col_scale.cuda(), row_scale.cuda()
+    assert_same(ops.quantize_rows(gx, fmt), reference.quantize_rows(x, fmt))
+    assert_same(ops.quantize_rows(gx, fmt, 1, gc), reference.quantize_rows(x, fmt, 1, col_scale))
+    assert_same(
+        ops.quantize_rows_transposed(gx, fmt, gr), reference.quantize_rows_transposed(x, fmt, row_scale)
+    )
+    grad = ops.quantize_grad(gx, fmt, gc, gr)
+    assert_same(grad, reference.quantize_grad(x, fmt, col_scale, row_scale))
+    assert_same((ops.transpose_bytes(grad[0]),), (grad[0].cpu().t(),))
+
+
+@pytest.mark.parametrize("dtype", INPUTS)
+@pytest.mark.parametrize(("n", "block"), [(64, 64), (4096, 4096), (96, 32), (14336, 2048), (32768, 32768)])
+def test_rotated_rows(n, block, dtype):
+    x, col_scale, _ = example(33, n, dtype)
+    q, scale = ops.quantize_rows(x.cuda(), torch.int8, block, col_scale.cuda())
+    expected, expected_scale = reference.quantize_rows(x.double(), torch.int8, block, col_scale)
+    torch.testing.assert_close(scale.cpu().double(), expected_scale, rtol=1e-5, atol=0)
+    # float32 sums decide ties and near-ties differently.
+    off = (q.cpu().int() - expected.int()).abs()
+    assert off.max() <= 1
+    assert (off > 0).double().mean() < 1e-3
+
+
+def test_strided_offset_and_empty_inputs():
+    x = torch.randn(64, 400).bfloat16()
+    for view in (x[:, 3:131], x[::3, :128], x[5:, 8:264], x.t()[:128, :48], x[:, :7]):
+        ours = (
+            view.cuda()
+            if view.is_contiguous()
+            else x.cuda().as_strided(view.shape, view.stride(), view.storage_offset())
+        )
+        row_scale = torch.rand(view.shape[0]) + 0.1
+        assert_same(ops.quantize_rows(ours, torch.int8), reference.quantize_rows(view, torch.int8))
+        assert_same(
+            ops.quantize_rows_transposed(ours, torch.int8, row_scale.cuda()),
+            reference.quantize_rows_transposed(view, torch.int8, row_scale),
+        )
+    for shape in ((0, 16), (3, 0)):
+        e = torch.empty(shape)
+        ones = torch.ones(shape[1]), torch.ones(shape[0])
+        grad = ops.quantize_grad(e.cuda(), torch.int8, ones[0].cuda(), ones[1].cuda())
+        assert_same(grad, reference.quantize_grad(e, torch.int8, *ones))
+
+
+def test_nonfinite_values_poison_their_own_row():
+    x = torch.randn(64, 128)
+    x[3, 5], x[9, 7] = float("nan"), float("inf")
+    _, scale = ops.quantize_rows(x.cuda(), torch.float8_e4m3fn)
+    assert (~torch.isfinite(scale)).nonzero().flatten().tolist() == [3, 9]
+    _, scale = ops.quantize_rows_transposed(x.cuda(), torch.float8_e4m3fn, torch.ones(64).cuda())
+    assert (~torch.isfinite(scale)).nonzero().flatten().tolist() == [5, 7]
+
+
+def test_extreme_magnitudes_equal_the_reference():
+    for size in (1e-45, 1e-38, 1e-30, 3e38):
+        x = torch.full((2, 16), size)
+        assert_same(
+            ops.quantize_rows(x.cuda(), torch.float8_e4m3fn), reference.quantize_rows(x, torch.float8_e4m3fn)
+        )
+
+
+def test_repeatable_and_graph_safe():
+    x, col_scale, row_scale = (t.cuda() for t in example(1024, 4096, torch.bfloat16))
+    expected = ops.quantize_grad(x, torch.float8_e4m3fn, col_scale, row_scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.quantize_grad(x, torch.float8_e4m3fn, col_scale, row_scale)
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(captured, expected, strict=True))
+
+
+def test_opcheck():
+    x, col_scale, row_scale = (t.cuda() for t in example(48, 64, torch.bfloat16))
+    namespace = torch.ops.halo_train
+    for fmt in FORMATS:
+        torch.library.opcheck(namespace.quantize_rows, (x, fmt, 16, col_scale))
+        torch.library.opcheck(namespace.quantize_rows_transposed, (x, fmt, row_scale))
+        torch.library.opcheck(namespace.quantize_grad, (x, fmt, col_scale, row_scale))
+    torch.library.opcheck(namespace.transpose_bytes, (torch.ones(3, 5, dtype=torch.int8, device="cuda"),))
+
+
+def test_more_than_2_to_the_31_elements():
+    x = torch.ones(2**19 + 3, 4112, dtype=torch.bfloat16, device="cuda")
+    x[-1, -1] = 3.0
+    q, scale = ops.quantize_rows(x, torch.int8)
+    assert scale[-1] == torch.tensor(3.0) / torch.tensor(127.0)
+    assert q[-1].tolist() == [42] * 4111 + [127]
+    assert (q[0] == 127).all()
+    t = ops.transpose_bytes(q)
+    assert t[-1, -1] == 127
+    assert t[0, -1] == 42
