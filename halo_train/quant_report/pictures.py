@@ -52,7 +52,7 @@ def _heatmap(samples: Sequence[QuantSample]) -> plt.Figure:
             for column, value in enumerate(values):
                 dark = not math.isnan(value) and abs(norm(value) - 0.5) > 0.33
                 axis.text(
-                    column, row, "–" if math.isnan(value) else f"{value:.0f}", ha="center", va="center", fontsize=7,
+                    column, row, "-" if math.isnan(value) else f"{value:.0f}", ha="center", va="center", fontsize=7,
                     color="white" if dark else "black",
                 )  # fmt: skip
         axis.set_title(f"if {label}" if label else "as run", fontsize=9)
