@@ -4,8 +4,7 @@
     python benchmarks/bench_hadamard.py --dtypes bfloat16 --log-elements 24 --no-save
 
 Each figure is the median over replays of a CUDA graph whose launches go through buffers of at least 512 MB in all, so that
-nothing is found in the L2 cache ("cold"); the in-place table works on one buffer again and again ("warm"). All columns of a
-row come from one run on one GPU. `copy_` into preallocated memory is the bound: it moves the same bytes.
+nothing is found in the L2 cache, out of place and in place. All columns of a row come from one run on one GPU. `copy_` into preallocated memory is the bound: it moves the same bytes.
 """
 
 from __future__ import annotations
@@ -50,6 +49,17 @@ def contenders(n: int) -> dict[str, Call]:
     return calls
 
 
+def in_place_contenders(n: int) -> dict[str, Call]:
+    scale = 1.0 / math.sqrt(n)
+    calls: dict[str, Call] = {
+        "copy": lambda x, y: y.copy_(x),
+        "halo_train": lambda x, y: ops.hadamard_(x, n, scale),
+    }
+    if hadacore := _import("faster_hadamard_transform"):
+        calls["hadacore"] = lambda x, y: hadacore.hadamard_transform(x, inplace=True)
+    return calls
+
+
 def supports(name: str, dtype: torch.dtype) -> bool:
     return name != "hadacore" or dtype in (torch.bfloat16, torch.float16)
 
@@ -77,7 +87,12 @@ def time_us(call: Call, inputs: list[Tensor], outputs: list[Tensor], replays: in
     return statistics.median(times)
 
 
-def measure(dtypes: list[torch.dtype], log_elements: list[int], sizes: list[int]) -> list[dict[str, Any]]:
+def measure(
+    dtypes: list[torch.dtype],
+    log_elements: list[int],
+    sizes: list[int],
+    choose: Callable[[int], dict[str, Call]] = contenders,
+) -> list[dict[str, Any]]:
     rows = []
     for dtype in dtypes:
         for log in log_elements:
@@ -85,6 +100,8 @@ def measure(dtypes: list[torch.dtype], log_elements: list[int], sizes: list[int]
             count = min(256, max(2, COLD_BYTES // (2 * elements * dtype.itemsize)))
             source = torch.randn(count, elements, device="cuda", dtype=torch.float32).to(dtype)
             target = torch.empty_like(source)
+            # The first figure must not pay for cold clocks and pages.
+            time_us(lambda x, y: y.copy_(x), list(source.unbind()), list(target.unbind()))
             for n in sizes:
                 inputs = list(source.view(count, -1, n).unbind())
                 outputs = list(target.view(count, -1, n).unbind())
@@ -93,7 +110,7 @@ def measure(dtypes: list[torch.dtype], log_elements: list[int], sizes: list[int]
                     "log_elements": log,
                     "n": n,
                 }
-                for name, call in contenders(n).items():
+                for name, call in choose(n).items():
                     if supports(name, dtype):
                         row[name] = round(time_us(call, inputs, outputs), 3)
                 rows.append(row)
@@ -153,7 +170,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def environment() -> dict[str, Any]:
+def environment(commit: str) -> dict[str, Any]:
     def output(*command: str) -> str:
         try:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -169,7 +186,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "kernels": ops.kernel_status()["build"],
-        "commit": output("git", "-C", root, "rev-parse", "--short", "HEAD") or "unknown",
+        "commit": commit or output("git", "-C", root, "rev-parse", "--short", "HEAD") or "unknown",
     }
 
 
@@ -182,7 +199,7 @@ def save(record: dict[str, Any], folder: Path) -> None:
 
 
 def markdown(record: dict[str, Any], stem: str) -> str:
-    env, rows = record["environment"], record["cold"]
+    env = record["environment"]
     lines = [
         f"# Hadamard kernels on {env['gpu']}, {env['date'][:10]}",
         "",
@@ -193,27 +210,9 @@ def markdown(record: dict[str, Any], stem: str) -> str:
         "",
         f"![ratio to copy]({stem}.png)",
     ]
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        names = [
-            name
-            for name in ("copy", "halo_train", "hadacore", "dao")
-            if any(name in r for r in rows if r["dtype"] == dtype)
-        ]
-        logs = list(dict.fromkeys(row["log_elements"] for row in rows if row["dtype"] == dtype))
-        lines += [
-            "",
-            f"## {dtype}: {' / '.join(names)}",
-            "",
-            "| n | " + " | ".join(f"2^{log}" for log in logs) + " |",
-        ]
-        lines.append("|---" * (len(logs) + 1) + "|")
-        for n in dict.fromkeys(row["n"] for row in rows):
-            cells = {row["log_elements"]: row for row in rows if row["dtype"] == dtype and row["n"] == n}
-            lines.append(
-                f"| {n} | "
-                + " | ".join(" / ".join(_figure(cells[log].get(name)) for name in names) for log in logs)
-                + " |"
-            )
+    for dtype in dict.fromkeys(row["dtype"] for row in record["cold"]):
+        lines += _table(dtype, [row for row in record["cold"] if row["dtype"] == dtype])
+    lines += _table("bfloat16 in place", record["in_place"])
     if record["accuracy"]:
         names = [name for name in record["accuracy"][0] if name not in ("dtype", "n")]
         lines += ["", "## Elements that differ from the float64 result rounded once", ""]
@@ -228,6 +227,23 @@ def markdown(record: dict[str, Any], stem: str) -> str:
                 + " |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> list[str]:
+    names = [name for name in ("copy", "halo_train", "hadacore", "dao") if name in rows[0]]
+    logs = list(dict.fromkeys(row["log_elements"] for row in rows))
+    head = [
+        "",
+        f"## {title}: {' / '.join(names)}",
+        "",
+        "| n | " + " | ".join(f"2^{log}" for log in logs) + " |",
+    ]
+    lines = [*head, "|---" * (len(logs) + 1) + "|"]
+    for n in dict.fromkeys(row["n"] for row in rows):
+        cells = {row["log_elements"]: row for row in rows if row["n"] == n}
+        figures = [" / ".join(_figure(cells[log][name]) for name in names) for log in logs]
+        lines.append(f"| {n} | " + " | ".join(figures) + " |")
+    return lines
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -273,8 +289,8 @@ def _geomean(values: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}" if value < 100 else f"{value:.1f}"
+def _figure(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.1f}"
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -289,6 +305,9 @@ def main() -> None:
     parser.add_argument("--log-elements", nargs="+", type=int, default=LOG_ELEMENTS)
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON, table and plot")
+    parser.add_argument(
+        "--commit", default="", help="recorded with the results where there is no git checkout"
+    )
     parser.add_argument("--no-save", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -296,10 +315,13 @@ def main() -> None:
     rows = measure(
         [getattr(torch, name) for name in arguments.dtypes], arguments.log_elements, arguments.sizes
     )
+    print("in place")
+    in_place = measure([torch.bfloat16], arguments.log_elements, arguments.sizes, in_place_contenders)
     record = {
-        "environment": environment(),
+        "environment": environment(arguments.commit),
         "summary": summary([row for row in rows if row["dtype"] != "float32"] or rows),
         "cold": rows,
+        "in_place": in_place,
         "accuracy": accuracy(arguments.sizes),
     }
     print("\n".join(record["summary"]))

@@ -25,6 +25,7 @@ using halo_train::aligned;
 using halo_train::check_launch;
 using halo_train::empty;
 using halo_train::kernel_dtype;
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Elements between rows if all axes but the last collapse into one, else -1.
@@ -60,14 +61,28 @@ Tensor prepare_signs(const Tensor& signs, const Tensor& x, int64_t repeats) {
   return tiled;
 }
 
-Tensor hadamard(const Tensor& x, int64_t block, double scale, const std::optional<Tensor>& signs) {
+// The kernels read rows of any stride and write dense ones; other layouts are copied first.
+struct Layout {
+  explicit Layout(const Tensor& x)
+      : vector(16 / static_cast<int64_t>(x.element_size())), stride(row_stride(x)) {
+    const int64_t axis = x.sizes()[x.dim() - 1];
+    const bool simple = stride >= 0 && aligned(x.data_ptr());
+    dense = simple && (stride == axis || x.numel() == axis);
+    rows = simple && stride % vector == 0 && axis % vector == 0 && x.scalar_type() != ScalarType::Double;
+  }
+  int64_t vector;  // elements in 16 bytes
+  int64_t stride;  // elements between rows
+  bool dense;
+  bool rows;
+};
+
+halo_train::DType check_hadamard(const Tensor& x, int64_t block, const std::optional<Tensor>& signs) {
   const auto dtype = kernel_dtype(x.scalar_type());
   STD_TORCH_CHECK(dtype.has_value(),
                   "halo_train::hadamard: x must be bfloat16, float16, float32 or float64 on a GPU; "
                   "convert it first, e.g. x.float()");
   STD_TORCH_CHECK(x.dim() > 0, "halo_train::hadamard: x must have at least one dimension");
-  const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  const int64_t axis = sizes.back();
+  const int64_t axis = x.sizes()[x.dim() - 1];
   STD_TORCH_CHECK(
       block > 0 && block <= 32768 && (block & (block - 1)) == 0 && axis % block == 0,
       "halo_train::hadamard: block must be a power of two, at most 32768, that divides the last axis");
@@ -75,47 +90,68 @@ Tensor hadamard(const Tensor& x, int64_t block, double scale, const std::optiona
       !signs ||
           (signs->numel() == axis && signs->is_cuda() && signs->get_device_index() == x.get_device_index()),
       "halo_train::hadamard: signs must have one value per index of the last axis, on the device of x");
+  return *dtype;
+}
 
+// y = scale * (x diag(signs)) (I kron H_block); x of a layout that the kernels read, not empty; y dense,
+// perhaps x.
+void transform(const Tensor& x, const Tensor& y, halo_train::DType dtype, int64_t block, double scale,
+               const std::optional<Tensor>& signs) {
+  const Layout layout(x);
   const int device = x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor y = empty(sizes, x);
-  if (x.numel() == 0) return y;
-
-  const int64_t vector = 16 / static_cast<int64_t>(x.element_size());
-  const int64_t stride = row_stride(x);
-  const bool dense = stride == axis || x.numel() == axis;
-  const bool rows =
-      *dtype != halo_train::DType::kFloat64 && stride >= 0 && stride % vector == 0 && axis % vector == 0;
-  const bool direct = aligned(x.data_ptr()) && (dense || rows);
-  Tensor source = x;
-  if (!direct) {  // any other layout
-    source = empty(sizes, x);
-    torch::stable::copy_(source, x);
-  }
-
   halo_train::HadamardArgs args{};
-  args.x = source.data_ptr();
+  args.x = x.data_ptr();
   args.y = y.data_ptr();
-  args.dtype = *dtype;
+  args.dtype = dtype;
   args.total = x.numel();
-  args.axis = axis;
-  args.row_stride = direct && !dense ? stride : axis;
+  args.axis = x.sizes()[x.dim() - 1];
+  args.row_stride = layout.dense ? args.axis : layout.stride;
   args.block = static_cast<int>(block);
   args.scale = scale;
   args.device = device;
   std::optional<Tensor> prepared;
   if (signs) {
     int64_t repeats = 1;
-    while (axis * repeats % vector != 0) repeats *= 2;
+    while (args.axis * repeats % layout.vector != 0) repeats *= 2;
     prepared = prepare_signs(*signs, x, repeats);
     args.signs = prepared->data_ptr();
-    // Dense here if repeats > 1: other layouts of rows that are not whole vectors were copied.
-    if (repeats > 1) args.axis = args.row_stride = axis * repeats;
+    // x is dense if repeats > 1: rows that are not whole vectors are read no other way.
+    if (repeats > 1) args.axis = args.row_stride = args.axis * repeats;
   }
   check_launch("hadamard", halo_train::hadamard(args, halo_train::current_stream(device)), device);
+}
+
+Tensor hadamard(const Tensor& x, int64_t block, double scale, const std::optional<Tensor>& signs) {
+  const halo_train::DType dtype = check_hadamard(x, block, signs);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  Tensor y = empty(sizes, x);
+  if (x.numel() == 0) return y;
+  const Layout layout(x);
+  if (layout.dense || layout.rows) {
+    transform(x, y, dtype, block, scale, signs);
+  } else {
+    Tensor copy = empty(sizes, x);
+    torch::stable::copy_(copy, x);
+    transform(copy, y, dtype, block, scale, signs);
+  }
   return y;
+}
+
+void hadamard_(Tensor x, int64_t block, double scale, const std::optional<Tensor>& signs) {
+  const halo_train::DType dtype = check_hadamard(x, block, signs);
+  if (x.numel() == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  if (Layout(x).dense) {
+    transform(x, x, dtype, block, scale, signs);
+  } else {
+    torch::stable::copy_(x, hadamard(x, block, scale, signs));
+  }
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) { m.impl("hadamard", TORCH_BOX(&hadamard)); }
+STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
+  m.impl("hadamard", TORCH_BOX(&hadamard));
+  m.impl("hadamard_", TORCH_BOX(&hadamard_));
+}

@@ -15,7 +15,8 @@
 //   register bits.
 //   4. One multiplication by the scale, one rounding, one store.
 // Bits are done in ascending order within 1 and then from 2 on, whatever the configuration, so for one n and
-// type the sums are the same for every number of rows.
+// type the sums are the same for every number of rows (but for n = 32768, where few rows are halved, see
+// kParts).
 
 #pragma once
 
@@ -127,7 +128,8 @@ __device__ __forceinline__ void butterfly_lanes(float (&v)[kValues], int lane_ma
 
 // Where the bits of an index are; the only place that knows. kShuffled of the lane bits 3 and 4 are done by
 // shuffles before the exchange between warps (all of them when there is none).
-template <typename T_, int kLogN_, int kLogValues_, int kShuffled_ = 2, bool kFiveBits_ = false>
+template <typename T_, int kLogN_, int kLogValues_, int kShuffled_ = 2, bool kFiveBits_ = false,
+          int kLogParts_ = 0>
 struct HadamardLayout {
   using T = T_;
   static constexpr int kLogN = kLogN_;
@@ -164,7 +166,14 @@ struct HadamardLayout {
   static constexpr int kHighBits = kLogValues - kLowBits;
   static constexpr int kHighBit = kLogN - kHighBits;
 
+  // A block of 2^(kLogN + 1) whose top bit is done first, by the sums or differences of its two parts: a task
+  // then is one half of the result, which reads the whole block and goes on as a block of 2^kLogN.
+  static constexpr int kLogParts = kLogParts_;
+  static constexpr int kParts = 1 << kLogParts;
+  static_assert(kParts <= 2, "a block has one or two parts");
+
   static constexpr size_t kSharedBytes = sizeof(float) << kLogN;
+
   // Shared-memory word of an index. Two bits are added to bank bits 2 and 4, which makes the 8-byte writes
   // (lanes: bits kLaneBit, kLaneBit + 1, 1, 3, 4) and the reads of every width conflict-free. word(a ^ b) =
   // word(a) ^ word(b).
@@ -301,25 +310,33 @@ __device__ void store_tail(const HadamardParams<T>& p, int64_t index, const uint
 // Tensor-core layout of values: register bits, from the lowest, are index bits 5, 0, 2, kLineBit...; lanes
 // are kLaneBit, kLaneBit + 1, 1, 3, 4. Otherwise both are in the order of the loads.
 template <typename L>
-__device__ __forceinline__ void transform_tile(const uint4 (&raw)[L::kLoads], const uint32_t (&a)[4],
-                                               float (&v)[L::kValues], int log_block) {
+__device__ __forceinline__ void transform_tile(const uint4 (&raw)[L::kParts][L::kLoads],
+                                               const uint32_t (&a)[4], float (&v)[L::kValues],
+                                               bool difference, int log_block) {
   using T = typename L::T;
+  const uint32_t minus = sizeof(T) == 2 ? 0x80008000u : 0x80000000u;
+  const uint32_t flip = L::kParts > 1 && difference ? minus : 0;  // of the second part
   if constexpr (L::kTensor) {
+    const auto product = [&](float* d, const uint2& x0, const uint2& x1, const float4& c) {
+      detail::Pair<T>::mma(d, a, x0, c);
+      if constexpr (L::kParts > 1) detail::Pair<T>::mma(d, a, x1, make_float4(d[0], d[1], d[2], d[3]));
+    };
 #pragma unroll
     for (int j = 0; j < L::kLoads; ++j) {
-      const uint2 b0 = make_uint2(raw[j].x, raw[j].y);
-      const uint2 b1 = make_uint2(raw[j].z, raw[j].w);
+      const uint4 x0 = raw[0][j];
+      uint4 x1 = raw[L::kParts - 1][j];
+      x1 = make_uint4(x1.x ^ flip, x1.y ^ flip, x1.z ^ flip, x1.w ^ flip);
       const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       float* d = v + 8 * j;
       if constexpr (L::kFiveBits) {
         float s[4];
-        detail::Pair<T>::mma(s, a, b0, zero);
+        product(s, make_uint2(x0.x, x0.y), make_uint2(x1.x, x1.y), zero);
         const float4 sum = make_float4(s[0], s[1], s[2], s[3]);
-        detail::Pair<T>::mma(d, a, b1, sum);
-        detail::Pair<T>::mma(d + 4, a, make_uint2(b1.x ^ 0x80008000u, b1.y ^ 0x80008000u), sum);
+        product(d, make_uint2(x0.z, x0.w), make_uint2(x1.z, x1.w), sum);
+        product(d + 4, make_uint2(x0.z ^ minus, x0.w ^ minus), make_uint2(x1.z ^ minus, x1.w ^ minus), sum);
       } else {
-        detail::Pair<T>::mma(d, a, b0, zero);
-        detail::Pair<T>::mma(d + 4, a, b1, zero);
+        product(d, make_uint2(x0.x, x0.y), make_uint2(x1.x, x1.y), zero);
+        product(d + 4, make_uint2(x0.z, x0.w), make_uint2(x1.z, x1.w), zero);
       }
     }
     if constexpr (!L::kFiveBits) detail::butterfly_registers<2>(v);
@@ -327,7 +344,7 @@ __device__ __forceinline__ void transform_tile(const uint4 (&raw)[L::kLoads], co
   } else {
 #pragma unroll
     for (int j = 0; j < L::kLoads; ++j) {
-      const uint32_t u[4] = {raw[j].x, raw[j].y, raw[j].z, raw[j].w};
+      const uint32_t u[4] = {raw[0][j].x, raw[0][j].y, raw[0][j].z, raw[0][j].w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if constexpr (sizeof(T) == 2) {
@@ -337,6 +354,13 @@ __device__ __forceinline__ void transform_tile(const uint4 (&raw)[L::kLoads], co
         } else {
           v[4 * j + i] = __uint_as_float(u[i]);
         }
+      }
+      if constexpr (L::kParts > 1) {
+        static_assert(L::kParts == 1 || sizeof(T) == 4, "16-bit blocks of two parts use the tensor cores");
+        v[4 * j] += __uint_as_float(raw[1][j].x ^ flip);
+        v[4 * j + 1] += __uint_as_float(raw[1][j].y ^ flip);
+        v[4 * j + 2] += __uint_as_float(raw[1][j].z ^ flip);
+        v[4 * j + 3] += __uint_as_float(raw[1][j].w ^ flip);
       }
     }
     const int bits = L::kSmall ? log_block : L::kLogN;
@@ -410,28 +434,28 @@ __global__ void __launch_bounds__(kThreads) hadamard_warp(const HadamardParams<t
 
   uint32_t a[4] = {};
   const int64_t first = warp * kTile;
-  uint4 raw[L::kLoads];
+  uint4 raw[1][L::kLoads];
 #pragma unroll
   for (int j = 0; j < L::kLoads; ++j) {
     const int64_t index = first + in + (j << L::kLineBit);
-    raw[j] = make_uint4(0, 0, 0, 0);
+    raw[0][j] = make_uint4(0, 0, 0, 0);
     if (index + L::kVector <= p.total) {
-      raw[j] = detail::load_vector(p, index / L::kVector);
+      raw[0][j] = detail::load_vector(p, index / L::kVector);
     } else if constexpr (L::kSmall) {  // larger blocks are whole vectors
-      raw[j] = detail::load_tail(p, index);
+      raw[0][j] = detail::load_tail(p, index);
     }
   }
   if constexpr (L::kTensor) detail::sign_matrix<T>(a);
   float v[L::kValues];
-  transform_tile<L>(raw, a, v, p.log_block);
-  pack_tile<L>(v, p.scale, raw);
+  transform_tile<L>(raw, a, v, false, p.log_block);
+  pack_tile<L>(v, p.scale, raw[0]);
 #pragma unroll
   for (int j = 0; j < L::kLoads; ++j) {
     const int64_t index = first + out + (j << L::kLineBit);
     if (index + L::kVector <= p.total) {
-      *reinterpret_cast<uint4*>(p.y + index) = raw[j];
+      *reinterpret_cast<uint4*>(p.y + index) = raw[0][j];
     } else if constexpr (L::kSmall) {
-      detail::store_tail(p, index, raw[j]);
+      detail::store_tail(p, index, raw[0][j]);
     }
   }
 }
@@ -458,17 +482,19 @@ __device__ __forceinline__ void group_barrier(int group) {
 
 }  // namespace detail
 
-// Blocks of at least one tile: kWarps warps for a Hadamard block, kGroups Hadamard blocks in a thread block.
+// Blocks of at least one tile: kWarps warps for a task, kGroups tasks side by side in a thread block; a task
+// is a Hadamard block, or half of one (see kParts).
 //
-// Where several thread blocks fit on a multiprocessor they cover for each other: the grid has one for each
-// Hadamard block (which the hardware hands out in order, so that all work at neighbouring addresses), and
-// once a thread block has its own input, it calls the one that will be wanted `ahead` blocks later into the
-// L2 cache, for the memory to stay busy while everybody computes. Where only one fits (kStay), it strides
-// over the blocks and loads the next while it computes.
+// The hardware hands out thread blocks in order, so that all work at neighbouring addresses, and several on
+// one multiprocessor cover for each other's barriers. Once a task has its own input, it calls that of the
+// task `ahead` later into the L2 cache, for the memory to stay busy while everybody computes. Where only one
+// thread block fits on a multiprocessor (kStay), it strides over the tasks instead and loads the next one
+// while it computes.
 template <typename L, int kGroups, int kMinBlocks, bool kStay>
 __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
     hadamard_block(const HadamardParams<typename L::T> p, const int64_t ahead) {
   static_assert(L::kExchange, "smaller blocks take hadamard_warp");
+  static_assert(!kStay || kGroups == 1, "thread blocks that stay are large");
   using T = typename L::T;
   constexpr int kThreads = 32 * L::kWarps;
   extern __shared__ float shared_memory[];
@@ -478,29 +504,35 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
   const int warp = thread / 32;
   float* const shared = shared_memory + (group << L::kLogN);
 
-  const int64_t blocks = p.total >> L::kLogN;
-  int64_t block = static_cast<int64_t>(blockIdx.x) * kGroups + group;
-  if (kGroups > 1 && block >= blocks) return;
+  const int64_t tasks = p.total >> L::kLogN;
+  int64_t task = static_cast<int64_t>(blockIdx.x) * kGroups + group;
+  if (kGroups > 1 && task >= tasks) return;
 
+  // First element of the input of a task, and its column.
   const auto source = [&](int64_t index, uint32_t& column) {
-    constexpr int kVectors = 1 << (L::kLogN - L::kVectorBits);
+    constexpr int kLogBlock = L::kLogN + L::kLogParts;
+    const int64_t block = index >> L::kLogParts;
     column = 0;
-    if (!p.split) return p.x + (index << L::kLogN);
+    if (!p.split) return p.x + (block << kLogBlock);
     int64_t row;
-    detail::locate(index, p.axis / kVectors, row, column);
-    column <<= L::kLogN;
+    detail::locate(block, p.axis >> (kLogBlock - L::kVectorBits), row, column);
+    column <<= kLogBlock;
     return p.x + row * p.row_stride + column;
   };
   const int in = (lane & 7) << L::kVectorBits | (lane >> 3) << L::kLaneBit | warp << L::kWarpBit;
   const int out = thread << L::kLowBits;
   uint32_t column;
-  uint4 raw[L::kLoads];
+  uint4 raw[L::kParts][L::kLoads];
   const auto load = [&](int64_t index) {
     const T* x = source(index, column) + in;
 #pragma unroll
-    for (int j = 0; j < L::kLoads; ++j) raw[j] = detail::load16(x + (j << L::kLineBit));
+    for (int i = 0; i < L::kParts; ++i) {
+#pragma unroll
+      for (int j = 0; j < L::kLoads; ++j)
+        raw[i][j] = detail::load16(x + (i << L::kLogN) + (j << L::kLineBit));
+    }
   };
-  load(block);
+  load(task);
   uint32_t a[4] = {};
   if constexpr (L::kTensor) detail::sign_matrix<T>(a);
 
@@ -508,22 +540,26 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
     if (p.signs != nullptr) {
       const T* signs = p.signs + column + in;
 #pragma unroll
-      for (int j = 0; j < L::kLoads; ++j) {
-        detail::flip_signs<T>(raw[j], __ldg(reinterpret_cast<const uint4*>(signs + (j << L::kLineBit))));
+      for (int i = 0; i < L::kParts; ++i) {
+#pragma unroll
+        for (int j = 0; j < L::kLoads; ++j) {
+          const T* s = signs + (i << L::kLogN) + (j << L::kLineBit);
+          detail::flip_signs<T>(raw[i][j], __ldg(reinterpret_cast<const uint4*>(s)));
+        }
       }
     }
     float v[L::kValues];
-    transform_tile<L>(raw, a, v, 0);
-    const int64_t next = block + (kStay ? static_cast<int64_t>(gridDim.x) * kGroups : ahead);
+    transform_tile<L>(raw, a, v, L::kParts > 1 && (task & 1), 0);
+    const int64_t next = task + (kStay ? static_cast<int64_t>(gridDim.x) : ahead);
     if constexpr (kStay) {
-      if (next < blocks) load(next);
-      if (!first) detail::group_barrier<kThreads, kGroups>(group);  // the last block has been read
+      if (next < tasks) load(next);
+      if (!first) detail::group_barrier<kThreads, kGroups>(group);  // the shared memory has been read
     } else {
 #if __CUDA_ARCH__ >= 900
-      if (ahead > 0 && thread == 0 && next < blocks) {
+      if (ahead > 0 && thread == 0 && next < tasks) {
         uint32_t unused;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source(next, unused)),
-                     "n"(sizeof(T) << L::kLogN)
+        const T* x = source(next, unused) + ((next & (L::kParts - 1)) << L::kLogN);
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(x), "n"(sizeof(T) << L::kLogN)
                      : "memory");
       }
 #endif
@@ -584,14 +620,14 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
     static_assert(L::kLogN - 1 >= L::kDone, "the top bit is left for the last butterfly");
     detail::butterfly_registers_scaled<L::kLogValues - 1>(v, p.scale);
 
-    T* y = p.y + (block << L::kLogN) + out;
+    T* y = p.y + (task << L::kLogN) + out;
 #pragma unroll
     for (int i = 0; i < L::kValues; i += 1 << L::kLowBits) {
       detail::store_values<1 << L::kLowBits>(y + (static_cast<int64_t>(i >> L::kLowBits) << L::kHighBit),
                                              v + i);
     }
-    if (!kStay || next >= blocks) return;
-    block = next;
+    if (!kStay || next >= tasks) return;
+    task = next;
   }
 }
 

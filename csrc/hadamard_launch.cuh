@@ -12,7 +12,6 @@
 namespace halo_train::detail {
 
 constexpr int kMaxDevices = 64;
-constexpr int kStays = -1;
 
 inline cudaError_t multiprocessors(int device, int& count) {
   static std::atomic<int> known[kMaxDevices];
@@ -51,23 +50,47 @@ cudaError_t launch_warps(const HadamardParams<typename L::T>& p, cudaStream_t st
   return cudaGetLastError();
 }
 
-// kGroups Hadamard blocks in a thread block; kMinBlocks thread blocks on a multiprocessor have to fit its
-// registers. kAhead: Hadamard blocks for every ten multiprocessors by which the L2 cache runs ahead of the
-// loads; kStay: see hadamard_block.
+// kGroups tasks in a thread block; kMinBlocks thread blocks on a multiprocessor have to fit its registers.
+// kAhead: tasks for every ten multiprocessors by which the L2 cache runs ahead of the loads.
 template <typename L, int kGroups, int kMinBlocks, int kAhead>
 cudaError_t launch_blocks(const HadamardParams<typename L::T>& p, int device, cudaStream_t stream) {
-  constexpr bool kStay = kAhead == kStays;
-  constexpr auto kKernel = hadamard_block<L, kGroups, kMinBlocks, kStay>;
+  constexpr auto kKernel = hadamard_block<L, kGroups, kMinBlocks, false>;
   constexpr size_t kShared = L::kSharedBytes * kGroups;
   int count;
   cudaError_t error = multiprocessors(device, count);
   if (error == cudaSuccess) error = allow_shared<kKernel, kShared>(device);
   if (error != cudaSuccess) return error;
-  int64_t grid = ((p.total >> L::kLogN) + kGroups - 1) / kGroups;
-  if (kStay) grid = std::min(grid, int64_t{count} * kMinBlocks);
-  const int64_t ahead = kStay ? 0 : int64_t{count} * kAhead / 10;
-  kKernel<<<static_cast<unsigned>(grid), 32 * L::kWarps * kGroups, kShared, stream>>>(p, ahead);
+  const int64_t grid = ((p.total >> L::kLogN) + kGroups - 1) / kGroups;
+  kKernel<<<static_cast<unsigned>(grid), 32 * L::kWarps * kGroups, kShared, stream>>>(
+      p, int64_t{count} * kAhead / 10);
   return cudaGetLastError();
+}
+
+// One thread block on a multiprocessor, which works through many tasks.
+template <typename L>
+cudaError_t launch_staying(const HadamardParams<typename L::T>& p, int device, cudaStream_t stream) {
+  constexpr auto kKernel = hadamard_block<L, 1, 1, true>;
+  int count;
+  cudaError_t error = multiprocessors(device, count);
+  if (error == cudaSuccess) error = allow_shared<kKernel, L::kSharedBytes>(device);
+  if (error != cudaSuccess) return error;
+  const unsigned grid = static_cast<unsigned>(std::min<int64_t>(p.total >> L::kLogN, count));
+  kKernel<<<grid, 32 * L::kWarps, L::kSharedBytes, stream>>>(p, 0);
+  return cudaGetLastError();
+}
+
+// Whether blocks that fill a multiprocessor are better halved (see kParts): with fewer than `few` halves of a
+// block for each multiprocessor, or where a GPU has too little shared memory for a whole one. Halves cannot
+// work in place.
+template <typename Whole>
+bool halved(const HadamardParams<typename Whole::T>& p, int device, int few) {
+  int count = 0, shared = 0;
+  if (p.x == p.y || multiprocessors(device, count) != cudaSuccess ||
+      cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+    return false;
+  }
+  return p.total >> (Whole::kLogN - 1) < int64_t{few} * count ||
+         static_cast<size_t>(shared) < Whole::kSharedBytes;
 }
 
 // The table, measured on an H200 (benchmarks/bench_hadamard.py). What decides: 32 to 64 KB of loads in flight
@@ -95,7 +118,7 @@ cudaError_t launch_sized(const HadamardParams<T>& p, int device, cudaStream_t st
       case 9:
         return launch_blocks<HadamardLayout<T, 9, 4, 0, true>, 4, 10, 0>(p, device, stream);
       case 10:
-        return launch_blocks<HadamardLayout<T, 10, 4, 0, true>, 1, 20, 160>(p, device, stream);
+        return launch_blocks<HadamardLayout<T, 10, 4, 0>, 1, 32, 160>(p, device, stream);
       case 11:
         return launch_blocks<HadamardLayout<T, 11, 4, 0>, 1, 16, 80>(p, device, stream);
       case 12:
@@ -103,9 +126,12 @@ cudaError_t launch_sized(const HadamardParams<T>& p, int device, cudaStream_t st
       case 13:
         return launch_blocks<HadamardLayout<T, 13, 6, 0, true>, 1, 4, 30>(p, device, stream);
       case 14:
-        return launch_blocks<HadamardLayout<T, 14, 6, 0, true>, 1, 2, 17>(p, device, stream);
+        return launch_blocks<HadamardLayout<T, 14, 6, 0, true>, 1, 2, 16>(p, device, stream);
       case 15:
-        return launch_blocks<HadamardLayout<T, 15, 6, 1>, 1, 1, kStays>(p, device, stream);
+        if (halved<HadamardLayout<T, 15, 6, 1>>(p, device, 4)) {
+          return launch_blocks<HadamardLayout<T, 14, 6, 0, false, 1>, 1, 2, 10>(p, device, stream);
+        }
+        return launch_staying<HadamardLayout<T, 15, 6, 1>>(p, device, stream);
     }
   } else {
     switch (p.log_block) {
@@ -135,6 +161,9 @@ cudaError_t launch_sized(const HadamardParams<T>& p, int device, cudaStream_t st
       case 14:
         return launch_blocks<HadamardLayout<T, 14, 5>, 1, 2, 15>(p, device, stream);
       case 15:
+        if (halved<HadamardLayout<T, 15, 5>>(p, device, 1)) {
+          return launch_blocks<HadamardLayout<T, 14, 5, 2, false, 1>, 1, 1, 0>(p, device, stream);
+        }
         return launch_blocks<HadamardLayout<T, 15, 5>, 1, 1, 8>(p, device, stream);
     }
   }

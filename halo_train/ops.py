@@ -23,6 +23,7 @@ MAX_BLOCK = 32768
 
 KERNEL_OPS = {
     "hadamard": "hadamard.cu",
+    "hadamard_": "hadamard.cu",
     "quantize_rows": "quantize.cu",
     "quantize_rows_transposed": "quantize.cu",
     "quantize_grad": "quantize.cu",
@@ -34,6 +35,10 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "hadamard": (
         "(Tensor x, int block, float scale, Tensor? signs) -> Tensor",
         reference.hadamard,
+    ),
+    "hadamard_": (
+        "(Tensor(a!) x, int block, float scale, Tensor? signs) -> ()",
+        reference.hadamard_,
     ),
     "quantize_rows": (
         "(Tensor x, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
@@ -72,6 +77,22 @@ def hadamard(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -
     if signs is not None:
         _check_vector("hadamard", "signs", signs, n, x)
     return torch.ops.halo_train.hadamard(x, block, scale, signs)
+
+
+def hadamard_(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> None:
+    """:func:`hadamard` in place, without a second tensor of x's size where x is contiguous. Not differentiable.
+
+    Raises:
+        ValueError: as hadamard; also if autograd would record the operation.
+        RuntimeError: as hadamard.
+    """
+    n = check_input("hadamard_", x)
+    _check_block("hadamard_", block, n)
+    if signs is not None:
+        _check_vector("hadamard_", "signs", signs, n, x)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("hadamard_: x must not require grad, or be under torch.no_grad(); use hadamard()")
+    torch.ops.halo_train.hadamard_(x, block, scale, signs)
 
 
 def quantize_rows(
@@ -211,6 +232,10 @@ def _fake_hadamard(x: Tensor, block: int, scale: float, signs: Tensor | None) ->
     return x.new_empty(x.shape)
 
 
+def _fake_hadamard_(x: Tensor, block: int, scale: float, signs: Tensor | None) -> None:
+    return None
+
+
 def _fake_quantize_rows(
     x: Tensor, dtype: torch.dtype, block: int, col_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -244,6 +269,7 @@ def _fake_quantize_tensor(
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "hadamard": _fake_hadamard,
+    "hadamard_": _fake_hadamard_,
     "quantize_rows": _fake_quantize_rows,
     "quantize_rows_transposed": _fake_quantize_rows_transposed,
     "quantize_grad": _fake_quantize_grad,

@@ -41,6 +41,11 @@ def hadamard(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -
     return (_butterflies(y, block) * scale).to(x.dtype).contiguous()
 
 
+def hadamard_(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> None:
+    """:func:`hadamard` in place."""
+    x.copy_(hadamard(x, block, scale, signs))
+
+
 def quantize_rows(
     x: Tensor, dtype: torch.dtype, block: int = 1, col_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

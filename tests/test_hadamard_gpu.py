@@ -128,6 +128,28 @@ def test_layouts(n: int, dtype: torch.dtype, signed: bool) -> None:
         assert_rounded_once(y, exact, n)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [8, 128, 2048, 16384, 32768])
+def test_in_place(n: int, dtype: torch.dtype) -> None:
+    """The same values in x itself, whether its rows are dense, strided or unaligned; its neighbours stay."""
+    signs = torch.randint(0, 2, (n,), device="cuda") * 2 - 1
+    base = randn(301, n + 24, dtype=dtype)
+    for start in (0, 8, 3):
+        for rows in (301, 5):
+            whole = base[:rows].clone()
+            x = whole[:, start : start + n]
+            before = x.clone()
+            ops.hadamard_(x, n, 1 / math.sqrt(n), signs)
+            assert_rounded_once(x.contiguous(), expected(before, n, 1 / math.sqrt(n), signs), n)
+            whole[:, start : start + n] = base[:rows, start : start + n]
+            assert torch.equal(whole, base[:rows])
+    dense = base[:, :n].contiguous()
+    before, pointer = dense.clone(), dense.data_ptr()
+    ops.hadamard_(dense, n, 1 / math.sqrt(n))
+    assert dense.data_ptr() == pointer
+    assert_rounded_once(dense, expected(before, n, 1 / math.sqrt(n)), n)
+
+
 @pytest.mark.parametrize("n", [32, 64, 128, 256, 512, 1024, 4096])
 def test_row_counts_and_determinism(n: int) -> None:
     """Every count gives the first rows of the largest one, bit for bit (HadaCore races on odd counts)."""
@@ -147,6 +169,24 @@ def test_empty(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     y = hadamard_transform(x)
     assert y.shape == x.shape
     assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_dimension_with_gaps(dtype: torch.dtype) -> None:
+    x = randn(512, dtype=dtype)[::2]
+    assert torch.equal(ops.hadamard(x, 256, 0.5), ops.hadamard(x.contiguous(), 256, 0.5))
+
+
+@pytest.mark.parametrize("rows", [1, 40, 263, 264, 700])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_largest_block_at_every_number_of_rows(rows: int, dtype: torch.dtype) -> None:
+    """Few blocks of 32768 are halved over two thread blocks, many are not."""
+    wide = randn(rows, 2 * 32768, dtype=dtype)
+    signs = torch.randint(0, 2, (2 * 32768,), device="cuda") * 2 - 1
+    y = ops.hadamard(wide, 32768, 2.0**-7, signs)
+    assert_rounded_once(y, expected(wide, 32768, 2.0**-7, signs), 32768)
+    strided = ops.hadamard(wide[:, 32768:], 32768, 2.0**-7)
+    assert_rounded_once(strided, expected(wide[:, 32768:], 32768, 2.0**-7), 32768)
 
 
 @pytest.mark.parametrize("n", [2, 128, 2048, 32768])
@@ -208,6 +248,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     signs = torch.ones(512, device="cuda")
     torch.library.opcheck(torch.ops.halo_train.hadamard.default, (x, 256, 0.5, None))
     torch.library.opcheck(torch.ops.halo_train.hadamard.default, (x[:, 1:257], 64, 0.5, signs[:256]))
+    torch.library.opcheck(torch.ops.halo_train.hadamard_.default, (x.detach().clone(), 256, 0.5, signs))
 
 
 def test_compiles_without_a_graph_break() -> None:
