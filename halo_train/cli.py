@@ -1,4 +1,4 @@
-"""The ``halo-train`` command: run, ls, validate, doctor."""
+"""The ``halo-train`` command: run, ls, validate, report, calibrate, doctor."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ try:
     from rich.table import Table
 
     from halo_train.config import RECIPES, HaloConfig
+    from halo_train.metrics.console import sample_table
+    from halo_train.metrics.records import read_samples
+    from halo_train.quant_report import write_report
     from halo_train.recipes import finetune  # type: ignore[import-not-found,unused-ignore]  # lies in recipes/
     from halo_train.training import doctor as machine
-    from halo_train.training.config import STDLIB, Config, load_config
+    from halo_train.training.config import RECIPE_FILE, STDLIB, Config, load_config
     from halo_train.training.errors import Interrupted, RunFailed, UserError
 except ModuleNotFoundError as _error:
     if (_error.name or "").partition(".")[0] == "halo_train":
@@ -79,6 +82,47 @@ def ls() -> None:
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
+) -> None:
+    """Show what 8 bits cost in a run, layer by layer: an HTML page, pictures, and what to change.
+
+    Of runs with log.quant_every, and of every folder with a quant.jsonl.
+    """
+    try:
+        files, advice = write_report(folder)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    console = _console()
+    console.print(sample_table(read_samples(folder / "quant.jsonl")[-1], limit=5))
+    todo = Table("layer", "what to do", "evidence", title="What to do", title_justify="left")
+    for entry in advice:
+        todo.add_row(entry.layer, entry.action, entry.evidence)
+    console.print(todo if advice else "Nothing to change: every product of every layer is good enough.")
+    for file in files:
+        print(file)
+
+
+@app.command()
+def calibrate(
+    file: _File,
+    overrides: _Overrides = None,
+    batches: Annotated[int, typer.Option(min=1, help="Batches that are measured.")] = 4,
+    output: Annotated[Path, typer.Option(help="Recipe file that is written.")] = Path("recipe.json"),
+) -> None:
+    """Choose a recipe for every layer of the model in FILE by its measured error; nothing is trained.
+
+    Use it with `halo-train run FILE quant.recipe=recipe.json`.
+    """
+    if output.suffix != RECIPE_FILE:
+        raise UserError(f"--output must end with {RECIPE_FILE}; got {output}")
+    result = finetune.calibrate_layers(load_config(file, overrides or ()), batches)
+    print(result)
+    result.save(output)
+    print(f"written: {output}; use it with quant.recipe={output}", file=sys.stderr)
+
+
+@app.command()
 def doctor() -> None:
     """Show GPU, PyTorch and kernels, and test that the results are right; exit code 1 if one is not."""
     console = _console()
@@ -130,6 +174,7 @@ def _require_inputs(config: Config) -> None:
         "model.path": config.model.path,
         "data.train": config.data.train,
         "data.valid": config.data.valid,
+        "quant.recipe": config.quant.recipe if config.quant.recipe.endswith(RECIPE_FILE) else None,
     }
     for key, value in inputs.items():
         if value is not None and value != STDLIB and not Path(value).exists():

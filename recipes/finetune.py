@@ -6,6 +6,7 @@
 - any causal model of transformers: a Hugging Face directory, or random weights from a config file
 - JSONL with prompt and completion (loss on completions only) or text
 - float32 weights, AdamW, bfloat16 autocast; the linear layers run the precision recipe ``quant.recipe``
+- with ``log.quant_every`` the quantisation error of every layer and product: ``quant.jsonl``, ``quant_report.html``
 - stops at will (Ctrl-C, SIGTERM), goes on bit for bit with ``run.resume=true``
 - leaves a Hugging Face directory without a trace of the 8-bit layers, and optionally the same run in bf16 to compare with
 """
@@ -16,6 +17,7 @@ import json
 import math
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,23 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from halo_train import HaloLinear, ProductError, convert_to_halo_training, measure_products, revert
+from halo_train import (
+    Calibration,
+    HaloConfig,
+    HaloLinear,
+    ProductError,
+    QuantMetrics,
+    calibrate,
+    convert_to_halo_training,
+    load_recipe,
+    measure_products,
+    revert,
+)
+from halo_train.metrics.collect import Sink
+from halo_train.metrics.records import JsonlSink
+from halo_train.quant_report import write_report
 from halo_train.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
-from halo_train.training.config import STDLIB, Config
+from halo_train.training.config import RECIPE_FILE, STDLIB, Config
 from halo_train.training.data import BatchStream, Dataset, encode_rows, fixed_batches, read_rows, split_rows
 from halo_train.training.errors import Interrupted, RunFailed, UserError
 from halo_train.training.logging import (
@@ -79,7 +95,9 @@ def run(config: Config) -> dict[str, Any]:
     """
     folder = check_run_folder(config)
     device = pick_device(config.train.device)
-    require_low_precision(config.quant.recipe, device)
+    recipes = read_recipes(config.quant.recipe)
+    for recipe in set(recipes.values()):
+        require_low_precision(recipe, device)
     with StopSignals() as stop:
         data = load_data(config, folder)
         make_run_folder(folder, config)
@@ -88,14 +106,18 @@ def run(config: Config) -> dict[str, Any]:
         if not Path(config.model.path).is_dir():
             data.tokenizer.save_pretrained(folder / "tokenizer")
 
-        curves = {config.quant.recipe: folder / "metrics.jsonl"}
-        result = train(config, config.quant.recipe, folder, data, device, stop)
+        label = config.quant.label
+        curves = {label: folder / "metrics.jsonl"}
+        result = train(config, label, recipes, folder, data, device, stop)
+        if config.log.quant_every:
+            print(f"quantisation error by layer: {write_report(folder)[0][0]}", flush=True)
         plot_losses(folder / "loss.png", config.run.name, curves)
         twin = None
         if config.quant.bf16_twin:
             print("\nThe same run in bf16, for comparison:", flush=True)
             curves["bf16"] = folder / "bf16" / "metrics.jsonl"
-            twin = train(config, "bf16", folder / "bf16", data, device, stop)
+            bf16 = {"*": HaloConfig.from_recipe("bf16")}
+            twin = train(config, "bf16", bf16, folder / "bf16", data, device, stop)
             plot_losses(folder / "loss.png", config.run.name, curves)
 
     emulated = device.type == "cpu" and config.quant.recipe != "bf16"
@@ -117,9 +139,15 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def train(
-    config: Config, recipe: str, folder: Path, data: Data, device: torch.device, stop: StopSignals
+    config: Config,
+    label: str,
+    recipes: dict[str, HaloConfig],
+    folder: Path,
+    data: Data,
+    device: torch.device,
+    stop: StopSignals,
 ) -> Result:
-    """One training run with one precision recipe; files go to ``folder``. Arguments and errors as in :func:`run`."""
+    """One training run with one precision recipe, or one for each layer; files go to ``folder``. Errors as in :func:`run`."""
     cfg = config.train
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -132,12 +160,12 @@ def train(
     valid_before = None if checkpoint else evaluate(model, data.valid, device)
 
     try:
-        conversion = convert_to_halo_training(model, recipe=recipe)
+        conversion = convert_to_halo_training(model, recipe=recipes)
     except ValueError as error:
-        raise UserError(f"quant.recipe={recipe} cannot be applied to {config.model.path}: {error}") from error
+        raise UserError(f"quant.recipe={label} cannot be applied to {config.model.path}: {error}") from error
     write_atomically(folder / "conversion.json", json.dumps(conversion.to_dict(), indent=2) + "\n")
     print(
-        f"{len(conversion.converted)} linear layers run {recipe}; {folder / 'conversion.json'} names them; left alone:"
+        f"{len(conversion.converted)} linear layers run {label}; {folder / 'conversion.json'} names them; left alone:"
     )
     for skip in conversion.skipped:
         print(f"  {skip.name}: {skip.reason}", flush=True)
@@ -154,10 +182,16 @@ def train(
     with (
         MetricsFile(folder / "metrics.jsonl", progress.step) as metrics,
         WandbRun(
-            config.log.wandb, folder, f"{config.run.name}-{recipe}", config.model_dump(mode="json")
+            config.log.wandb, folder, f"{config.run.name}-{label}", config.model_dump(mode="json")
         ) as wandb,
-        ProgressBar(recipe, cfg.steps, progress.step, config.log.every) as bar,
+        ProgressBar(label, cfg.steps, progress.step, config.log.every) as bar,
+        ExitStack() as stack,
     ):
+        # The bf16 twin is there for its losses; measure_products at its end shows its products.
+        sampled = config.log.quant_every and label == config.quant.label
+        quant = None
+        if sampled:
+            quant = stack.enter_context(quant_metrics(config, model, folder, progress.step, wandb))
         if valid_before is not None:
             metrics.write(step=0, valid_loss=valid_before)
             bar.note(f"validation loss {valid_before:.4f} before training")
@@ -194,6 +228,8 @@ def train(
             }
             metrics.write(step=step, **values)
             wandb.log(step, **values)
+            if quant is not None:
+                quant.step()
             bar.step(step, loss=values["loss"], tokens_s=values["tokens_per_second"])
 
             last = step == cfg.steps
@@ -214,7 +250,7 @@ def train(
     errors = measure(model, data, device)
     export_model(revert(model), data.tokenizer, folder / "export")
     return Result(
-        recipe=recipe,
+        recipe=label,
         layers_converted=len(conversion.converted),
         layers_left_alone=len(conversion.skipped),
         peak_memory_gib=peak,
@@ -233,6 +269,66 @@ def measure(model: nn.Module, data: Data, device: torch.device) -> dict[str, dic
     errors = measure_products(model, forward_and_backward)
     model.zero_grad()
     return errors
+
+
+def quant_metrics(config: Config, model: nn.Module, folder: Path, done: int, wandb: WandbRun) -> QuantMetrics:
+    """Samples the quantisation error every ``log.quant_every`` steps.
+
+    Args:
+        done: steps before a resume.
+
+    Raises:
+        UserError: a pattern of log.quant_layers that matches no layer.
+    """
+    sinks: list[Sink] = [JsonlSink(folder / "quant.jsonl", done), *wandb.quant_sinks()]
+    try:
+        return QuantMetrics(
+            model,
+            config.log.quant_every,
+            layers=config.log.quant_layers,
+            what_if=config.log.quant_what_if,
+            sinks=sinks,
+            seed=config.run.seed,
+            start_step=done,
+        )
+    except ValueError as error:
+        raise UserError(f"log.quant_layers: {error}") from error
+
+
+def calibrate_layers(config: Config, batches: int) -> Calibration:
+    """Chooses a recipe for each layer of the model of a run on its training data; nothing is trained.
+
+    Raises:
+        UserError: data, model or device that cannot work.
+    """
+    device = pick_device(config.train.device)
+    data = load_data(config, config.run.dir / config.run.name)
+    model = build_model(Path(config.model.path), data.tokenizer, config.run.seed, config.data.seq_len)
+    model.to(device).train()
+    stream = BatchStream(data.train.examples, config.train.micro_batch, data.pad_id, config.run.seed, 0)
+
+    def forward_and_backward(module: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+        ids, labels = (tensor.to(device) for tensor in batch)
+        (summed_loss(module, ids, labels) / count_trained(labels)).backward()
+
+    try:
+        return calibrate(model, (next(stream) for _ in range(batches)), forward_and_backward)
+    except ValueError as error:
+        raise UserError(f"{config.model.path}: {error}") from error
+
+
+def read_recipes(recipe: str) -> dict[str, HaloConfig]:
+    """Recipes by layer pattern of ``quant.recipe``: those of a file, or the named one for all.
+
+    Raises:
+        UserError: a file that is missing or holds no recipe.
+    """
+    if not recipe.endswith(RECIPE_FILE):
+        return {"*": HaloConfig.from_recipe(recipe)}
+    try:
+        return load_recipe(recipe)
+    except (OSError, ValueError) as error:
+        raise UserError(f"quant.recipe: {error}") from error
 
 
 def load_data(config: Config, folder: Path) -> Data:
@@ -261,7 +357,7 @@ def load_data(config: Config, folder: Path) -> Data:
     return Data(tokenizer, train_set, valid)
 
 
-def require_low_precision(recipe: str, device: torch.device) -> None:
+def require_low_precision(recipe: HaloConfig, device: torch.device) -> None:
     """Tries the recipe on the device, so that a run that cannot compute in 8 bits ends before it starts.
 
     Raises:
@@ -273,7 +369,7 @@ def require_low_precision(recipe: str, device: torch.device) -> None:
         with torch.autocast(device.type, torch.bfloat16):
             layer(x).sum().backward()
     except RuntimeError as error:
-        raise UserError(f"quant.recipe={recipe} does not run on {device}: {error}") from error
+        raise UserError(f"quant.recipe={recipe.name} does not run on {device}: {error}") from error
 
 
 def _not_finite(step: int, loss: float, norm: float, checkpoints: Path) -> str:

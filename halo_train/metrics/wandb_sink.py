@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import wandb
 
 from .sample import QuantSample
 
@@ -21,15 +20,20 @@ class WandbSink:
 
     Args:
         run: of wandb.init; None is the one that is active when the first sample comes.
+
+    Raises:
+        ModuleNotFoundError: wandb is not installed.
     """
 
     def __init__(self, run: Any = None) -> None:
-        self._run = run
+        import wandb  # here, so that programs in which it is optional can import this module
+
+        self._wandb, self._run = wandb, run
         self._row: int | None = None
         """wandb's step of the row that the last sample is in."""
 
     def __call__(self, sample: QuantSample) -> None:
-        run = self._run or wandb.run
+        run = self._run or self._wandb.run
         if run is None:
             raise RuntimeError("WandbSink: no run is active; call wandb.init() before the first sampled step")
         if self._row is None:
@@ -44,11 +48,11 @@ class WandbSink:
                     shares = np.asarray(tensors[part])
                     edges = np.arange(len(shares) + 1) - len(shares) + 0.5
                     # Left to right as on a number line: the largest values last.
-                    values[f"quant_{part}/exponents/{layer}"] = wandb.Histogram(
+                    values[f"quant_{part}/exponents/{layer}"] = self._wandb.Histogram(
                         np_histogram=(shares[::-1], edges)
                     )
         columns, rows = sample.product_table()
-        values["quant/products"] = wandb.Table(columns=columns, data=rows)
+        values["quant/products"] = self._wandb.Table(columns=columns, data=rows)
         # The row of the loop's own step stays open: had we closed it, what the loop logs for this step would be dropped.
         run.log(values, commit=False)
         self._row = run.step

@@ -13,8 +13,11 @@ from halo_train.config import RECIPES, did_you_mean
 
 from .errors import UserError
 
-INPUT_PATHS = ("model.path", "data.train", "data.valid")
+INPUT_PATHS = ("model.path", "data.train", "data.valid", "quant.recipe")
 """Relative paths of inputs: in a YAML file they start at the file's folder, in an override at the current folder."""
+
+RECIPE_FILE = ".json"
+"""How a ``quant.recipe`` ends that is a file of recipes by layer instead of a name."""
 
 STDLIB = "stdlib"
 """Value of ``data.train`` that means pairs made from Python's standard library instead of a file."""
@@ -62,16 +65,21 @@ class QuantSection(_Section):
     """How the linear layers compute."""
 
     recipe: str = "fp8"
-    """A named precision recipe; ``halo-train ls`` lists them."""
+    """A named precision recipe (``halo-train ls`` lists them), or a file of recipes by layer from ``halo-train calibrate``."""
     bf16_twin: bool = False
     """Afterwards repeat the run in bf16 from the same weights on the same batches, and print both side by side."""
 
     @field_validator("recipe")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in RECIPES:
+        if name not in RECIPES and not name.endswith(RECIPE_FILE):
             raise ValueError(f"must be one of {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
         return name
+
+    @property
+    def label(self) -> str:
+        """The recipe's name; of a file its own, without folder and ending."""
+        return self.recipe if self.recipe in RECIPES else Path(self.recipe).stem
 
     @model_validator(mode="after")
     def _twin_differs(self) -> QuantSection:
@@ -142,6 +150,25 @@ class LogSection(_Section):
     """Steps between validations; the first and the last step are always validated."""
     wandb: bool = False
     """Also log to Weights & Biases; offline where no key is set."""
+    quant_every: _NotNegative = 0
+    """Steps between samples of the quantisation error, in ``quant.jsonl``, wandb and the report; 0 is never."""
+    quant_layers: list[str] = ["*"]
+    """Patterns on the names of the layers that are sampled; on the command line separated by commas."""
+    quant_what_if: list[str] = ["fp8_plain", "fp8", "int8"]
+    """Recipes that are measured on the same data beside the one that runs."""
+
+    @field_validator("quant_layers", "quant_what_if", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("quant_what_if")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in RECIPES:
+                raise ValueError(f"must be out of {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
+        return names
 
 
 class Config(_Section):
@@ -238,7 +265,9 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
     for dotted in INPUT_PATHS:
         name, key = dotted.split(".")
         section = values.get(name)
-        if isinstance(section, dict) and isinstance(section.get(key), str) and section[key] != STDLIB:
+        path = section.get(key) if isinstance(section, dict) else None
+        is_name = path == STDLIB or (dotted == "quant.recipe" and not str(path).endswith(RECIPE_FILE))
+        if isinstance(section, dict) and isinstance(path, str) and not is_name:
             section[key] = str(folder / Path(section[key]).expanduser())
 
 

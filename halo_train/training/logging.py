@@ -17,6 +17,7 @@ from urllib.parse import urlparse
 import torch
 from tqdm import tqdm
 
+from halo_train.metrics.wandb_sink import WandbSink
 from halo_train.ops import kernel_status
 
 from .errors import UserError
@@ -134,6 +135,10 @@ class WandbRun:
     def log(self, step: int, **values: float) -> None:
         if self._run is not None:
             self._run.log(values, step=step)
+
+    def quant_sinks(self) -> list[WandbSink]:
+        """For QuantMetrics; none when it is switched off."""
+        return [] if self._run is None else [WandbSink(self._run)]
 
     def __enter__(self) -> WandbRun:
         return self
