@@ -4,58 +4,15 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_fp8.h>
 
 #include <algorithm>
 #include <type_traits>
 
 #include "quantize.h"
+#include "round.cuh"
 
 namespace halo_train {
 namespace {
-
-constexpr float kAmaxFloor = 0x1p-100f;
-
-template <QType kType>
-__host__ __device__ constexpr float qmax() {
-  return kType == QType::kE4M3 ? 448.0f : kType == QType::kE5M2 ? 57344.0f : 127.0f;
-}
-
-// Magnitudes are compared as the bits of floats: NaN is above infinity there, so it is not lost as in fmaxf.
-__device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
-
-template <QType kType>
-struct RowScale {
-  float scale, inverse;
-  __device__ explicit RowScale(uint32_t amax_bits) {
-    const float amax = __uint_as_float(amax_bits);
-    const float floored = amax < kAmaxFloor ? kAmaxFloor : amax;  // keeps NaN
-    inverse = __fdiv_rn(qmax<kType>(), floored);
-    scale = amax_bits == 0 ? 1.0f : __fdiv_rn(floored, qmax<kType>());
-  }
-};
-
-// Four values to four bytes, the first in the lowest.
-template <QType kType>
-__device__ __forceinline__ uint32_t round4(float a, float b, float c, float d) {
-  if constexpr (kType == QType::kInt8) {
-    uint32_t word = 0;
-    const float v[4] = {a, b, c, d};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      // |v| <= 127 up to rounding, so -128 does not occur; NaN becomes 0 and is told by the scale.
-      int32_t r;
-      asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(r) : "f"(v[i]));
-      word |= (static_cast<uint32_t>(r) & 0xffu) << (8 * i);
-    }
-    return word;
-  } else {
-    constexpr auto kInterpretation = kType == QType::kE4M3 ? __NV_E4M3 : __NV_E5M2;
-    const uint32_t lo = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, kInterpretation);
-    const uint32_t hi = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, kInterpretation);
-    return lo | hi << 16;
-  }
-}
 
 // Eight neighbouring elements, as loaded.
 template <typename T>
@@ -66,10 +23,8 @@ struct Eight {
   __device__ __forceinline__ void load(const T* p) {
 #pragma unroll
     for (int i = 0; i < kWords; i += 4) {
-      // volatile: a load that is issued ahead must not sink to where its value is needed.
-      asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(word[i]), "=r"(word[i + 1]), "=r"(word[i + 2]), "=r"(word[i + 3])
-                   : "l"(reinterpret_cast<const uint4*>(p) + i / 4));
+      const uint4 v = __ldg(reinterpret_cast<const uint4*>(p) + i / 4);
+      word[i] = v.x, word[i + 1] = v.y, word[i + 2] = v.z, word[i + 3] = v.w;
     }
   }
   // Any alignment, at most `count` elements, zeros beyond.
@@ -159,49 +114,60 @@ __device__ __forceinline__ void store_partial(const RowsParams<T>& p, int64_t co
 }
 
 // A thread block takes whole rows, thread t the columns 8 (t + i blockDim.x) + 0..7, i < kVectors, in
-// registers. The next row is loaded before the barrier at which this row's largest magnitude is known.
+// registers as they were loaded: converting them a second time costs less than the thread blocks that fp32
+// copies would displace. The next row is loaded before this one's largest magnitude is found.
 template <typename T, QType kType, int kVectors, bool kAmax>
 __global__ void __launch_bounds__(1024, 1) quantize_rows_kernel(RowsParams<T> p) {
   __shared__ uint32_t warp_amax[2][32];
   const auto column = [&](int i) { return 8 * (static_cast<int64_t>(threadIdx.x) + i * blockDim.x); };
-  uint32_t col_amax[kAmax ? kVectors : 1][8] = {};
-  Eight<T> next[kVectors];
+  const auto multiply = [&](float (&v)[8], int i) {
+    if (p.col_scale == nullptr) return;
+    float f[8];
+    load_factors<true>(f, p.col_scale, column(i), p.cols);
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) load_columns<T, true>(next[i], p, blockIdx.x, column(i));
+    for (int j = 0; j < 8; ++j) v[j] *= f[j];
+  };
+  uint32_t col_amax[kAmax ? kVectors : 1][8] = {};
+  Eight<T> now[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) load_columns<T, true>(now[i], p, blockIdx.x, column(i));
   int parity = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, parity ^= 1) {
+    Eight<T> next[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) load_columns<T, true>(next[i], p, row + gridDim.x, column(i));
     const float row_factor = kAmax ? __ldg(p.row_scale + row) : 0.0f;
-    float v[kVectors][8];
     uint32_t amax = 0;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      next[i].floats(v[i]);
-      load_columns<T, true>(next[i], p, row + gridDim.x, column(i));
       if (column(i) >= p.cols) continue;
+      float v[8];
+      now[i].floats(v);
       if constexpr (kAmax) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) col_amax[i][j] = max(col_amax[i][j], magnitude(v[i][j] * row_factor));
+        for (int j = 0; j < 8; ++j) col_amax[i][j] = max(col_amax[i][j], magnitude(v[j] * row_factor));
       }
-      if (p.col_scale != nullptr) {
-        float f[8];
-        load_factors<true>(f, p.col_scale, column(i), p.cols);
+      multiply(v, i);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) v[i][j] *= f[j];
-      }
-#pragma unroll
-      for (int j = 0; j < 8; ++j) amax = max(amax, magnitude(v[i][j]));
+      for (int j = 0; j < 8; ++j) amax = max(amax, magnitude(v[j]));
     }
-    const RowScale<kType> s(block_max(amax, warp_amax[parity]));
-    if (threadIdx.x == 0) p.scale[row] = s.scale;
+    amax = block_max(amax, warp_amax[parity]);
+    if (threadIdx.x == 0) p.scale[row] = scale_of<kType>(amax);
+    float inverse = inverse_of<kType>(amax);
+    asm volatile("" : "+f"(inverse));  // divide once, not in each branch
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (column(i) >= p.cols) continue;
+      float v[8];
+      now[i].floats(v);
+      multiply(v, i);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) v[i][j] *= s.inverse;
-      const uint2 bytes = {round4<kType>(v[i][0], v[i][1], v[i][2], v[i][3]),
-                           round4<kType>(v[i][4], v[i][5], v[i][6], v[i][7])};
-      store8<true>(p.q + row * p.cols + column(i), bytes, 8);
+      for (int j = 0; j < 8; ++j) v[j] *= inverse;
+      const uint2 bytes = {round4<kType>(v[0], v[1], v[2], v[3]), round4<kType>(v[4], v[5], v[6], v[7])};
+      *reinterpret_cast<uint2*>(p.q + row * p.cols + column(i)) = bytes;
     }
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) now[i] = next[i];
   }
   if constexpr (kAmax) {
 #pragma unroll
@@ -283,8 +249,10 @@ __global__ void __launch_bounds__(1024, 1) quantize_long_rows_kernel(RowsParams<
 #pragma unroll
       for (int j = 0; j < 8; ++j) amax = max(amax, magnitude(v[j]));
     }
-    const RowScale<kType> s(block_max(amax, warp_amax[parity]));
-    if (threadIdx.x == 0) p.scale[row] = s.scale;
+    amax = block_max(amax, warp_amax[parity]);
+    if (threadIdx.x == 0) p.scale[row] = scale_of<kType>(amax);
+    float inverse = inverse_of<kType>(amax);
+    asm volatile("" : "+f"(inverse));  // divide once, not in each branch
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (column(i) >= p.cols) continue;
@@ -292,7 +260,7 @@ __global__ void __launch_bounds__(1024, 1) quantize_long_rows_kernel(RowsParams<
       fetch(v, stage, i);
       multiply(v, i);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] *= s.inverse;
+      for (int j = 0; j < 8; ++j) v[j] *= inverse;
       const uint2 bytes = {round4<kType>(v[0], v[1], v[2], v[3]), round4<kType>(v[4], v[5], v[6], v[7])};
       store8<true>(p.q + row * p.cols + column(i), bytes, 8);
     }
@@ -343,14 +311,16 @@ __global__ void __launch_bounds__(1024) quantize_wide_rows_kernel(RowsParams<T> 
 #pragma unroll
       for (int j = 0; j < 8; ++j) amax = max(amax, magnitude(v[j] * f[j]));
     }
-    const RowScale<kType> s(block_max(amax, warp_amax[parity]));
-    if (threadIdx.x == 0) p.scale[row] = s.scale;
+    amax = block_max(amax, warp_amax[parity]);
+    if (threadIdx.x == 0) p.scale[row] = scale_of<kType>(amax);
+    float inverse = inverse_of<kType>(amax);
+    asm volatile("" : "+f"(inverse));  // divide once, not in each branch
     for (int64_t c = 8 * threadIdx.x; c < p.cols; c += 8 * blockDim.x) {
       load_columns<T, kVector>(x, p, row, c);
       x.floats(v);
       load_factors<kVector>(f, p.col_scale, c, p.cols);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = v[j] * f[j] * s.inverse;
+      for (int j = 0; j < 8; ++j) v[j] = v[j] * f[j] * inverse;
       const uint2 bytes = {round4<kType>(v[0], v[1], v[2], v[3]), round4<kType>(v[4], v[5], v[6], v[7])};
       store8<kVector>(p.q + row * p.cols + c, bytes, p.cols - c);
     }
@@ -439,9 +409,9 @@ __global__ void __launch_bounds__(kTransposeThreads) quantize_transposed_kernel(
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     if (column + j >= p.cols) break;
-    const RowScale<kType> s(__ldg(p.col_amax + column + j));
-    inverse[j] = s.inverse;
-    if (blockIdx.y == 0 && word == 0) p.scale[column + j] = s.scale;
+    const uint32_t amax = __ldg(p.col_amax + column + j);
+    inverse[j] = inverse_of<kType>(amax);
+    if (blockIdx.y == 0 && word == 0) p.scale[column + j] = scale_of<kType>(amax);
   }
   const int64_t first = static_cast<int64_t>(blockIdx.y) * kTilesPerBlock * kTileRows;
   Eight<T> x[4];
@@ -528,35 +498,41 @@ int multiprocessors(int device) {
   return count;
 }
 
-constexpr int kMaxThreads = 1024;
-constexpr int kMaxBlocks = 8;   // on a multiprocessor; more only makes the scratch larger
-constexpr int kRegisters = 64;  // of a thread, from __launch_bounds__(1024, 1)
-constexpr int kMultiprocessorShared =
-    225280;  // bytes for rings; the static part and what the system reserves come on top
-
 constexpr int kVectors = 2, kLongVectors = 4;  // of eight columns in a thread
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxBlocks = 16;  // on a multiprocessor
+constexpr int kMultiprocessorShared =
+    225280;  // bytes for rings; the static part and the system's come on top
 
-struct RowsShape {
-  int threads, per_multiprocessor;
-  size_t shared;
-  RowsShape(int64_t cols, int vectors, size_t ring_bytes) {
-    threads = static_cast<int>(32 * ceil_div(cols, 32 * 8 * vectors));
-    shared = ring_bytes * threads * vectors * kStages;
-    per_multiprocessor = std::min({65536 / (kRegisters * threads), 2048 / threads,
-                                   static_cast<int>(kMultiprocessorShared / (shared + 2048)), kMaxBlocks});
-  }
-  bool fits() const { return threads <= kMaxThreads && per_multiprocessor > 0; }
-};
+int threads_of_row(int64_t cols, int vectors) {
+  return static_cast<int>(32 * ceil_div(cols, 32 * 8 * vectors));
+}
+
+// Thread blocks on a multiprocessor before registers and shared memory are asked about.
+int max_blocks(int64_t cols) {
+  return std::max(1, std::min(kMaxBlocks, 2048 / threads_of_row(cols, kVectors)));
+}
+
+template <auto kKernel>
+int registers_of() {
+  static const int registers = [] {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, kKernel) == cudaSuccess ? attributes.numRegs : 255;
+  }();
+  return registers;
+}
 
 template <auto kKernel, typename T>
-cudaError_t launch_rows(const RowsParams<T>& p, const RowsShape& shape, int device, cudaStream_t stream) {
-  if (shape.shared > 40 * 1024) {  // 48 KB with the static part are there without asking
+cudaError_t launch_rows(const RowsParams<T>& p, int threads, size_t shared, int device, cudaStream_t stream) {
+  if (shared > 40 * 1024) {  // 48 KB with the static part are there without asking
     const cudaError_t error =
         cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMultiprocessorShared);
     if (error != cudaSuccess) return error;
   }
-  const int64_t grid = std::min<int64_t>(p.rows, int64_t{multiprocessors(device)} * shape.per_multiprocessor);
-  kKernel<<<static_cast<unsigned>(grid), shape.threads, shape.shared, stream>>>(p);
+  int blocks = std::min(max_blocks(p.cols), 65536 / (registers_of<kKernel>() * threads));
+  if (shared > 0) blocks = std::min(blocks, static_cast<int>(kMultiprocessorShared / (shared + 2048)));
+  const int64_t grid = std::min<int64_t>(p.rows, int64_t{multiprocessors(device)} * std::max(1, blocks));
+  kKernel<<<static_cast<unsigned>(grid), threads, shared, stream>>>(p);
   cudaError_t error = cudaGetLastError();
   if (p.col_amax != nullptr && error == cudaSuccess) {
     reduce_amax_kernel<<<static_cast<unsigned>(ceil_div(p.cols, 32)), dim3(32, kReduceRows), 0, stream>>>(
@@ -588,16 +564,17 @@ template <typename T, QType kType>
 cudaError_t rows_sized(const RowsParams<T>& p, int device, cudaStream_t stream) {
   const bool amax = p.col_amax != nullptr;
   if (!vectorised(p)) return launch_wide_rows<T, kType, false>(p, device, stream);
-  const RowsShape registers(p.cols, kVectors, 0), ring(p.cols, kLongVectors, sizeof(Eight<T>));
-  if (registers.fits()) {
-    return amax ? launch_rows<quantize_rows_kernel<T, kType, kVectors, true>>(p, registers, device, stream)
-                : launch_rows<quantize_rows_kernel<T, kType, kVectors, false>>(p, registers, device, stream);
+  const int threads = threads_of_row(p.cols, kVectors), long_threads = threads_of_row(p.cols, kLongVectors);
+  if (threads <= kMaxThreads) {
+    return amax ? launch_rows<quantize_rows_kernel<T, kType, kVectors, true>>(p, threads, 0, device, stream)
+                : launch_rows<quantize_rows_kernel<T, kType, kVectors, false>>(p, threads, 0, device, stream);
   }
-  if (ring.fits()) {
-    return amax
-               ? launch_rows<quantize_long_rows_kernel<T, kType, kLongVectors, true>>(p, ring, device, stream)
-               : launch_rows<quantize_long_rows_kernel<T, kType, kLongVectors, false>>(p, ring, device,
-                                                                                       stream);
+  const size_t ring = sizeof(Eight<T>) * long_threads * kLongVectors * kStages;
+  if (long_threads <= kMaxThreads && ring <= kMultiprocessorShared) {
+    return amax ? launch_rows<quantize_long_rows_kernel<T, kType, kLongVectors, true>>(p, long_threads, ring,
+                                                                                       device, stream)
+                : launch_rows<quantize_long_rows_kernel<T, kType, kLongVectors, false>>(p, long_threads, ring,
+                                                                                        device, stream);
   }
   return launch_wide_rows<T, kType, true>(p, device, stream);
 }
@@ -669,7 +646,7 @@ cudaError_t quantize_rows(const QuantizeRowsArgs& a, cudaStream_t stream) {
 }
 
 int64_t quantize_rows_scratch(int64_t cols, int device) {
-  return int64_t{multiprocessors(device)} * kMaxBlocks * cols;
+  return int64_t{multiprocessors(device)} * max_blocks(cols) * cols;
 }
 
 cudaError_t quantize_rows_transposed(const QuantizeTransposedArgs& a, cudaStream_t stream) {

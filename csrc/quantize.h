@@ -34,6 +34,11 @@ cudaError_t quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream);
 // The 32-bit words of QuantizeRowsArgs::partial_amax.
 int64_t quantize_rows_scratch(int64_t cols, int device);
 
+// The same after a rotation of the rows in blocks of `block`, in one pass, where can_rotate_quantize();
+// col_scale holds powers of two.
+bool can_rotate_quantize(const QuantizeRowsArgs& args, int block);
+cudaError_t rotate_quantize(const QuantizeRowsArgs& args, int block, cudaStream_t stream);
+
 // Rows of (diag(row_scale) x)^T in 8 bits, one scale a row of the result, given the largest magnitudes of its
 // rows.
 struct QuantizeTransposedArgs {

@@ -93,7 +93,7 @@ Tensor rotated(const char* op, const Tensor& x, int64_t block, const float* col_
 
 void quantize_rows_into(const char* op, const Tensor& x, QType qtype, const std::optional<Tensor>& col_scale,
                         const std::optional<Tensor>& row_scale, Tensor& q, Tensor& scale,
-                        const std::optional<Tensor>& col_amax) {
+                        const std::optional<Tensor>& col_amax, int64_t block = 1) {
   const int device = x.get_device_index();
   halo_train::QuantizeRowsArgs args{};
   args.x = x.data_ptr();
@@ -106,7 +106,19 @@ void quantize_rows_into(const char* op, const Tensor& x, QType qtype, const std:
   args.q = q.data_ptr();
   args.scale = static_cast<float*>(scale.data_ptr());
   args.device = device;
-  std::optional<Tensor> scratch;
+  if (block > 1 && halo_train::can_rotate_quantize(args, static_cast<int>(block))) {
+    check_launch(op, halo_train::rotate_quantize(args, static_cast<int>(block), current_stream(device)),
+                 device);
+    return;
+  }
+  std::optional<Tensor> scratch, widened;
+  if (block > 1) {
+    widened = rotated(op, x, block, args.col_scale);
+    args.x = widened->data_ptr();
+    args.dtype = halo_train::DType::kFloat32;
+    args.row_stride = args.cols;
+    args.col_scale = nullptr;
+  }
   if (row_scale) {
     scratch = empty_words(halo_train::quantize_rows_scratch(x.size(1), device), x);
     args.row_scale = static_cast<const float*>(row_scale->data_ptr());
@@ -138,7 +150,7 @@ void quantize_transposed_into(const char* op, const Tensor& x, QType qtype, cons
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& input, ScalarType dtype, int64_t block,
                                          const std::optional<Tensor>& col_scale) {
   const DeviceGuard guard(input.get_device_index());
-  Tensor x = with_dense_rows(input);
+  const Tensor x = with_dense_rows(input);
   const int64_t rows = x.size(0), cols = x.size(1);
   STD_TORCH_CHECK(
       block > 0 && block <= 32768 && (block & (block - 1)) == 0 && cols % block == 0,
@@ -152,12 +164,8 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& input, ScalarType dtype, 
     torch::stable::fill_(scale, 1.0);  // rows of no elements
     return {q, scale};
   }
-  if (block > 1) {
-    x = rotated("quantize_rows", x, block,
-                factors ? static_cast<const float*>(factors->data_ptr()) : nullptr);
-    factors.reset();
-  }
-  quantize_rows_into("quantize_rows", x, quantised.type, factors, std::nullopt, q, scale, std::nullopt);
+  quantize_rows_into("quantize_rows", x, quantised.type, factors, std::nullopt, q, scale, std::nullopt,
+                     block);
   return {q, scale};
 }
 

@@ -55,7 +55,7 @@ def quantize_rows(
         x: [M, K], floating point.
         dtype: float8_e4m3fn, float8_e5m2, int8, or float32/float64 for no rounding.
         block: order of the orthonormal rotation along K; 1 is none.
-        col_scale: [K] or None.
+        col_scale: [K] or None; powers of two before a rotation (the GPU multiplies in the dtype of x there).
 
     Returns:
         q [M, K] of ``dtype`` and scale [M] float32 (float64 for float64 input), with y ~= q * scale[:, None].

@@ -62,17 +62,63 @@ def test_every_op_gives_the_bits_of_the_reference(m, n, dtype, fmt):
     assert_same((ops.transpose_bytes(grad[0]),), (grad[0].cpu().t(),))
 
 
+ROTATED = [
+    (64, 64),
+    (96, 32),
+    (768, 256),
+    (1024, 1024),
+    (2048, 2048),
+    (1536, 512),
+    (11008, 256),
+    (14336, 2048),
+]
+ROTATED += [
+    (4096, 4096),
+    (12288, 4096),
+    (28672, 4096),
+    (8192, 8192),
+    (24576, 8192),
+    (16384, 16384),
+    (32768, 16384),
+]
+ROTATED += [(4096, 128), (32768, 32768), (65536, 32768), (40, 8)]
+
+
 @pytest.mark.parametrize("dtype", INPUTS)
-@pytest.mark.parametrize(("n", "block"), [(64, 64), (4096, 4096), (96, 32), (14336, 2048), (32768, 32768)])
-def test_rotated_rows(n, block, dtype):
-    x, col_scale, _ = example(33, n, dtype)
-    q, scale = ops.quantize_rows(x.cuda(), torch.int8, block, col_scale.cuda())
-    expected, expected_scale = reference.quantize_rows(x.double(), torch.int8, block, col_scale)
-    torch.testing.assert_close(scale.cpu().double(), expected_scale, rtol=1e-5, atol=0)
-    # float32 sums decide ties and near-ties differently.
-    off = (q.cpu().int() - expected.int()).abs()
-    assert off.max() <= 1
-    assert (off > 0).double().mean() < 1e-3
+@pytest.mark.parametrize("fmt", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("n", "block"), ROTATED)
+def test_rotated_rows(n, block, fmt, dtype):
+    x, _, _ = example(33, n, dtype)
+    d = torch.exp2(torch.randint(-4, 5, (n,)).float())
+    for factors in (None, d):
+        q, scale = ops.quantize_rows(x.cuda(), fmt, block, None if factors is None else factors.cuda())
+        expected, expected_scale = reference.quantize_rows(x.double(), fmt, block, factors)
+        torch.testing.assert_close(scale.cpu().double(), expected_scale, rtol=1e-5, atol=0)
+        # float32 sums decide near-ties differently: the next code, rarely.
+        step = 1.0 if fmt is torch.int8 else (expected.double().abs() / 8).clamp(min=2.0**-9)
+        off = (q.cpu().double() - expected.double()).abs()
+        assert (off <= 1.01 * step).all()
+        assert (off > 0).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 130, 1023])
+def test_rotated_rows_do_not_depend_on_their_number(rows):
+    x = torch.randn(1023, 1536, device="cuda").bfloat16()
+    q, scale = ops.quantize_rows(x, torch.int8, 512)
+    part, part_scale = ops.quantize_rows(x[:rows], torch.int8, 512)
+    assert torch.equal(part, q[:rows])
+    assert torch.equal(part_scale, scale[:rows])
+
+
+def test_rotated_rows_with_gaps_and_nonfinite_values():
+    x = torch.randn(40, 5000, device="cuda").bfloat16()
+    x[7, 100] = float("inf")
+    view = x[:, 8:4104]
+    q, scale = ops.quantize_rows(view, torch.float8_e4m3fn, 4096)
+    dense, dense_scale = ops.quantize_rows(view.contiguous(), torch.float8_e4m3fn, 4096)
+    assert torch.equal(bits(q), bits(dense))
+    assert (~torch.isfinite(scale)).nonzero().flatten().tolist() == [7]
+    assert torch.equal(scale[:7], dense_scale[:7])
 
 
 def test_strided_offset_and_empty_inputs():

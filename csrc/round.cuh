@@ -1,0 +1,62 @@
+// Rounding of float32 values to 8 bits: docs/numerics.md, eq. 1 and section 4; the same operations in the
+// same order as halo_train/reference.py.
+
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+#include "quantize.h"
+
+namespace halo_train {
+
+constexpr float kAmaxFloor = 0x1p-100f;
+
+template <QType kType>
+__host__ __device__ constexpr float qmax() {
+  return kType == QType::kE4M3 ? 448.0f : kType == QType::kE5M2 ? 57344.0f : 127.0f;
+}
+
+// Magnitudes are compared as the bits of floats: NaN is above infinity there, so it is not lost as in fmaxf.
+__device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+
+__device__ __forceinline__ float floored(uint32_t amax_bits) {
+  const float amax = __uint_as_float(amax_bits);
+  return amax < kAmaxFloor ? kAmaxFloor : amax;  // keeps NaN
+}
+
+// What a row with this largest magnitude is multiplied by before it is rounded, and what undoes it.
+template <QType kType>
+__device__ __forceinline__ float inverse_of(uint32_t amax_bits) {
+  return __fdiv_rn(qmax<kType>(), floored(amax_bits));
+}
+
+template <QType kType>
+__device__ __forceinline__ float scale_of(uint32_t amax_bits) {
+  return amax_bits == 0 ? 1.0f : __fdiv_rn(floored(amax_bits), qmax<kType>());
+}
+
+// Four values to four bytes, the first in the lowest.
+template <QType kType>
+__device__ __forceinline__ uint32_t round4(float a, float b, float c, float d) {
+  if constexpr (kType == QType::kInt8) {
+    uint32_t word = 0;
+    const float v[4] = {a, b, c, d};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // |v| <= 127 up to rounding, so -128 does not occur; NaN becomes 0 and is told by the scale.
+      int32_t r;
+      asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(r) : "f"(v[i]));
+      word |= (static_cast<uint32_t>(r) & 0xffu) << (8 * i);
+    }
+    return word;
+  } else {
+    constexpr auto kInterpretation = kType == QType::kE4M3 ? __NV_E4M3 : __NV_E5M2;
+    const uint32_t lo = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, kInterpretation);
+    const uint32_t hi = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, kInterpretation);
+    return lo | hi << 16;
+  }
+}
+
+}  // namespace halo_train
