@@ -50,8 +50,9 @@ cudaError_t launch_warps(const HadamardParams<typename L::T>& p, cudaStream_t st
   return cudaGetLastError();
 }
 
-// kGroups tasks in a thread block; kMinBlocks thread blocks on a multiprocessor have to fit its registers.
-// kAhead: tasks for every ten multiprocessors by which the L2 cache runs ahead of the loads.
+// kGroups tasks in a thread block; kMinBlocks thread blocks on a multiprocessor have to fit its registers
+// (ptxas ignores that, with a warning, on GPUs that allow fewer). kAhead: tasks for every ten multiprocessors
+// by which the L2 cache runs ahead of the loads.
 template <typename L, int kGroups, int kMinBlocks, int kAhead>
 cudaError_t launch_blocks(const HadamardParams<typename L::T>& p, int device, cudaStream_t stream) {
   constexpr auto kKernel = hadamard_block<L, kGroups, kMinBlocks, false>;
