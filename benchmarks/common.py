@@ -1,0 +1,55 @@
+"""What every benchmark records about the machine, and where its results go."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halo_train import ops
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """GPU, driver, versions and commit, as every result states them.
+
+    Args:
+        commit: where the sources are no git checkout (a copy on another machine).
+    """
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if cuda
+        else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "kernels": ops.kernel_status()["build"],
+        "commit": commit or _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or "unknown",
+    }
+
+
+def save_json(name: str, record: dict[str, Any]) -> Path:
+    """Writes ``results/<date>-<name>-<device>.json``."""
+    device = record["environment"]["device"].lower().replace(" ", "-")
+    path = RESULTS / f"{record['environment']['date']}-{name}-{device}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def _output(*command: str) -> str:
+    try:
+        return (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
+        )
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return ""
