@@ -175,7 +175,7 @@ def environment(args: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="fp8")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="of the step that samples every layer")
     parser.add_argument("--every", type=int, default=50)

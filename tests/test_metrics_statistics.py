@@ -13,10 +13,11 @@ from halo_train.metrics.statistics import (
     STATS_OF,
     Reduction,
     WholeTensor,
+    exponent_reduction,
     finish,
+    outlier_reductions,
     product_reductions,
     rounding_reductions,
-    sampled_reductions,
 )
 
 
@@ -180,8 +181,7 @@ def test_broken_rows():
 
 
 def exponents(x: torch.Tensor) -> list[float]:
-    (reduction,) = (r for r in sampled_reductions(x.double()) if r.kind == "exponents")
-    return finish([reduction])[0].tolist()
+    return finish([exponent_reduction(x.double())])[0].tolist()
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-100, 2.0**60])
@@ -197,7 +197,7 @@ def test_exponent_histogram(scale):
 def test_outliers_of_a_sampled_matrix():
     x = torch.randn(64, 48, generator=generator(), dtype=torch.float64)
     x[:, 5] *= 30
-    ours = finished(sampled_reductions(x))
+    ours = finished(outlier_reductions(x))
     assert ours["row_outliers"] == pytest.approx(adahop(x.numpy().var(1, ddof=1), 48))
     assert ours["column_outliers"] == pytest.approx(adahop(x.numpy().var(0, ddof=1), 64))
     assert ours["column_outliers"] > 2 * ours["row_outliers"]

@@ -24,7 +24,7 @@ def sample_table(sample: QuantSample, limit: int = 20) -> Table:
     )
     for column in ("layer", "recipe", *PRODUCTS):
         table.add_column(column)
-    rows = sample.aggregates() | sample.values
+    rows = sample.aggregates | sample.values
     for name in (WORST, MEDIAN, *sample.worst_first()[:limit]):
         title = name
         for label in sample.labels():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import HaloConfig, Scaling
+from ..config import Format, HaloConfig, Scaling
 from ..functional import pad_tokens, quantize_grad_for_dgrad, quantize_grad_for_wgrad
 from ..gemm import MULTIPLE
 from ..hadamard import hadamard_transform, largest_block
@@ -38,8 +38,9 @@ class RotatedOperand:
         if not any(key):
             return self._a
         if key not in self._rotated:
-            y = self._a.to(torch.promote_types(self._a.dtype, torch.float32))
-            y = y if factor is None else y * factor
+            wide = torch.promote_types(self._a.dtype, torch.float32)
+            # One pass: a bfloat16 matrix times a float32 vector is float32.
+            y = self._a.to(wide) if factor is None else self._a * factor.to(wide)
             self._rotated[key] = hadamard_transform(y) if config.rotate_k else y
         return self._rotated[key]
 
@@ -54,35 +55,37 @@ def take_rows(q: Quantized, rows: Tensor | slice) -> Quantized:
     return Quantized(data, q.scale[rows] if q.scale.dim() else q.scale)
 
 
-def columns(q: Quantized, chosen: Tensor, rotated: bool, factor: Tensor | None) -> Tensor:
-    """Columns of what a rounded matrix stands for, its rotation undone: (diag(scale) q H diag(factor))[:, chosen].
+def rotation_columns(width: int, chosen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Columns of the rotation of an axis of ``width``, as +1 and -1: [width, C]."""
+    unit = torch.zeros(len(chosen), width, dtype=dtype, device=chosen.device)
+    unit.scatter_(1, chosen[:, None], 1.0)
+    return hadamard_transform(unit, scale=1.0).t()
+
+
+def unrotated_columns(q: Quantized, signs: Tensor) -> Tensor:
+    """Columns of what a rotated and rounded matrix stands for, its rotation undone: (diag(scale) q H)[:, chosen].
 
     Args:
         q: data [R, K'].
-        chosen: [C] indices below K.
-        factor: [K] or None.
+        signs: [K', C], see :func:`rotation_columns`.
 
     Returns:
         [R, C] in the dtype of the scale.
     """
-    width, dtype = q.data.shape[1], q.scale.dtype
-    if rotated:
-        block = largest_block(width)
-        unit = torch.zeros(len(chosen), width, dtype=dtype, device=q.data.device)
-        unit.scatter_(1, chosen[:, None], 1.0)
-        # Columns of the +-1 matrix: the products are exact even where float32 matrix products run in TF32.
-        picked = q.data.to(dtype) @ hadamard_transform(unit, block=block, scale=1.0).t() / math.sqrt(block)
+    scale = q.scale / math.sqrt(largest_block(q.data.shape[1]))
+    if q.data.is_cuda and q.data.element_size() == 1:
+        # 8-bit values and signs are exact in bfloat16, and the products are summed in float32.
+        picked = torch.mm(q.data.bfloat16(), signs.bfloat16(), out_dtype=torch.float32)
     else:
-        picked = _bytes(q.data)[:, chosen].view(q.data.dtype).to(dtype)
-    picked = picked * (q.scale[:, None] if q.scale.dim() else q.scale)
-    return picked if factor is None else picked * factor[chosen].to(dtype)
+        picked = q.data.to(scale.dtype) @ signs
+    return picked * (scale[:, None] if scale.dim() else scale)
 
 
-def unrotated_rows(rows: Tensor, amax: Tensor, fmt: str, scaling: Scaling) -> Quantized:
-    """Rows of a tensor rounded as they are, without rotation or fold.
+def unrotated(rows: Tensor, amax: Tensor, fmt: Format, scaling: Scaling) -> Quantized:
+    """Some rows of a matrix rounded as they are in the whole matrix, without rotation or fold.
 
     Args:
-        rows: [R, Q]. amax: of the whole tensor.
+        rows: [R, Q]. amax: of the whole matrix.
     """
     if scaling is Scaling.ROWWISE:
         return quantize(rows, fmt)
@@ -90,31 +93,42 @@ def unrotated_rows(rows: Tensor, amax: Tensor, fmt: str, scaling: Scaling) -> Qu
     return take_rows(q, slice(rows.shape[0]))
 
 
+def unrotated_slice(columns: Tensor, row_amax: Tensor, fmt: Format, scaling: Scaling) -> Quantized:
+    """Some columns of a matrix rounded as they are in the whole matrix, without rotation or fold.
+
+    Args:
+        columns: [R, C]. row_amax: [R], of the whole rows.
+    """
+    # A row keeps its scale when it holds its largest value, and the matrix its own.
+    wider = torch.cat([columns, row_amax[:, None].to(columns.dtype)], 1)
+    q = quantize(wider, fmt, scaling=scaling)
+    return Quantized(q.data[:, : columns.shape[1]], q.scale)
+
+
 def grad_rows(
-    e: Tensor, amax: Tensor, tokens: Tensor, w: Quantized, config: HaloConfig
+    e: Tensor, amax: Tensor, tokens: Tensor, w_scale: Tensor, config: HaloConfig
 ) -> tuple[Quantized, Tensor]:
     """Rows of E as they are rounded for dgrad.
 
     Args:
-        e: [M, N]; amax: of all of it; tokens: [S] indices; w: the rounded weight, data [N', K'].
+        e: [M, N]; amax: of all of it; tokens: [S] indices; w_scale: scales of the rounded W, at least [N], or [].
 
     Returns:
-        The rounded rows [S, N'], and the values that they contribute to dX: rotation and fold undone, float64.
+        The rounded rows [S, N], and the values that they contribute to dX: rotation and fold undone, float64.
     """
-    width = w.data.shape[0]
+    if w_scale.dim():
+        w_scale = w_scale[: e.shape[1]]
     if config.rotate_m_dgrad:
         # Every token is mixed into every row.
-        whole = pad_tokens(_pad(e, -e.shape[0] % MULTIPLE, width - e.shape[1]))
-        q = quantize_grad_for_dgrad(whole, w.scale, config)
-        values = hadamard_transform(q.dequantize(), axis=0)[tokens]
+        whole = pad_tokens(_pad(e, -e.shape[0] % MULTIPLE, 0))
+        q = quantize_grad_for_dgrad(whole, w_scale, config)
+        values = hadamard_transform(q.dequantize(), axis=0)[tokens].double()
         q = take_rows(q, tokens)
     else:
-        rows = _pad(e[tokens], 0, width - e.shape[1])
-        if config.scaling is Scaling.TENSORWISE:
-            rows = _with_row(rows, amax)
-        q = take_rows(quantize_grad_for_dgrad(rows, w.scale, config), slice(len(tokens)))
-        values = q.dequantize()
-    return q, unfold(values, w.scale)
+        rows = e[tokens] if config.scaling is Scaling.ROWWISE else _with_row(e[tokens], amax)
+        q = take_rows(quantize_grad_for_dgrad(rows, w_scale, config), slice(len(tokens)))
+        values = values_of(q)
+    return q, unfold(values, w_scale)
 
 
 def grad_columns(
@@ -135,22 +149,22 @@ def grad_columns(
     else:
         x_scale = x_scale[:tokens]
     q = take_rows(quantize_grad_for_wgrad(chosen, x_scale, config), slice(len(outputs)))
-    return q, unfold(q.dequantize(), x_scale)
+    return q, unfold(values_of(q), x_scale)
+
+
+def values_of(q: Quantized) -> Tensor:
+    """The values that rounded data stands for, in float64."""
+    return q.data.double() * (q.scale[:, None] if q.scale.dim() else q.scale)
 
 
 def unfold(values: Tensor, scale: Tensor) -> Tensor:
-    """values diag(scale)^-1 in float64; one scale for all is not folded."""
-    return values.double() / scale.double() if scale.dim() else values.double()
+    """values diag(scale)^-1; one scale for all is not folded."""
+    return values / scale if scale.dim() else values
 
 
 def largest_value(q: Quantized) -> Tensor:
     """amax of the values that a rounded tensor was made from, from its scales; zero rows are the caller's to exclude."""
     return q.scale.double() * QMAX.get(q.data.dtype, 1.0)
-
-
-def saturated(q: Quantized) -> Tensor:
-    """Where a rounded tensor is at the largest value of its format; bool, in the shape of its data."""
-    return q.data.to(q.scale.dtype).abs() >= QMAX.get(q.data.dtype, 1.0)
 
 
 def _with_row(rows: Tensor, amax: Tensor) -> Tensor:

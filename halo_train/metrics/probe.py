@@ -23,18 +23,28 @@ from torch import Tensor
 from ..config import Format, HaloConfig, Scaling
 from ..linear import HaloLinear
 from ..quantize import Quantized, equalizer_exponents
+from ..reference import QMAX
 from .operands import (
     RotatedOperand,
-    columns,
     grad_columns,
     grad_rows,
     largest_value,
-    saturated,
+    rotation_columns,
     take_rows,
-    unrotated_rows,
+    unrotated,
+    unrotated_columns,
+    unrotated_slice,
+    values_of,
 )
 from .sample import SampleSize
-from .statistics import Reduction, WholeTensor, product_reductions, rounding_reductions, sampled_reductions
+from .statistics import (
+    Reduction,
+    WholeTensor,
+    exponent_reduction,
+    outlier_reductions,
+    product_reductions,
+    rounding_reductions,
+)
 
 _Sampled = tuple[Tensor, Tensor, Tensor]
 """Rows before and after rounding in float64, and where they are saturated."""
@@ -93,29 +103,36 @@ class LayerProbe:
         self._x_columns = x[:, self._inputs]
         self._equalizer = self._take_equalizer(x, weight)
         self._inverse = None if self._equalizer is None else 1 / self._equalizer
+        self._signs: Tensor | None = None
         self._forward: list[_Forward] = []
         self._measure_forward(x, weight)
 
     def _measure_forward(self, x: Tensor, weight: Tensor) -> None:
         whole, x_rows, w_rows = WholeTensor.of(x), x[self._tokens], weight[self._outputs]
-        x_operand = RotatedOperand(x, self._inverse)
-        w_sample, w_operand = RotatedOperand(w_rows, self._equalizer), RotatedOperand(weight, self._equalizer)
+        x_operand, w_sample = RotatedOperand(x, self._inverse), RotatedOperand(w_rows, self._equalizer)
+        w_amax = torch.linalg.vector_norm(weight, math.inf)
         products = []
         # dict.fromkeys: a what-if recipe that the layer runs anyway is not computed twice.
         for config in dict.fromkeys(self._labels.values()):
-            q = x_operand.rounded(config)
-            x_q = take_rows(q, self._tokens)
-            # Row scales of W do not depend on its other rows; one scale for all does.
-            if config.scaling is Scaling.ROWWISE:
-                w_q = take_rows(w_sample.rounded(config), slice(len(w_rows)))
-            else:
-                w_q = take_rows(w_operand.rounded(config), self._outputs)
-            products.append(x_q.dequantize().double() @ w_q.dequantize().double().t())
             d = self._equalizer if config.equalize else None
-            rounded = columns(q, self._inputs, config.rotate_k, d)[: x.shape[0]]
-            self._forward.append(_Forward(config, q.scale, (rounded - self._x_columns).bfloat16()))
+            if config.rotate_k or d is not None:
+                q = x_operand.rounded(config)
+                x_q = take_rows(q, self._tokens)
+                scale, columns = q.scale, self._columns(q, config, d)[: x.shape[0]]
+                # Row scales of W do not depend on its other rows; one scale for all does.
+                if config.scaling is Scaling.ROWWISE:
+                    w_q = take_rows(w_sample.rounded(config), slice(len(w_rows)))
+                else:
+                    w_q = take_rows(RotatedOperand(weight, d).rounded(config), self._outputs)
+            else:
+                x_q = unrotated(x_rows, whole.amax(), config.format, config.scaling)
+                w_q = unrotated(w_rows, w_amax, config.format, config.scaling)
+                part = unrotated_slice(self._x_columns, whole.row_amax, config.format, config.scaling)
+                scale, columns = part.scale, part.dequantize()
+            products.append(values_of(x_q) @ values_of(w_q).t())
+            self._forward.append(_Forward(config, scale, (columns - self._x_columns).bfloat16()))
             if config == self._own:
-                operand = self._operand("x", x_operand, whole, q, self._tokens, self._inverse)
+                operand = self._operand("x", x_operand, whole, x_q, scale, self._tokens, self._inverse)
                 self._tensor("x", x_rows, whole, config.format, [operand])
         if self._own is None:
             self.results["x"] = whole.reductions()
@@ -125,57 +142,93 @@ class LayerProbe:
         """e: [M, N] = dL/dY of the same call."""
         weight = self._layer.weight.detach()
         e_whole, w_whole = WholeTensor.of(e), WholeTensor.of(weight)
-        e_amax, w_operand = e_whole.amax(), RotatedOperand(weight, self._equalizer)
+        e_amax, w_operand, w_columns = (
+            e_whole.amax(),
+            RotatedOperand(weight, self._equalizer),
+            weight[:, self._inputs],
+        )
         dgrad, wgrad = [], []
         x_columns = self._x_columns.double()
         for config, x_scale, x_error in self._forward:
-            w = w_operand.rounded(config)
-            rows, row_values = grad_rows(e, e_amax, self._tokens, w, config)
+            inverse = self._inverse if config.equalize else None
+            if config.rotate_k or inverse is not None:
+                w = w_operand.rounded(config)
+                w_q, w_scale, columns = (
+                    take_rows(w, self._outputs),
+                    w.scale,
+                    self._columns(w, config, inverse),
+                )
+            else:
+                part = unrotated_slice(w_columns, w_whole.row_amax, config.format, config.scaling)
+                w_q = unrotated(weight[self._outputs], w_whole.amax(), config.format, config.scaling)
+                w_scale, columns = part.scale, part.dequantize()
+            rows, row_values = grad_rows(e, e_amax, self._tokens, w_scale, config)
             cols, col_values = grad_columns(e, e_amax, self._outputs, x_scale, config)
-            w_columns = columns(w, self._inputs, config.rotate_k, self._inverse if config.equalize else None)
-            dgrad.append(row_values @ w_columns.double())
+            dgrad.append(row_values @ columns[: row_values.shape[1]].double())
             wgrad.append((col_values @ (x_columns + x_error.double())).t())
             if config == self._own:
-                operand = self._operand("w", w_operand, w_whole, w, self._outputs, self._equalizer)
+                operand = self._operand("w", w_operand, w_whole, w_q, w_scale, self._outputs, self._equalizer)
                 self._tensor("w", weight[self._outputs], w_whole, config.format, [operand])
-                self._grad_stats(e, e_whole, w, x_scale, rows, cols)
+                self._grad_stats(e, e_whole, w_scale, x_scale, rows, cols)
         if self._own is None:
             self.results["w"], self.results["e"] = w_whole.reductions(), e_whole.reductions()
-        self._products("dgrad", e[self._tokens].double() @ weight[:, self._inputs].double(), dgrad)
+        self._products("dgrad", e[self._tokens].double() @ w_columns.double(), dgrad)
         # Columns of dW stand where the other products have tokens.
         self._products("wgrad", x_columns.t() @ e[:, self._outputs].double(), wgrad)
+
+    def _columns(self, q: Quantized, config: HaloConfig, factor: Tensor | None) -> Tensor:
+        """The sampled input features of a rounded X or W, rotation and equalisation undone."""
+        if not config.rotate_k:
+            picked = Quantized(q.data.to(q.scale.dtype)[:, self._inputs], q.scale).dequantize()
+        else:
+            if self._signs is None:
+                self._signs = rotation_columns(q.data.shape[1], self._inputs, q.scale.dtype)
+            picked = unrotated_columns(q, self._signs)
+        return picked if factor is None else picked * factor[self._inputs]
 
     def _operand(
         self,
         name: str,
         source: RotatedOperand,
         whole: WholeTensor,
-        q: Quantized,
+        rounded: Quantized,
+        scale: Tensor,
         rows: Tensor,
         factor: Tensor | None,
     ) -> _Operand:
-        """X or W as the layer's recipe rounds it; ``factor`` is what equalisation multiplies its columns by."""
+        """X or W as the layer's recipe rounds it.
+
+        Args:
+            rounded: sampled rows; scale: of all rows.
+            factor: what equalisation multiplies the columns by.
+        """
         assert self._own is not None
-        exact, rounded = source.exact(self._own)[rows], take_rows(q, rows)
+        exact = source.exact(self._own)[rows]
         # A rotation fills the padded columns too.
         count = len(whole.col_norm)
-        width = q.data.shape[1] if self._own.rotate_k else count
+        width = exact.shape[1] if self._own.rotate_k else count
         rms = whole.rms(col_scale=factor if self._own.equalize else None) * math.sqrt(count / width)
-        return _Operand(f"{name}_operand", _sampled(exact, rounded, width), _amax(q, whole), rms)
+        return _Operand(f"{name}_operand", _sampled(exact, rounded, width), _amax(rounded, scale, whole), rms)
 
     def _grad_stats(
-        self, e: Tensor, whole: WholeTensor, w: Quantized, x_scale: Tensor, rows: Quantized, cols: Quantized
+        self,
+        e: Tensor,
+        whole: WholeTensor,
+        w_scale: Tensor,
+        x_scale: Tensor,
+        rows: Quantized,
+        cols: Quantized,
     ) -> None:
         assert self._own is not None
         unrounded, (m, n) = self._own.without_rounding(), e.shape
-        exact_rows, _ = grad_rows(e, whole.amax(), self._tokens, w, unrounded)
+        exact_rows, _ = grad_rows(e, whole.amax(), self._tokens, w_scale, unrounded)
         exact_cols, _ = grad_columns(e, whole.amax(), self._outputs, x_scale, unrounded)
         t: Tensor | None = None
         s: Tensor | None = None
-        amax_rows, amax_cols = largest_value(rows).max(), whole.amax()
+        amax_rows, amax_cols = largest_value(rows).max(), whole.amax().double()
         if self._own.scaling is Scaling.ROWWISE:
-            t, s = w.scale[:n], x_scale[:m]
-            amax_cols = (whole.row_amax * s).max()
+            t, s = w_scale[:n], x_scale[:m]
+            amax_cols = (whole.row_amax * s).max().double()
             if not self._own.rotate_m_dgrad:
                 amax_rows = (torch.linalg.vector_norm(e, math.inf, dim=0) * t).max().double()
         dgrad = _sampled(exact_rows.dequantize(), rows, n)
@@ -191,14 +244,18 @@ class LayerProbe:
     ) -> None:
         """Statistics of a tensor rounded as it is, and of the operands that the recipe makes of it."""
         assert self._own is not None
-        plain = unrotated_rows(rows, whole.amax(), fmt, self._own.scaling)
+        plain = unrotated(rows, whole.amax(), fmt, self._own.scaling)
         raw = _sampled(rows, plain, rows.shape[1])
         rounding = _rounding([raw, *(operand.sampled for operand in operands)])
-        exponents = sampled_reductions(raw[0])[-1]
-        self.results[part] = [*whole.reductions(), rounding[0], exponents]
+        self.results[part] = [*whole.reductions(), rounding[0], exponent_reduction(raw[0])]
         for operand, stats in zip(operands, rounding[1:], strict=True):
-            scale = Reduction("scale", (operand.amax, operand.rms))
-            self.results[operand.part] = [scale, stats, *sampled_reductions(operand.sampled[0])]
+            scale, before = Reduction("scale", (operand.amax, operand.rms)), operand.sampled[0]
+            self.results[operand.part] = [
+                scale,
+                stats,
+                *outlier_reductions(before),
+                exponent_reduction(before),
+            ]
 
     def _products(self, product: str, exact: Tensor, approximate: list[Tensor]) -> None:
         if not approximate:
@@ -226,17 +283,15 @@ def _draw(n: int, size: int, generator: torch.Generator) -> Tensor:
 
 def _sampled(exact: Tensor, rounded: Quantized, width: int) -> _Sampled:
     """Without the columns that padding added."""
-    return (
-        exact[:, :width].double(),
-        rounded.dequantize()[:, :width].double(),
-        saturated(rounded)[:, :width],
-    )
+    data = rounded.data[:, :width].double()
+    after = data * (rounded.scale[:, None] if rounded.scale.dim() else rounded.scale)
+    return exact[:, :width].double(), after, data.abs() >= QMAX.get(rounded.data.dtype, 1.0)
 
 
-def _amax(q: Quantized, whole: WholeTensor) -> Tensor:
+def _amax(rounded: Quantized, scale: Tensor, whole: WholeTensor) -> Tensor:
     """Of the whole operand, from its scales; a row of zeros has scale 1."""
-    largest = largest_value(q)
-    if q.scale.dim():
+    largest = largest_value(Quantized(rounded.data, scale))
+    if scale.dim():
         largest = largest[: len(whole.row_norm)]
     return torch.where(whole.row_norm == 0, 0.0, largest).max()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from statistics import median
@@ -15,6 +16,7 @@ STATS = tuple(dict.fromkeys(name for names in STATS_OF.values() for name in name
 
 HIGH_IS_BAD = ("crest", "kurtosis", "nonfinite", "underflow", "saturation", "row_outliers", "column_outliers")
 LOW_IS_BAD = ("sqnr_db", "median_db", "p10_db", "min_db", "cosine")
+_JUDGED = {*HIGH_IS_BAD, *LOW_IS_BAD, "bias"}
 
 CHARTED = ("sqnr_db", "median_db", "p10_db", "underflow", "crest", "nonfinite")
 """Stats of single layers that trackers draw."""
@@ -48,15 +50,20 @@ class QuantSample:
     histograms: dict[str, dict[str, list[float]]]
     """``histograms[layer][tensor]``: shares by binary order below the largest value, HISTOGRAM_BINS of them."""
 
+    @functools.cached_property
     def aggregates(self) -> Values:
         """Worst and median layer of every stat for which one of the two directions is bad."""
+        measured: dict[tuple[str, str], list[float]] = {}
+        for parts in self.values.values():
+            for part, stats in parts.items():
+                for stat, value in stats.items():
+                    if stat in _JUDGED:
+                        measured.setdefault((part, stat), []).append(value)
         found: Values = {WORST: {}, MEDIAN: {}}
-        for part in dict.fromkeys(part for parts in self.values.values() for part in parts):
-            for stat in dict.fromkeys(s for parts in self.values.values() for s in parts.get(part, ())):
-                measured = self._over_layers(part, stat)
-                if stat in HIGH_IS_BAD or stat in LOW_IS_BAD or stat == "bias":
-                    found[WORST].setdefault(part, {})[stat] = _worst(stat, measured)
-                    found[MEDIAN].setdefault(part, {})[stat] = median(measured) if measured else math.nan
+        for (part, stat), values in measured.items():
+            known = [value for value in values if not math.isnan(value)]
+            found[WORST].setdefault(part, {})[stat] = _worst(stat, known)
+            found[MEDIAN].setdefault(part, {})[stat] = median(known) if known else math.nan
         return found
 
     def flat(self) -> dict[str, float]:
@@ -64,7 +71,7 @@ class QuantSample:
         size = {f"quant/sample/{k}": float(v) for k, v in dataclasses.asdict(self.size).items()}
         return size | {
             f"quant/{layer}/{part}/{stat}": value
-            for layer, parts in (self.aggregates() | self.values).items()
+            for layer, parts in (self.aggregates | self.values).items()
             for part, stats in parts.items()
             for stat, value in stats.items()
         }
@@ -77,7 +84,7 @@ class QuantSample:
         """
         curves = {
             f"quant/{name}/{part}/{stat}": value
-            for name, parts in self.aggregates().items()
+            for name, parts in self.aggregates.items()
             for part, stats in parts.items()
             for stat, value in stats.items()
         }
@@ -127,10 +134,6 @@ class QuantSample:
         """Layers by :meth:`score` as run, the worst first, those in high precision last."""
         scores = {layer: self.score(layer) for layer in self.values}
         return sorted(scores, key=lambda layer: math.inf if math.isnan(scores[layer]) else scores[layer])
-
-    def _over_layers(self, part: str, stat: str) -> list[float]:
-        values = (parts[part][stat] for parts in self.values.values() if stat in parts.get(part, {}))
-        return [value for value in values if not math.isnan(value)]
 
 
 def is_product(part: str) -> bool:

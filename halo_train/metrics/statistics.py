@@ -44,6 +44,7 @@ class WholeTensor(NamedTuple):
     """Reductions of a matrix [R, Q], each one pass over its own dtype; float64, in which no square over- or underflows."""
 
     row_amax: Tensor
+    """In the dtype of the matrix."""
     row_norm: Tensor
     row_sum: Tensor
     col_norm: Tensor
@@ -54,7 +55,7 @@ class WholeTensor(NamedTuple):
         """x: [R, Q], any floating-point dtype, both dimensions at least 1."""
         wide = torch.float64
         return WholeTensor(
-            torch.linalg.vector_norm(x, math.inf, dim=1).to(wide),
+            torch.linalg.vector_norm(x, math.inf, dim=1),
             torch.linalg.vector_norm(x, dim=1, dtype=wide),
             x.sum(1, dtype=wide),
             torch.linalg.vector_norm(x, dim=0, dtype=wide),
@@ -74,22 +75,25 @@ class WholeTensor(NamedTuple):
         """For amax, rms, crest, nonfinite and both outlier statistics."""
         rows, columns = len(self.row_norm), len(self.col_norm)
         return [
-            Reduction("scale", (self.amax(), self.rms())),
-            Reduction("rows", (_variance(self.row_norm, self.row_sum, columns),), columns),
-            Reduction("columns", (_variance(self.col_norm, self.col_sum, rows),), rows),
+            Reduction("scale", (self.amax().double(), self.rms())),
+            Reduction("rows", (self.row_norm, self.row_sum), columns),
+            Reduction("columns", (self.col_norm, self.col_sum), rows),
         ]
 
 
-def sampled_reductions(before: Tensor) -> list[Reduction]:
-    """For both outlier statistics and the histogram of exponents of sampled rows [R, Q], float64."""
-    rows, columns = before.shape
-    low, high = _EXPONENTS
-    counts = torch.histc(before.abs().log2(), high - low, low, high)
+def outlier_reductions(rows: Tensor) -> list[Reduction]:
+    """For nonfinite and both outlier statistics of sampled rows [R, Q], float64."""
+    norm, (count, length) = torch.linalg.vector_norm, rows.shape
     return [
-        Reduction("rows", (before.var(1),), columns),
-        Reduction("columns", (before.var(0),), rows),
-        Reduction("exponents", (counts,)),
+        Reduction("rows", (norm(rows, dim=1), rows.sum(1)), length),
+        Reduction("columns", (norm(rows, dim=0), rows.sum(0)), count),
     ]
+
+
+def exponent_reduction(rows: Tensor) -> Reduction:
+    """For the histogram of exponents of sampled rows [R, Q], float64."""
+    low, high = _EXPONENTS
+    return Reduction("exponents", (torch.histc(rows.abs().log2(), high - low, low, high),))
 
 
 def rounding_reductions(before: Tensor, after: Tensor, saturated: Tensor) -> list[Reduction]:
@@ -147,12 +151,13 @@ def _finish_scale(_: int, amax: Tensor, rms: Tensor) -> Tensor:
     return torch.stack([amax, rms, amax / rms], -1)
 
 
-def _finish_rows(columns: int, variance: Tensor) -> Tensor:
+def _finish_rows(columns: int, norm: Tensor, total: Tensor) -> Tensor:
+    variance = _variance(norm, total, columns)
     return torch.stack([_outliers(variance, columns), (~torch.isfinite(variance)).double().mean(-1)], -1)
 
 
-def _finish_columns(rows: int, variance: Tensor) -> Tensor:
-    return _outliers(variance, rows)[:, None]
+def _finish_columns(rows: int, norm: Tensor, total: Tensor) -> Tensor:
+    return _outliers(_variance(norm, total, rows), rows)[:, None]
 
 
 def _finish_rounding(

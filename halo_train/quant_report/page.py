@@ -92,7 +92,7 @@ def _mapping(sample: QuantSample, advice: Sequence[Advice]) -> dict[str, str]:
 
 def _drift(samples: Sequence[QuantSample]) -> dict[str, dict[str, list[float | None]]]:
     """SQNR as run of every product over the steps: {layer or aggregate: {product: one value a sample}}."""
-    rows = [sample.aggregates() | sample.values for sample in samples]
+    rows = [sample.aggregates | sample.values for sample in samples]
     return {
         name: {p: [row.get(name, {}).get(p, {}).get("sqnr_db") for row in rows] for p in PRODUCTS}
         for name in rows[-1]

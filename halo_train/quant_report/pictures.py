@@ -65,7 +65,7 @@ def _heatmap(samples: Sequence[QuantSample]) -> plt.Figure:
 
 def _drift(samples: Sequence[QuantSample]) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    aggregates = [sample.aggregates() for sample in samples]
+    aggregates = [sample.aggregates for sample in samples]
     steps = [sample.step for sample in samples]
     for product, colour in zip(PRODUCTS, _COLOURS, strict=True):
         for which, style in ((MEDIAN, "-"), (WORST, "--")):
