@@ -59,12 +59,15 @@ def build(blocks: int, args: argparse.Namespace) -> nn.Sequential:
     return model
 
 
+def tokens(count: int, args: argparse.Namespace) -> torch.Tensor:
+    return torch.randn(count, args.hidden, device=args.device, dtype=torch.bfloat16, requires_grad=True)
+
+
 def train_step(model: nn.Module, x: torch.Tensor) -> None:
-    # Gradients of the last block are those of a square loss; set to None first as an optimiser would.
-    for p in model.parameters():
+    for p in (x, *model.parameters()):
         p.grad = None
     y = model(x)
-    y.backward(y.detach())
+    y.backward(y.detach())  # a square loss
 
 
 def seconds(model: nn.Module, x: torch.Tensor, steps: int, metrics: QuantMetrics | None) -> float:
@@ -176,6 +179,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="fp8")
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument(
+        "--all-layers-tokens", type=int, default=8192, help="fewer, to fit the activations of 32 blocks"
+    )
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="of the step that samples every layer")
     parser.add_argument("--every", type=int, default=50)
