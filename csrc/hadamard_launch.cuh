@@ -127,7 +127,7 @@ cudaError_t launch_sized(const HadamardParams<T>& p, int device, cudaStream_t st
       case 13:
         return launch_blocks<HadamardLayout<T, 13, 6, 0, true>, 1, 4, 30>(p, device, stream);
       case 14:
-        return launch_blocks<HadamardLayout<T, 14, 6, 0, true>, 1, 2, 16>(p, device, stream);
+        return launch_blocks<HadamardLayout<T, 14, 6, 0, true>, 1, 3, 20>(p, device, stream);
       case 15:
         if (halved<HadamardLayout<T, 15, 6, 1>>(p, device, 4)) {
           return launch_blocks<HadamardLayout<T, 14, 6, 0, false, 1>, 1, 2, 10>(p, device, stream);

@@ -18,6 +18,11 @@ DTYPES = [*HALF, torch.float32]
 MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(seed)
     return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
@@ -53,8 +58,11 @@ def assert_rounded_once(y: Tensor, exact: Tensor, block: int) -> None:
     worst = int(excess.argmax())
     assert excess.max() <= 0, f"element {worst}: got {y.flatten()[worst]}, exact {exact.flatten()[worst]}"
     if y.dtype in HALF:
-        mismatches = (y != exact.to(y.dtype)).double().mean().item()
-        assert mismatches < 1e-3, f"{mismatches:.2e} of the elements differ from the correctly rounded result"
+        mismatches = int((y != exact.to(y.dtype)).sum())
+        # A share of 1e-3; in a small tensor a few may fall on a tie by chance.
+        assert mismatches <= 4 + 1e-3 * y.numel(), (
+            f"{mismatches} of {y.numel()} elements are not correctly rounded"
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -283,3 +291,15 @@ def test_rejects_what_the_kernel_cannot_do() -> None:
         )
     with pytest.raises(RuntimeError, match="divides the last axis"):
         torch.ops.halo_train.hadamard(torch.zeros(4, 6, device="cuda"), 4, 1.0, None)
+
+
+@pytest.mark.multi_gpu
+def test_device_of_the_tensor_not_the_current_one() -> None:
+    x = randn(9, 16384)
+    with torch.cuda.device(0):
+        for n in (128, 16384, 32768):
+            other = x.reshape(-1)[: 4 * n].view(4, n).to("cuda:1")
+            y = ops.hadamard(other, n, 1 / math.sqrt(n))
+            assert y.device == other.device
+            assert torch.cuda.current_device() == 0
+            assert torch.equal(y.cpu(), ops.hadamard(other.to("cuda:0"), n, 1 / math.sqrt(n)).cpu())
