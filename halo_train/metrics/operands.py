@@ -145,7 +145,7 @@ def grad_columns(
     tokens = e.shape[0]
     chosen = e[:, outputs]
     if config.scaling is Scaling.TENSORWISE:
-        chosen = _with_row(chosen.t(), amax).t()
+        chosen = _with_row(chosen.t(), amax).t().contiguous()
     else:
         x_scale = x_scale[:tokens]
     q = take_rows(quantize_grad_for_wgrad(chosen, x_scale, config), slice(len(outputs)))

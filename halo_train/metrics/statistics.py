@@ -41,10 +41,12 @@ class Reduction(NamedTuple):
 
 
 class WholeTensor(NamedTuple):
-    """Reductions of a matrix [R, Q], each one pass over its own dtype; float64, in which no square over- or underflows."""
+    """Reductions of a matrix [R, Q], each one pass over its own dtype; all but the first of the matrix times ``unit``."""
 
     row_amax: Tensor
     """In the dtype of the matrix."""
+    unit: Tensor
+    """Power of two that brings amax into [0.5, 1), so that squares stay inside float32; float64."""
     row_norm: Tensor
     row_sum: Tensor
     col_norm: Tensor
@@ -53,23 +55,31 @@ class WholeTensor(NamedTuple):
     @staticmethod
     def of(x: Tensor) -> WholeTensor:
         """x: [R, Q], any floating-point dtype, both dimensions at least 1."""
-        wide = torch.float64
+        row_amax = torch.linalg.vector_norm(x, math.inf, dim=1)
+        amax = row_amax.max().double()
+        exponent = torch.where(torch.isfinite(amax), torch.frexp(amax).exponent, 0)
+        unit = torch.exp2(-exponent.double())
+        # On a GPU bfloat16 is summed in float32 without a copy in it; in float64 there would be one of four times the size.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        z = (x if x.dtype == torch.bfloat16 else x.to(wide)) * unit.to(wide)
         return WholeTensor(
-            torch.linalg.vector_norm(x, math.inf, dim=1),
-            torch.linalg.vector_norm(x, dim=1, dtype=wide),
-            x.sum(1, dtype=wide),
-            torch.linalg.vector_norm(x, dim=0, dtype=wide),
-            x.sum(0, dtype=wide),
+            row_amax,
+            unit,
+            torch.linalg.vector_norm(z, dim=1, dtype=wide),
+            z.sum(1, dtype=wide),
+            torch.linalg.vector_norm(z, dim=0, dtype=wide),
+            z.sum(0, dtype=wide),
         )
 
     def amax(self) -> Tensor:
         return self.row_amax.max()
 
     def rms(self, row_scale: Tensor | None = None, col_scale: Tensor | None = None) -> Tensor:
-        """Of x, of diag(row_scale) x or of x diag(col_scale)."""
+        """Of x, of diag(row_scale) x or of x diag(col_scale); float64."""
         norms, scale = (self.row_norm, row_scale) if col_scale is None else (self.col_norm, col_scale)
-        scaled = norms if scale is None else norms * scale
-        return torch.linalg.vector_norm(scaled) / math.sqrt(len(self.row_norm) * len(self.col_norm))
+        norms = norms.double() if scale is None else norms.double() * scale
+        count = len(self.row_norm) * len(self.col_norm)
+        return torch.linalg.vector_norm(norms) / self.unit / math.sqrt(count)
 
     def reductions(self) -> list[Reduction]:
         """For amax, rms, crest, nonfinite and both outlier statistics."""
@@ -222,7 +232,7 @@ def _outliers(variance: Tensor, samples: int) -> Tensor:
 
 
 def _variance(norm: Tensor, total: Tensor, count: int) -> Tensor:
-    return ((norm.square() - total.square() / count) / max(count - 1, 1)).clamp(min=0)
+    return ((norm.double().square() - total.double().square() / count) / max(count - 1, 1)).clamp(min=0)
 
 
 def _sqnr(signal: Tensor, noise: Tensor) -> list[Tensor]:
