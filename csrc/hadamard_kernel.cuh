@@ -2,18 +2,18 @@
 // of memory.
 //
 // A warp holds a tile of 32 * kValues elements. Index bits, from the lowest, sit in
-//     the 16-byte vector of a load | lanes 0..2 (one 128-byte line) | kLoads registers | lanes 3 and 4 |
-//     warps
+//     16-byte vector | lanes 0..2 (one 128-byte line) | kLoads registers | lanes 3 and 4 | warps
 // so that short blocks have no index bit in lanes 3 and 4 (those take neighbouring blocks) and need no
 // shuffle there. Each index bit below kLogN gets one butterfly, in whatever place it happens to be:
-//   1. 16-bit input: tensor-core products with a constant +-1 matrix do bits 0, 1, 3 and 4, and optionally 2.
-//   Products of
-//      the raw input with +-1 are exact and sums are fp32, so nothing is rounded. The layout of the result
-//      also moves bit 5 from a lane into a register. fp32 input: registers and shuffles.
-//   2. Register bits; then lanes 3 and 4 by shuffles where they belong to the block.
-//   3. Blocks of at least a tile: one fp32 exchange through shared memory turns the remaining bits into
-//   register bits.
-//   4. One multiplication by the scale, one rounding, one store.
+//
+// 1. 16-bit input: tensor-core products with a constant +-1 matrix do bits 0, 1, 3 and 4, and optionally 2.
+//    Products of the raw input with +-1 are exact and sums are fp32, so nothing is rounded. The layout of the
+//    result also moves bit 5 from a lane into a register. fp32 input: registers and shuffles.
+// 2. Register bits; then lanes 3 and 4 by shuffles where they belong to the block.
+// 3. Blocks of at least a tile: one fp32 exchange through shared memory turns the other bits into register
+// bits.
+// 4. One multiplication by the scale, one rounding, one store.
+//
 // Bits are done in ascending order within 1 and then from 2 on, whatever the configuration, so for one n and
 // type the sums are the same for every number of rows (but for n = 32768, where few rows are halved, see
 // kParts).
