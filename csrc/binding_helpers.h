@@ -76,7 +76,10 @@ inline std::optional<DType> kernel_dtype(ScalarType type) {
   }
 }
 
+// PyTorch's current stream. Also chooses the device in this library's own copy of the CUDA runtime: the
+// guards of PyTorch set it in theirs.
 inline cudaStream_t current_stream(int device) {
+  STD_TORCH_CHECK(cudaSetDevice(device) == cudaSuccess, "halo_train: the GPU of the tensor cannot be used");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);

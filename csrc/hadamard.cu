@@ -50,8 +50,6 @@ cudaError_t hadamard_float64(const HadamardArgs& args, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t hadamard(const HadamardArgs& args, cudaStream_t stream) {
-  // PyTorch has chosen the device already, but through its own copy of the CUDA runtime.
-  if (const cudaError_t error = cudaSetDevice(args.device); error != cudaSuccess) return error;
   switch (args.dtype) {
     case DType::kBFloat16:
       return detail::launch_hadamard<__nv_bfloat16>(args, stream);

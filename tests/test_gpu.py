@@ -144,3 +144,17 @@ def test_a_small_network_learns(recipe):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("recipe", ["fp8", "int8", "halo2_fp8"])
+def test_the_second_gpu_while_the_first_is_current(recipe):
+    assert torch.cuda.current_device() == 0
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        torch.manual_seed(0)
+        x, weight, e = (torch.randn(s).bfloat16().to(device) for s in ((64, 256), (128, 256), (64, 128)))
+        leaves = x.requires_grad_(), weight.requires_grad_()
+        y = halo_linear(*leaves, config=RECIPES[recipe])
+        results.append([t.cpu() for t in (y, *torch.autograd.grad(y, leaves, e))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
