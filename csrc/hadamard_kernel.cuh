@@ -10,8 +10,8 @@
 //    Products of the raw input with +-1 are exact and sums are fp32, so nothing is rounded. The layout of the
 //    result also moves bit 5 from a lane into a register. fp32 input: registers and shuffles.
 // 2. Register bits; then lanes 3 and 4 by shuffles where they belong to the block.
-// 3. Blocks of at least a tile: one fp32 exchange through shared memory turns the other bits into register
-// bits.
+// 3. Blocks of at least a tile: one fp32 exchange through shared memory turns the other bits into
+//    register bits.
 // 4. One multiplication by the scale, one rounding, one store.
 //
 // Bits are done in ascending order within 1 and then from 2 on, whatever the configuration, so for one n and
