@@ -10,18 +10,15 @@ nothing is found in the L2 cache, out of place and in place. All columns of a ro
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
-import json
 import math
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import RESULTS, environment, save_json
 from torch import Tensor
 
 from halo_train import ops
@@ -29,7 +26,6 @@ from halo_train import ops
 SIZES = [2**k for k in range(6, 16)]
 LOG_ELEMENTS = [20, 22, 24, 25, 27]
 COLD_BYTES = 512 << 20
-RESULTS = Path(__file__).parent / "results"
 
 Call = Callable[[Tensor, Tensor], Any]
 """(input, preallocated output of the same shape); those that allocate their own output ignore the second."""
@@ -170,32 +166,10 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def environment(commit: str) -> dict[str, Any]:
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    root = str(Path(__file__).parent)
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "gpu": torch.cuda.get_device_name(),
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "kernels": ops.kernel_status()["build"],
-        "commit": commit or output("git", "-C", root, "rev-parse", "--short", "HEAD") or "unknown",
-    }
-
-
 def save(record: dict[str, Any], folder: Path) -> None:
-    stem = f"{record['environment']['date'][:10]}-hadamard-{record['environment']['gpu'].replace(' ', '-').lower()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(markdown(record, stem))
-    plot(record, folder / f"{stem}.png")
+    path = save_json("hadamard", record, folder)
+    path.with_suffix(".md").write_text(markdown(record, path.stem))
+    plot(record, path.with_suffix(".png"))
 
 
 def markdown(record: dict[str, Any], stem: str) -> str:

@@ -26,7 +26,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if cuda
         else None,
@@ -38,11 +38,12 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     }
 
 
-def save_json(name: str, record: dict[str, Any]) -> Path:
-    """Writes ``results/<date>-<name>-<device>.json``."""
-    device = record["environment"]["device"].lower().replace(" ", "-")
-    path = RESULTS / f"{record['environment']['date']}-{name}-{device}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+def save_json(name: str, record: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes ``<date>-<name>-<gpu>.json``; other files of the same result share its stem."""
+    gpu = record["environment"]["gpu"].lower().replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record['environment']['date']}-{name}-{gpu}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
 
