@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -23,6 +23,8 @@ CANDIDATES: dict[str, HaloConfig] = {
     "int8": RECIPES["int8"],
 }
 """Each format with and without equalisation and rotation."""
+
+Prefer = Literal["memory", "time"]
 
 TARGET_DB = 22.0
 """Between what trained like bf16 (24 dB in the worst product) and what did not (19 dB): docs/numerics.md, sections 3, 6."""
@@ -96,10 +98,11 @@ def calibrate(
     step_fn: Callable[[nn.Module, Any], Any] | None = None,
     *,
     target_db: float = TARGET_DB,
+    prefer: Prefer = "memory",
 ) -> Calibration:
     """Measures every layer in every candidate format, with and without rotation, and chooses a recipe for each.
 
-    The model runs in high precision. A layer gets the 8-bit candidate with the least modelled time among those whose worst
+    The model runs in high precision. A layer gets the candidate with the least modelled time among those whose worst
     product reaches the target, and bf16 where none does. Figures are medians over the batches.
 
     Args:
@@ -108,10 +111,14 @@ def calibrate(
         step_fn: (model, batch) -> runs forward and backward; None is ``model(**batch).loss.backward()`` as for the models
             of transformers with labels in the batch.
         target_db: lowest SQNR that a product may have, norm-wise and in the median.
+        prefer: ``"memory"`` takes bf16 only where no 8-bit candidate reaches the target: in 8 bits a layer keeps one byte an
+            element of X for backward instead of two. ``"time"`` also where none of them is faster, as for small layers.
 
     Raises:
-        ValueError: no layer that can be converted, no batches, or step_fn ran no backward.
+        ValueError: no layer that can be converted, no batches, step_fn ran no backward, or an unknown ``prefer``.
     """
+    if prefer not in get_args(Prefer):
+        raise ValueError(f"calibrate: prefer must be one of {', '.join(get_args(Prefer))}; got {prefer!r}")
     step_fn = step_fn or _loss_backward
     convert_to_halo_training(model, recipe="bf16")
     samples: list[QuantSample] = []
@@ -131,7 +138,7 @@ def calibrate(
             "calibrate: nothing was measured; batches must not be empty and step_fn must call loss.backward()"
         )
     layers = [
-        _choose(name, shapes[name], samples, target_db)
+        _choose(name, shapes[name], samples, target_db, prefer)
         for name in shapes
         if all(name in sample.values for sample in samples)
     ]
@@ -158,7 +165,9 @@ def relative_time(config: HaloConfig, shape: tuple[int, int]) -> float:
     return (ops / _OPS_PER_SECOND[config.format] + moved / _BYTES_PER_SECOND) / bf16
 
 
-def _choose(name: str, shape: tuple[int, int], samples: list[QuantSample], target_db: float) -> LayerChoice:
+def _choose(
+    name: str, shape: tuple[int, int], samples: list[QuantSample], target_db: float, prefer: Prefer
+) -> LayerChoice:
     labels = {candidate: config.name for candidate, config in CANDIDATES.items()}
     scores = {c: median(sample.score(name, label) for sample in samples) for c, label in labels.items()}
     products = {
@@ -175,6 +184,9 @@ def _choose(name: str, shape: tuple[int, int], samples: list[QuantSample], targe
         )
         return LayerChoice(name, shape, "bf16", scores, products, time, reason)
     chosen = min(good, key=lambda c: time[c])
+    if prefer == "time" and time[chosen] >= 1:
+        reason = f"bf16: no 8-bit recipe is faster; {chosen} takes {time[chosen]:.2f} of its time"
+        return LayerChoice(name, shape, "bf16", scores, products, time, reason)
     cheaper = [c for c in CANDIDATES if time[c] < time[chosen]]
     why = f"time {time[chosen]:.2f} of bf16"
     if cheaper:

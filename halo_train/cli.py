@@ -12,6 +12,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 
+    from halo_train.calibrate import Prefer
     from halo_train.config import RECIPES, HaloConfig
     from halo_train.metrics.console import sample_table
     from halo_train.metrics.records import read_samples
@@ -108,6 +109,12 @@ def calibrate(
     file: _File,
     overrides: _Overrides = None,
     batches: Annotated[int, typer.Option(min=1, help="Batches that are measured.")] = 4,
+    prefer: Annotated[
+        Prefer,
+        typer.Option(
+            help="memory: bf16 only where 8 bits are not accurate enough; time: also where not faster."
+        ),
+    ] = "memory",
     output: Annotated[Path, typer.Option(help="Recipe file that is written.")] = Path("recipe.json"),
 ) -> None:
     """Choose a recipe for every layer of the model in FILE by its measured error; nothing is trained.
@@ -116,7 +123,7 @@ def calibrate(
     """
     if output.suffix != RECIPE_FILE:
         raise UserError(f"--output must end with {RECIPE_FILE}; got {output}")
-    result = finetune.calibrate_layers(load_config(file, overrides or ()), batches)
+    result = finetune.calibrate_layers(load_config(file, overrides or ()), batches, prefer)
     print(result)
     result.save(output)
     print(f"written: {output}; use it with quant.recipe={output}", file=sys.stderr)

@@ -38,6 +38,7 @@ from halo_train import (
     measure_products,
     revert,
 )
+from halo_train.calibrate import Prefer
 from halo_train.metrics.collect import Sink
 from halo_train.metrics.records import JsonlSink
 from halo_train.quant_report import write_report
@@ -295,8 +296,11 @@ def quant_metrics(config: Config, model: nn.Module, folder: Path, done: int, wan
         raise UserError(f"log.quant_layers: {error}") from error
 
 
-def calibrate_layers(config: Config, batches: int) -> Calibration:
+def calibrate_layers(config: Config, batches: int, prefer: Prefer) -> Calibration:
     """Chooses a recipe for each layer of the model of a run on its training data; nothing is trained.
+
+    Args:
+        batches: micro-batches that are measured; prefer: see :func:`halo_train.calibrate`.
 
     Raises:
         UserError: data, model or device that cannot work.
@@ -312,7 +316,7 @@ def calibrate_layers(config: Config, batches: int) -> Calibration:
         (summed_loss(module, ids, labels) / count_trained(labels)).backward()
 
     try:
-        return calibrate(model, (next(stream) for _ in range(batches)), forward_and_backward)
+        return calibrate(model, (next(stream) for _ in range(batches)), forward_and_backward, prefer=prefer)
     except ValueError as error:
         raise UserError(f"{config.model.path}: {error}") from error
 

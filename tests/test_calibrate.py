@@ -78,6 +78,15 @@ def test_a_target_out_of_reach_keeps_a_layer_in_bf16():
     assert hot.name == "hot"
 
 
+def test_time_counts_where_it_is_preferred():
+    """Small layers spend more on rounding than 8-bit GEMMs save."""
+    layers = calibrate(Net(), batches(), step, prefer="time").layers
+    assert all(layer.recipe == "bf16" for layer in layers)
+    assert "no 8-bit recipe is faster; fp8_plain takes" in layers[0].reason
+    with pytest.raises(ValueError, match="prefer must be one of memory, time; got 'speed'"):
+        calibrate(Net(), batches(), step, prefer="speed")
+
+
 def test_recipe_file_converts_the_model(tmp_path):
     path = tmp_path / "recipe.json"
     result = calibrate(Net(), batches(), step, target_db=35)
