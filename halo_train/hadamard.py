@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
+import torch
 from torch import Tensor
 
 from . import ops
+from .hadamard_matrices import ORDERS, hadamard_matrix
 
 
 def largest_block(n: int) -> int:
@@ -21,20 +24,27 @@ def hadamard_transform(
     block: int | None = None,
     signs: Tensor | None = None,
     scale: float | None = None,
+    transpose: bool = False,
 ) -> Tensor:
     """Rotates one axis: y = scale * (x diag(signs)) (I kron H), blocks of ``block`` neighbouring elements at a time.
 
-    H is the +-1 Sylvester matrix in natural order, as ``scipy.linalg.hadamard(block)``. With the default scale the
-    rotation is orthonormal: applied twice (``signs=None``) it returns x, and with signs the inverse is
-    ``hadamard_transform(y) * signs``. Sums are in float32 (float64 for float64), rounded once. Differentiable in x.
+    For a power of two H is the +-1 Sylvester matrix in natural order, as ``scipy.linalg.hadamard(block)``, which is
+    symmetric. For block = m 2^k, with m one of ``halo_train.hadamard_matrices.ORDERS``, H = H_m kron Sylvester(2^k), which
+    in general is not. With the default scale the rotation is orthonormal; its inverse is
+    ``hadamard_transform(y, block=block, transpose=True) * signs``. Sums are in float32 (float64 for float64), rounded once.
+    Differentiable in x.
+
+    A power of two is one pass over memory on a GPU. m 2^k is not one kernel yet: it takes a float32 pass and a matrix
+    product with H_m, for which torch.backends.cuda.matmul.allow_tf32 must be off.
 
     Args:
         x: any shape, any real floating-point dtype, any strides.
         axis: the axis to rotate.
-        block: a power of two, at most 32768, that divides the axis; None takes the largest.
+        block: divides the axis; None takes the largest power of two, at most 32768, that does.
         signs: one value per index of the axis, shape [x.shape[axis]], each +1 or -1 (not checked: reading them would
             synchronise with the GPU), any real dtype.
         scale: None is 1/sqrt(block).
+        transpose: rotate by H^T.
 
     Returns:
         Same shape, dtype and device as x.
@@ -49,8 +59,38 @@ def hadamard_transform(
         raise IndexError(
             f"hadamard_transform: axis must be in [{-x.dim()}, {x.dim() - 1}] for {x.dim()} dimensions; got {axis}"
         )
+    n = x.shape[axis]
     if block is None:
-        block = largest_block(x.shape[axis])
+        block = largest_block(n)
+    order = _matrix_order(block, n)
     if scale is None:
         scale = 1.0 / math.sqrt(block) if block > 0 else 1.0
-    return ops.hadamard(x.movedim(axis, -1), block, scale, signs).movedim(-1, axis)
+    y = x.movedim(axis, -1)
+    if order == 1:
+        return ops.hadamard(y, block, scale, signs).movedim(-1, axis)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = ops.hadamard(y.to(wide), block // order, scale, signs).unflatten(-1, (-1, order, block // order))
+    h = _matrix_on(order, x.device, wide)
+    # Row vectors: y_j = sum_i x_i H_ij.
+    y = (h if transpose else h.t()) @ y
+    return y.flatten(-3).to(x.dtype).movedim(-1, axis)
+
+
+@functools.cache
+def _matrix_on(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return hadamard_matrix(order).to(device=device, dtype=dtype)
+
+
+def _matrix_order(block: int, n: int) -> int:
+    """The m of block = m 2^k; 1 for powers of two, whose limits the operator checks."""
+    if block < 1 or block & (block - 1) == 0:
+        return 1
+    for order in ORDERS:
+        power, rest = divmod(block, order)
+        if rest == 0 and power & (power - 1) == 0 and power <= ops.MAX_BLOCK and n % block == 0:
+            return order
+    raise ValueError(
+        f"hadamard_transform: block must divide the axis of length {n} and be a power of two, at most {ops.MAX_BLOCK}, or "
+        f"one of {', '.join(map(str, ORDERS))} times a power of two; got {block}; the largest power of two is "
+        f"{largest_block(n)}"
+    )

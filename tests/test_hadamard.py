@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
 from halo_train import hadamard_transform
 from halo_train.hadamard import largest_block
+from halo_train.hadamard_matrices import ORDERS, hadamard_matrix
 
 
 def oracle(
@@ -55,6 +57,24 @@ def test_largest_block():
     ]
 
 
+@pytest.mark.parametrize(
+    "block", [12, 40, 96, 3072, 5120, 28 * 8, 36, 44 * 2, 52, 60, 100, 108, 140, 156, 172 * 4]
+)
+def test_full_transforms_of_other_sizes(block):
+    order = next(m for m in ORDERS if block % m == 0 and (block // m) & (block // m - 1) == 0)
+    h = np.kron(hadamard_matrix(order).numpy(), scipy.linalg.hadamard(block // order)) / block**0.5
+    x = torch.randn(3, 2 * block, dtype=torch.float64)
+    signs = torch.where(torch.rand(2 * block) < 0.5, -1.0, 1.0)
+    expected = ((x * signs).unflatten(1, (2, block)) @ torch.from_numpy(h)).flatten(1)
+    y = hadamard_transform(x, block=block, signs=signs)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(hadamard_transform(y, block=block, transpose=True) * signs, x)
+    # One rounding: bf16 in and out, sums in between in float32.
+    low = hadamard_transform(x.bfloat16(), block=block).double()
+    exact = (x.bfloat16().double().unflatten(1, (2, block)) @ torch.from_numpy(h)).flatten(1)
+    assert ((low - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
 def test_axis(axis):
     x = torch.randn(4, 8, 16, dtype=torch.float64)
@@ -99,6 +119,15 @@ def test_gradcheck(signs):
     assert torch.autograd.gradgradcheck(lambda t: hadamard_transform(t, axis=1, signs=s), (x,))
 
 
+def test_gradcheck_of_a_matrix_that_is_not_symmetric():
+    assert not torch.equal(hadamard_matrix(20), hadamard_matrix(20).t())
+    x = torch.randn(2, 40, dtype=torch.float64, requires_grad=True)
+    for transpose in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda t, transpose=transpose: hadamard_transform(t, block=20, transpose=transpose), (x,)
+        )
+
+
 @pytest.mark.parametrize(
     ("x", "kwargs", "message"),
     [
@@ -110,7 +139,12 @@ def test_gradcheck(signs):
             {"block": 8},
             "divides the axis of length 12; got 8; the largest for this axis is 4",
         ),
-        (torch.ones(2, 12), {"block": 3}, "power of two.*got 3"),
+        (
+            torch.ones(2, 12),
+            {"block": 3},
+            "power of two.*one of 12, 20, .*got 3; the largest power of two is 4",
+        ),
+        (torch.ones(2, 30), {"block": 12}, "divide the axis of length 30"),
         (torch.ones(2, 12), {"block": 0}, "power of two.*got 0"),
         (torch.ones(2, 65536), {"block": 65536}, "at most 32768"),
         (
