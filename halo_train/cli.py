@@ -1,31 +1,37 @@
-"""The ``halo-train`` command: run, ls, validate, report, calibrate, doctor."""
+"""The ``halo-train`` command: ls, cp, validate, schema, preprocess, run, report, calibrate, doctor."""
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 try:
     import typer
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from halo_train.calibrate import Prefer
-    from halo_train.config import RECIPES, HaloConfig
+    from halo_train.config import RECIPES, HaloConfig, did_you_mean
     from halo_train.metrics.console import sample_table
     from halo_train.metrics.records import read_samples
     from halo_train.quant_report import write_report
     from halo_train.recipes import finetune  # type: ignore[import-not-found,unused-ignore]  # lies in recipes/
     from halo_train.training import doctor as machine
     from halo_train.training.config import RECIPE_FILE, STDLIB, Config, load_config
+    from halo_train.training.encode import decode_pieces
     from halo_train.training.errors import Interrupted, RunFailed, UserError
 except ModuleNotFoundError as _error:
-    if (_error.name or "").partition(".")[0] == "halo_train":
+    _package = (_error.name or "").partition(".")[0]
+    if _package == "halo_train":
         raise
     raise SystemExit(
-        f"halo-train: the package {_error.name!r} is missing; the command needs the training extra: "
+        f"halo-train: the package {_package!r} is missing; the command needs the training extra: "
         "pip install 'halo_train[train]'"
     ) from None
 
@@ -55,7 +61,9 @@ def run(file: _File, overrides: _Overrides = None) -> None:
 def validate(file: _File, overrides: _Overrides = None) -> None:
     """Check FILE and print it with every default filled in; nothing is started."""
     config = load_config(file, overrides or ())
-    _require_inputs(config)
+    for key, path in _inputs(config).items():
+        if not path.exists():
+            raise UserError(f"{key}: {path} does not exist")
     print(config.to_yaml(), end="")
     print(f"{file} is valid", file=sys.stderr)
 
@@ -65,7 +73,7 @@ def ls() -> None:
     """List the run files that come with halo_train and the named precision recipes."""
     console = _console()
     files = Table("run file", "what it does", title="Run files", title_justify="left")
-    for path in sorted(Path(finetune.__file__).parent.glob("*.yaml")):
+    for path in _shipped():
         files.add_row(str(path), _first_comment(path))
     console.print(files)
     named = Table(
@@ -80,6 +88,66 @@ def ls() -> None:
     for name, config in RECIPES.items():
         named.add_row(name, *_fields(config))
     console.print(named)
+
+
+@app.command()
+def cp(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A run file of `halo-train ls`.", show_default=False)
+    ],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The copy, which must not exist.", show_default=False)
+    ],
+) -> None:
+    """Copy a run file that comes with halo_train, and the files that it names; nothing is overwritten."""
+    known = {path.stem: path for path in _shipped()}
+    source = known.get(name.removesuffix(".yaml"))
+    if source is None:
+        raise UserError(f"NAME must be one of {', '.join(known)}{did_you_mean(name, known)}; got {name!r}")
+    beside = [
+        path for path in _inputs(load_config(source)).values() if path.parent == source.resolve().parent
+    ]
+    copies = {source: file, **{path: file.parent / path.name for path in beside}}
+    if not file.parent.is_dir():
+        raise UserError(f"the folder {file.parent} does not exist; make it first")
+    for original, copy in copies.items():
+        same = original != source and copy.is_file() and copy.read_bytes() == original.read_bytes()
+        if copy.exists() and not same:
+            raise UserError(f"{copy} exists and is not overwritten; choose another FILE or remove it")
+    for original, copy in copies.items():
+        shutil.copyfile(original, copy)
+        print(copy)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a run file, for editors that complete and check YAML."""
+    print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@app.command()
+def preprocess(
+    file: _File,
+    overrides: _Overrides = None,
+    show: Annotated[int, typer.Option(min=0, help="Training rows that are printed.")] = 3,
+) -> None:
+    """Read and tokenise the data of FILE and show what is trained, marked «so»; nothing is trained."""
+    config = load_config(file, overrides or ())
+    data = finetune.load_data(config, config.run.dir / config.run.name)
+    examples = data.train.examples
+    lengths = sorted(len(example.ids) for example in examples)
+    print(
+        f"tokens a row:    {lengths[0]} to {lengths[-1]}, median {median(lengths):g}, "
+        f"95% at most {lengths[int(0.95 * (len(lengths) - 1))]}; data.seq_len={config.data.seq_len}"
+    )
+    console = _console()
+    for number, example in enumerate(examples[:show], start=1):
+        trained = sum(end - start for start, end in example.trained)
+        console.rule(f"row {number}: {trained} of {len(example.ids)} tokens trained", align="left")
+        pieces = decode_pieces(example, data.tokenizer)
+        console.print(
+            Text.assemble(*((f"«{text}»", "green") if on else text for text, on in pieces)), soft_wrap=True
+        )
 
 
 @app.command()
@@ -176,16 +244,19 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
-def _require_inputs(config: Config) -> None:
-    inputs = {
+def _shipped() -> list[Path]:
+    return sorted(Path(finetune.__file__).parent.glob("*.yaml"))
+
+
+def _inputs(config: Config) -> dict[str, Path]:
+    """Files and directories that a run reads, by the field that names them."""
+    named = {
         "model.path": config.model.path,
-        "data.train": config.data.train,
+        "data.train": None if config.data.train == STDLIB else config.data.train,
         "data.valid": config.data.valid,
         "quant.recipe": config.quant.recipe if config.quant.recipe.endswith(RECIPE_FILE) else None,
     }
-    for key, value in inputs.items():
-        if value is not None and value != STDLIB and not Path(value).exists():
-            raise UserError(f"{key}: {value} does not exist")
+    return {key: Path(path) for key, path in named.items() if path is not None}
 
 
 def _first_comment(path: Path) -> str:

@@ -4,7 +4,8 @@
     halo-train run my.yaml quant.recipe=int8 train.lr=1e-5
 
 - any causal model of transformers: a Hugging Face directory, or random weights from a config file
-- JSONL with prompt and completion (loss on completions only) or text
+- JSONL with messages (loss on the assistant's turns only), prompt and completion or Alpaca's fields (loss on completions only),
+  or text
 - float32 weights, AdamW, bfloat16 autocast; the linear layers run the precision recipe ``quant.recipe``
 - with ``log.quant_every`` the quantisation error of every layer and product: ``quant.jsonl``, ``quant_report.html``
 - stops at will (Ctrl-C, SIGTERM), goes on bit for bit with ``run.resume=true``
@@ -18,7 +19,7 @@ import math
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,10 @@ from halo_train.metrics.records import JsonlSink
 from halo_train.quant_report import write_report
 from halo_train.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from halo_train.training.config import RECIPE_FILE, STDLIB, Config
-from halo_train.training.data import BatchStream, Dataset, encode_rows, fixed_batches, read_rows, split_rows
+from halo_train.training.data import BatchStream, fixed_batches, split_rows
+from halo_train.training.encode import Dataset, encode_rows
 from halo_train.training.errors import Interrupted, RunFailed, UserError
+from halo_train.training.formats import read_rows
 from halo_train.training.logging import (
     MetricsFile,
     ProgressBar,
@@ -62,6 +65,7 @@ from halo_train.training.loop import (
     learning_rate,
     pick_device,
     summed_loss,
+    total_steps,
 )
 from halo_train.training.model import build_model, export_model, load_tokenizer
 from halo_train.training.report import Result, comparison_table, plot_losses, summarise
@@ -76,6 +80,8 @@ class Data:
     tokenizer: Any
     train: Dataset
     valid: list[tuple[Tensor, Tensor]]
+    steps: int
+    """Optimiser steps of the run."""
 
     @property
     def pad_id(self) -> int:
@@ -185,7 +191,7 @@ def train(
         WandbRun(
             config.log.wandb, folder, f"{config.run.name}-{label}", config.model_dump(mode="json")
         ) as wandb,
-        ProgressBar(label, cfg.steps, progress.step, config.log.every) as bar,
+        ProgressBar(label, data.steps, progress.step, config.log.every) as bar,
         ExitStack() as stack,
     ):
         # The bf16 twin is there for its losses; measure_products at its end shows its products.
@@ -197,7 +203,7 @@ def train(
             metrics.write(step=0, valid_loss=valid_before)
             bar.note(f"validation loss {valid_before:.4f} before training")
 
-        for step in range(progress.step + 1, cfg.steps + 1):
+        for step in range(progress.step + 1, data.steps + 1):
             started = time.perf_counter()
             micro_batches = [next(stream) for _ in range(cfg.grad_accum)]
             # The mean is over the trained tokens of the whole step, not a mean of means over its micro-batches.
@@ -214,14 +220,14 @@ def train(
                 raise RunFailed(_not_finite(step, total.item(), norm, checkpoints))
 
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, cfg)
+                group["lr"] = learning_rate(step, data.steps, cfg)
             optimizer.step()
             optimizer.zero_grad()
             progress = Progress(step, stream.position)
 
             values = {
                 "loss": total.item(),
-                "lr": learning_rate(step, cfg),
+                "lr": learning_rate(step, data.steps, cfg),
                 "grad_norm": norm,
                 "tokens": tokens,
                 "trained_tokens": trained,
@@ -233,7 +239,7 @@ def train(
                 quant.step()
             bar.step(step, loss=values["loss"], tokens_s=values["tokens_per_second"])
 
-            last = step == cfg.steps
+            last = step == data.steps
             if step % config.log.eval_every == 0 or last:
                 valid = evaluate(model, data.valid, device)
                 metrics.write(step=step, valid_loss=valid)
@@ -244,7 +250,7 @@ def train(
             if stop.received is not None:
                 raise Interrupted(
                     stop.received,
-                    f"stopped after step {step} of {cfg.steps}; go on with run.resume=true ({folder})",
+                    f"stopped after step {step} of {data.steps}; go on with run.resume=true ({folder})",
                 )
 
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
@@ -339,26 +345,28 @@ def load_data(config: Config, folder: Path) -> Data:
     """Reads, splits and tokenises; prints what there is.
 
     Raises:
-        UserError: a file that is missing or malformed, or without a trained token.
+        UserError: a file that is missing or malformed, or without a trained token; too few rows; a warm-up that is
+            longer than the epochs.
     """
     section = config.data
     if section.train == STDLIB:
         print("collecting the documented functions of Python's standard library", flush=True)
     source = stdlib_pairs_file(section.cache_dir) if section.train == STDLIB else Path(section.train)
-    rows = read_rows(source)
-    print(f"{len(rows)} rows of {source}", flush=True)
+    rows, form = read_rows(source, section.format)
+    print(f"{len(rows)} rows of {source}, format {form}", flush=True)
     if section.valid is None:
         train_rows, valid_rows = split_rows(rows, section.valid_fraction, config.run.seed)
     else:
-        train_rows, valid_rows = rows, read_rows(Path(section.valid))
-    texts = (text for row in train_rows for text in (row.prompt or "", row.completion))
+        train_rows, valid_rows = rows, read_rows(Path(section.valid), section.format)[0]
+    texts = (text for row in train_rows for text in row.texts)
     tokenizer = load_tokenizer(Path(config.model.path), texts, folder / "tokenizer")
     train_set = encode_rows(train_rows, tokenizer, section.seq_len, "data.train")
     valid_set = encode_rows(valid_rows, tokenizer, section.seq_len, "data.valid")
-    print(f"training data:   {train_set}\nvalidation data: {valid_set}", flush=True)
-    data = Data(tokenizer, train_set, [])
+    steps = total_steps(config.train, len(train_set.examples))
+    print(f"training data:   {train_set}\nvalidation data: {valid_set}\ntraining steps:  {steps}", flush=True)
+    data = Data(tokenizer, train_set, [], steps)
     valid = fixed_batches(valid_set.examples, config.train.micro_batch, data.pad_id)
-    return Data(tokenizer, train_set, valid)
+    return replace(data, valid=valid)
 
 
 def require_low_precision(recipe: HaloConfig, device: torch.device) -> None:

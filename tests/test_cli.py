@@ -1,3 +1,5 @@
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from training_fixtures import halo_train, metrics, write_run
 from halo_train import RECIPES
 from halo_train.recipes import finetune
 from halo_train.training import doctor
+from halo_train.training.config import Config, load_config
 from halo_train.training.errors import Interrupted
 
 
@@ -104,6 +107,62 @@ def test_every_shipped_file_is_listed_and_valid(capsys: pytest.CaptureFixture[st
         assert halo_train("validate", str(file)) == 0
     for recipe in RECIPES:
         assert f"│ {recipe} " in out
+
+
+def test_a_copied_run_file_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert halo_train("cp", "quickstart", "my.yaml") == 0
+    assert capsys.readouterr().out.split() == ["my.yaml", "quickstart_llama.json"]
+    assert load_config(Path("my.yaml")).model.path == str(tmp_path / "quickstart_llama.json")
+    assert halo_train("validate", "my.yaml") == 0
+    assert halo_train("cp", "quickstart.yaml", "second.yaml") == 0  # beside the model file of the first
+
+
+def test_cp_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("mine")
+    Path("sub").mkdir()
+    Path("sub", "quickstart_llama.json").write_text("{}")
+    for arguments, message in (
+        (["quickstart", "mine.yaml"], "mine.yaml exists and is not overwritten"),
+        (["quickstart", "sub/x.yaml"], "sub/quickstart_llama.json exists and is not overwritten"),
+        (["quickstart", "none/x.yaml"], "the folder none does not exist"),
+        (["quickstrat", "x.yaml"], "did you mean 'quickstart'?; got 'quickstrat'"),
+    ):
+        assert halo_train("cp", *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert Path("mine.yaml").read_text() == "mine"
+    assert sorted(str(path) for path in Path().rglob("*")) == [
+        "mine.yaml",
+        "sub",
+        "sub/quickstart_llama.json",
+    ]
+
+
+def test_the_schema_describes_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    assert halo_train("schema") == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["properties"]) == set(Config.model_fields)
+    assert set(schema["required"]) == {"run", "model", "data", "train"}
+    for section in schema["$defs"].values():
+        assert section["additionalProperties"] is False
+        for name, field in section["properties"].items():
+            assert field.get("description"), name
+
+
+def test_preprocess_shows_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert halo_train("preprocess", str(write_run(tmp_path)), "run.seed=1", "--show", "2") == 0
+    out = capsys.readouterr().out
+    assert "format prompt_completion" in out
+    assert "% of them trained" in out
+    assert "data.seq_len=48" in out
+    rows = re.findall(r"^def f(\d+)\(x\): return x \+ \1\n«Add \1 to x\.<\|endoftext\|>»$", out, re.MULTILINE)
+    assert len(rows) == out.count("tokens trained") == 2
+    assert not (tmp_path / "runs").exists()
 
 
 def test_doctor_reports_and_passes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,76 +8,16 @@ import pytest
 import torch
 
 from halo_train.training import stdlib_data
-from halo_train.training.data import (
-    IGNORE,
-    BatchStream,
-    Example,
-    Row,
-    collate,
-    encode_rows,
-    fixed_batches,
-    read_rows,
-    split_rows,
-)
+from halo_train.training.data import IGNORE, BatchStream, collate, fixed_batches, split_rows
+from halo_train.training.encode import Example, encode_rows
 from halo_train.training.errors import UserError
+from halo_train.training.formats import Row
 from halo_train.training.model import train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(["def add(x): return x", "Adds one."], 300)
-
-
-def _file(tmp_path: Path, *lines: str | bytes) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines))
-    return path
-
-
-GOOD = '{"prompt": "p", "completion": "c"}'
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"prompt": "p", "completion": "c"', "line 3: not valid JSON .*at column.*one complete JSON object"),
-        ('{"prompt": "p"}', "line 3: the field 'completion' is missing; the row has 'prompt'"),
-        ('{"completion": "p"}', "line 3: the field 'prompt' is missing"),
-        (
-            '{"instruction": "p", "output": "x"}',
-            "line 3: needs 'prompt' and 'completion', or 'text'; .*'instruction'",
-        ),
-        ("{}", "line 3: .*the row has no field"),
-        ('{"prompt": "p", "completion": 3}', "line 3: 'completion' must be a string; got int 3"),
-        ('{"prompt": null, "completion": "c"}', "line 3: 'prompt' must be a string; got NoneType"),
-        ('{"prompt": "p", "completion": ""}', "line 3: 'completion' is empty"),
-        ('{"text": ""}', "line 3: 'text' is empty"),
-        ('["p", "c"]', "line 3: must be a JSON object"),
-        (b'{"text": "\xff"}', "line 3: not UTF-8"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: str | bytes, message: str) -> None:
-    path = _file(tmp_path, GOOD, "", line, GOOD)
-    with pytest.raises(UserError, match=message) as error:
-        read_rows(path)
-    assert str(error.value).startswith(str(path))
-
-
-def test_a_missing_or_empty_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.jsonl does not exist; set data\.train"):
-        read_rows(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="has no rows"):
-        read_rows(_file(tmp_path, "", "  "))
-
-
-def test_good_rows(tmp_path: Path) -> None:
-    path = _file(
-        tmp_path,
-        b"\xef\xbb\xbf" + GOOD.encode(),
-        '{"text": "t", "id": 7}',
-        '{"prompt": "", "completion": "ü"}',
-    )
-    assert read_rows(path) == [Row("p", "c"), Row(None, "t"), Row("", "ü")]
 
 
 def test_loss_is_on_the_completion_and_its_end_only(tokenizer) -> None:
@@ -102,6 +42,13 @@ def test_rows_are_cut_and_dropped_at_seq_len(tokenizer) -> None:
     assert "cut at seq_len: 2" in str(data)
 
 
+def test_labels_stand_where_the_spans_are() -> None:
+    ids, labels = collate([Example([1, 2, 3, 4, 5, 6], [(1, 2), (4, 6)]), Example([7, 8], [(1, 2)])], 0)
+    assert ids.shape == labels.shape == (2, 16)
+    assert labels[:, :6].tolist() == [[IGNORE, 2, IGNORE, IGNORE, 5, 6], [IGNORE, 8, *[IGNORE] * 4]]
+    assert bool((labels[:, 6:] == IGNORE).all())
+
+
 def test_nothing_to_train_on_is_an_error(tokenizer) -> None:
     with pytest.raises(
         UserError, match=r"data\.train: none of the 1 rows has a token to train on.*seq_len=16"
@@ -121,7 +68,7 @@ def test_split_is_a_partition_that_depends_on_the_seed() -> None:
 
 
 def _examples(count: int) -> list[Example]:
-    return [Example([i] * (2 + i % 7), 1) for i in range(count)]
+    return [Example([i] * (2 + i % 7), [(1, 2 + i % 7)]) for i in range(count)]
 
 
 def test_batches_cover_an_epoch_once_and_continue_from_a_position() -> None:

@@ -1,11 +1,13 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from training_fixtures import write_run
 
-from halo_train.training.config import first_difference, load_config
+from halo_train.training.config import DataSection, first_difference, load_config
 from halo_train.training.errors import UserError
+from halo_train.training.formats import AUTO, FORMATS
 
 
 @pytest.fixture
@@ -16,7 +18,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.leraning_rate=1", "train.leraning_rate: unknown key; train has steps, micro_batch"),
+        ("train.leraning_rate=1", "train.leraning_rate: unknown key; train has steps, epochs, micro_batch"),
         ("data.valid_part=1", "data.valid_part: unknown key; did you mean 'data.valid'?"),
         ("model.dtype=bf16", "model.dtype: unknown key; model has path"),
         ("train.step=1", "train.step: unknown key; did you mean 'train.steps'?"),
@@ -28,6 +30,10 @@ def file(tmp_path: Path) -> Path:
         ("train.lr=fast", "train.lr: should be a valid number.*got 'fast'"),
         ("train.lr=nan", "train.lr: .*finite"),
         ("train.warmup_steps=6", "warmup_steps must be less than steps=6; got 6"),
+        ("train.epochs=2", "train: steps=6 and epochs=2 exclude each other; .* train.steps=null"),
+        ("train.steps=null", "train: steps or epochs is required, but neither is given"),
+        ("train.epochs=0.5", "train.epochs: should be a valid integer"),
+        ("data.format=chat", "data.format: should be 'auto', 'messages', .*; got 'chat'"),
         ("train.schedule=step", "train.schedule: should be 'cosine' or 'linear'; got 'step'"),
         ("run.name=../x", "run.name: .*pattern.*got '../x'"),
         ("train=5", "train: .*got '5'"),
@@ -86,6 +92,10 @@ def test_resume_and_overwrite_exclude_each_other(file: Path) -> None:
 def test_twin_of_a_bf16_run_is_refused(file: Path) -> None:
     with pytest.raises(UserError, match="which recipe already is"):
         load_config(file, ["quant.recipe=bf16", "quant.bf16_twin=true"])
+
+
+def test_the_formats_are_those_that_can_be_read() -> None:
+    assert set(get_args(DataSection.model_fields["format"].annotation)) == {AUTO, *FORMATS}
 
 
 def test_paths_start_at_the_file_and_in_overrides_at_the_current_folder(

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from halo_train.cli import main
+from halo_train.training.model import train_tokenizer
 
 LLAMA = {
     "model_type": "llama",
@@ -21,6 +23,19 @@ LLAMA = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
+    """A small tokenizer with the two special tokens of ChatML and a chat template."""
+    tokenizer = train_tokenizer(["system user assistant", "What is 1 plus 2? It is 3."] * 3, 290)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def write_run(folder: Path, rows: int = 24, model: dict[str, object] = LLAMA) -> Path:

@@ -30,7 +30,13 @@ _NotNegative = Annotated[int, Field(ge=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class RunSection(_Section):
@@ -94,10 +100,15 @@ class DataSection(_Section):
     """What it is trained on."""
 
     train: str
-    """A JSONL file with ``prompt`` and ``completion``, or ``text``, in every row; or ``stdlib``."""
+    """A JSONL file, see ``format``; or ``stdlib``."""
     valid: str | None = None
     """A JSONL file; null takes ``valid_fraction`` of the training rows instead."""
     valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the training rows that validate, where ``valid`` is null."""
+    format: Literal["auto", "messages", "prompt_completion", "text", "alpaca"] = "auto"
+    """Fields of a row: ``messages`` (the tokenizer's chat template; loss on the assistant's turns), ``prompt`` and ``completion``
+    or alpaca's ``instruction``, ``input``, ``output`` (loss on the last), ``text`` (loss on all); ``auto`` is that of a file's
+    first row."""
     cache_dir: Path = Path(".cache")
     """Of the pairs made from the standard library; relative to the current folder."""
     seq_len: Annotated[int, Field(ge=16)] = 1024
@@ -107,8 +118,10 @@ class DataSection(_Section):
 class TrainSection(_Section):
     """How it is trained: AdamW on float32 weights under bfloat16 autocast."""
 
-    steps: _Positive
-    """Optimiser steps."""
+    steps: _Positive | None = None
+    """Optimiser steps; or give ``epochs``."""
+    epochs: _Positive | None = None
+    """Passes over the training rows, in place of ``steps``."""
     micro_batch: _Positive = 8
     """Rows in one forward pass."""
     grad_accum: _Positive = 1
@@ -118,6 +131,7 @@ class TrainSection(_Section):
     schedule: Literal["cosine", "linear"] = "cosine"
     """Decay to zero after the warm-up."""
     warmup_steps: _NotNegative = 0
+    """Over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Not applied to norms and biases."""
     clip: Annotated[float, Field(gt=0)] = 1.0
@@ -126,8 +140,19 @@ class TrainSection(_Section):
     """``auto`` is the GPU where there is one."""
 
     @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps or epochs is required, but neither is given")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps={self.steps} and epochs={self.epochs} exclude each other; set one of them to null, e.g. "
+                "train.steps=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warm_up_ends(self) -> TrainSection:
-        if self.warmup_steps >= self.steps:
+        if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps must be less than steps={self.steps}; got {self.warmup_steps}")
         return self
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TrainSection
-from .data import IGNORE
+from .data import IGNORE, batches_per_epoch
 from .errors import UserError
 
 BETAS = (0.9, 0.95)
@@ -76,11 +76,30 @@ def adamw(model: nn.Module, train: TrainSection) -> torch.optim.AdamW:
     )
 
 
-def learning_rate(step: int, train: TrainSection) -> float:
-    """Of optimiser step ``step`` (the first is 1): linear warm-up to ``train.lr``, then decay to zero after the last."""
+def total_steps(train: TrainSection, rows: int) -> int:
+    """Optimiser steps of a run on ``rows`` training rows; the last epoch is rounded up to a whole step.
+
+    Raises:
+        UserError: fewer rows than one batch; the warm-up is longer than the run.
+    """
+    batches = batches_per_epoch(rows, train.micro_batch)
+    if train.epochs is None:
+        assert train.steps is not None  # TrainSection: exactly one of them
+        return train.steps
+    steps = math.ceil(train.epochs * batches / train.grad_accum)
+    if train.warmup_steps >= steps:
+        raise UserError(
+            f"train.warmup_steps must be less than the {steps} steps of train.epochs={train.epochs}; got "
+            f"{train.warmup_steps}"
+        )
+    return steps
+
+
+def learning_rate(step: int, steps: int, train: TrainSection) -> float:
+    """Of optimiser step ``step`` (the first is 1) of ``steps``: linear warm-up to ``train.lr``, then decay to zero after the last."""
     if step <= train.warmup_steps:
         return train.lr * step / train.warmup_steps
-    done = (step - 1 - train.warmup_steps) / (train.steps - train.warmup_steps)
+    done = (step - 1 - train.warmup_steps) / (steps - train.warmup_steps)
     return train.lr * (0.5 * (1 + math.cos(math.pi * done)) if train.schedule == "cosine" else 1 - done)
 
 
