@@ -1,99 +1,13 @@
-// Rounding to 8 bits at the speed of memory: by rows in one pass, transposed in one pass once the scales are
-// known, and the plain transpose of bytes. Numerics: docs/numerics.md, section 4; the same operations in the
-// same order as halo_train/reference.py, so that results are equal bit by bit.
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <algorithm>
-#include <type_traits>
+// Rounding to 8 bits by rows at the speed of memory. Numerics: docs/numerics.md, section 4; the same
+// operations in the same order as halo_train/reference.py, so that results are equal bit by bit.
 
 #include "quantize.h"
-#include "round.cuh"
+#include "quantize_common.cuh"
 
 namespace halo_train {
 namespace {
 
-// Eight neighbouring elements, as loaded.
-template <typename T>
-struct Eight {
-  static constexpr int kWords = 2 * sizeof(T);
-  uint32_t word[kWords];
-
-  __device__ __forceinline__ void load(const T* p) {
-#pragma unroll
-    for (int i = 0; i < kWords; i += 4) {
-      const uint4 v = __ldg(reinterpret_cast<const uint4*>(p) + i / 4);
-      word[i] = v.x, word[i + 1] = v.y, word[i + 2] = v.z, word[i + 3] = v.w;
-    }
-  }
-  // Any alignment, at most `count` elements, zeros beyond.
-  __device__ __forceinline__ void load_part(const T* p, int64_t count) {
-    T* element = reinterpret_cast<T*>(word);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) element[i] = i < count ? p[i] : T(0.0f);
-  }
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) word[i] = 0;
-  }
-  __device__ __forceinline__ void floats(float (&v)[8]) const {
-    const T* element = reinterpret_cast<const T*>(word);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = static_cast<float>(element[i]);
-  }
-};
-
-// Eight float factors that belong to neighbouring columns; ones where there are none.
-template <bool kVector>
-__device__ __forceinline__ void load_factors(float (&f)[8], const float* factors, int64_t column,
-                                             int64_t cols) {
-  if (factors == nullptr) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) f[j] = 1.0f;
-  } else if constexpr (kVector) {
-    const float4 lo = __ldg(reinterpret_cast<const float4*>(factors + column));
-    const float4 hi = __ldg(reinterpret_cast<const float4*>(factors + column) + 1);
-    f[0] = lo.x, f[1] = lo.y, f[2] = lo.z, f[3] = lo.w, f[4] = hi.x, f[5] = hi.y, f[6] = hi.z, f[7] = hi.w;
-  } else {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) f[j] = column + j < cols ? __ldg(factors + column + j) : 1.0f;
-  }
-}
-
-template <bool kVector>
-__device__ __forceinline__ void store8(uint8_t* p, uint2 bytes, int64_t count) {
-  if constexpr (kVector) {
-    *reinterpret_cast<uint2*>(p) = bytes;
-  } else {
-    const uint8_t* byte = reinterpret_cast<const uint8_t*>(&bytes);
-    for (int j = 0; j < 8 && j < count; ++j) p[j] = byte[j];
-  }
-}
-
-template <typename T>
-struct RowsParams {
-  const T* x;
-  int64_t rows, cols, row_stride;
-  const float* col_scale;
-  const float* row_scale;
-  uint32_t* col_amax;
-  uint32_t* partial_amax;  // [thread blocks, cols] of quantize_rows_kernel
-  uint8_t* q;
-  float* scale;
-};
-
-template <typename T, bool kVector>
-__device__ __forceinline__ void load_columns(Eight<T>& v, const RowsParams<T>& p, int64_t row,
-                                             int64_t column) {
-  if (row >= p.rows || column >= p.cols) {
-    v.clear();
-  } else if constexpr (kVector) {
-    v.load(p.x + row * p.row_stride + column);
-  } else {
-    v.load_part(p.x + row * p.row_stride + column, p.cols - column);
-  }
-}
+using namespace detail;
 
 // The largest of a value over the thread block. `slot` alternates between calls, so that one barrier a call
 // suffices.
@@ -342,162 +256,6 @@ __global__ void __launch_bounds__(256) widen_kernel(RowsParams<T> p, float* y) {
   }
 }
 
-constexpr int kAmaxRows = 64;  // rows of one thread block: enough to make its atomics rare
-
-// col_amax[n] = max over m of |row_scale[m] x[m, n]|.
-template <typename T, bool kVector>
-__global__ void __launch_bounds__(256) column_amax_kernel(RowsParams<T> p) {
-  const int64_t c = 8 * (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x);
-  if (c >= p.cols) return;
-  uint32_t amax[8] = {};
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kAmaxRows;
-#pragma unroll 4
-  for (int64_t row = first; row < min(first + kAmaxRows, p.rows); ++row) {
-    Eight<T> x;
-    float v[8];
-    load_columns<T, kVector>(x, p, row, c);
-    x.floats(v);
-    const float factor = __ldg(p.row_scale + row);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) amax[j] = max(amax[j], magnitude(v[j] * factor));
-  }
-  for (int j = 0; j < 8 && c + j < p.cols; ++j) atomicMax(p.col_amax + c + j, amax[j]);
-}
-
-// Transposing tiles. A thread reads four neighbouring rows of a group of columns and packs, for each column,
-// the four bytes into a word; words go through shared memory and leave as 16 bytes along the rows.
-constexpr int kTileRows = 128;
-constexpr int kTileWords = kTileRows / 4;  // of one column
-constexpr int kGroups = 8;                 // of columns in a tile
-constexpr int kTransposeThreads = kTileWords * kGroups;
-
-// Eight groups write the same words of different columns at once; columns are 32 banks apart, so each group
-// gets banks of its own by swapping words in fours, which keeps 16-byte reads whole.
-__device__ __forceinline__ int tile_slot(int column, int word, int group) {
-  return column * kTileWords + (word ^ group << 2);
-}
-
-// Writes a tile of kGroups * kColumns columns from shared memory to y [cols, rows].
-template <int kColumns, bool kVector>
-__device__ __forceinline__ void store_tile(const uint32_t* tile, uint8_t* y, int64_t rows, int64_t cols,
-                                           int64_t row0, int64_t col0) {
-  constexpr int kChunks = kTileRows / 16;
-  for (int i = threadIdx.x; i < kGroups * kColumns * kChunks; i += kTransposeThreads) {
-    const int column = i / kChunks, chunk = i % kChunks;
-    const int64_t row = row0 + 16 * chunk;
-    if (col0 + column >= cols || row >= rows) continue;
-    const uint32_t* from = tile + tile_slot(column, 4 * chunk, column / kColumns);
-    uint8_t* to = y + (col0 + column) * rows + row;
-    if constexpr (kVector) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      const uint8_t* byte = reinterpret_cast<const uint8_t*>(from);
-      for (int j = 0; j < 16 && row + j < rows; ++j) to[j] = byte[j];
-    }
-  }
-}
-
-constexpr int kTilesPerBlock =
-    8;  // along the rows: the scales of the columns are worked out once for all of them
-
-template <typename T, QType kType, bool kVector>
-__global__ void __launch_bounds__(kTransposeThreads) quantize_transposed_kernel(RowsParams<T> p) {
-  __shared__ __align__(16) uint32_t tile[kGroups * 8 * kTileWords];
-  const int group = threadIdx.x % kGroups, word = threadIdx.x / kGroups;
-  const int64_t col0 = static_cast<int64_t>(blockIdx.x) * kGroups * 8, column = col0 + 8 * group;
-  float inverse[8] = {};
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    if (column + j >= p.cols) break;
-    const uint32_t amax = __ldg(p.col_amax + column + j);
-    inverse[j] = inverse_of<kType>(amax);
-    if (blockIdx.y == 0 && word == 0) p.scale[column + j] = scale_of<kType>(amax);
-  }
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kTilesPerBlock * kTileRows;
-  Eight<T> x[4];
-#pragma unroll
-  for (int r = 0; r < 4; ++r) load_columns<T, kVector>(x[r], p, first + 4 * word + r, column);
-  for (int t = 0; t < kTilesPerBlock; ++t) {
-    const int64_t row0 = first + t * kTileRows, row = row0 + 4 * word;
-    if (row0 >= p.rows) break;
-    float v[4][8];
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const float factor = row + r < p.rows ? __ldg(p.row_scale + row + r) : 0.0f;
-      x[r].floats(v[r]);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) v[r][j] = v[r][j] * factor * inverse[j];
-    }
-    if (t + 1 < kTilesPerBlock) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) load_columns<T, kVector>(x[r], p, row + kTileRows + r, column);
-    }
-    if (t > 0) __syncthreads();  // the tile before has been read
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      tile[tile_slot(8 * group + j, word, group)] = round4<kType>(v[0][j], v[1][j], v[2][j], v[3][j]);
-    }
-    __syncthreads();
-    store_tile<8, kVector>(tile, p.q, p.rows, p.cols, row0, col0);
-  }
-}
-
-template <bool kVector>
-__global__ void __launch_bounds__(kTransposeThreads)
-    transpose_bytes_kernel(const uint8_t* x, uint8_t* y, int64_t rows, int64_t cols) {
-  __shared__ __align__(16) uint32_t tile[kGroups * 16 * kTileWords];
-  const int group = threadIdx.x % kGroups, word = threadIdx.x / kGroups;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTileRows,
-                col0 = static_cast<int64_t>(blockIdx.x) * kGroups * 16;
-  const int64_t column = col0 + 16 * group;
-  uint32_t in[4][4] = {};
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int64_t row = row0 + 4 * word + r;
-    if (row >= rows || column >= cols) continue;
-    const uint8_t* at = x + row * cols + column;
-    if constexpr (kVector) {
-      const uint4 v = __ldg(reinterpret_cast<const uint4*>(at));
-      in[r][0] = v.x, in[r][1] = v.y, in[r][2] = v.z, in[r][3] = v.w;
-    } else {
-      uint8_t* byte = reinterpret_cast<uint8_t*>(in[r]);
-      for (int j = 0; j < 16 && column + j < cols; ++j) byte[j] = at[j];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    // Four rows of four bytes: pairs of rows interleaved, then pairs of pairs.
-    const uint32_t ab_lo = __byte_perm(in[0][i], in[1][i], 0x5140),
-                   ab_hi = __byte_perm(in[0][i], in[1][i], 0x7362);
-    const uint32_t cd_lo = __byte_perm(in[2][i], in[3][i], 0x5140),
-                   cd_hi = __byte_perm(in[2][i], in[3][i], 0x7362);
-    const uint32_t out[4] = {__byte_perm(ab_lo, cd_lo, 0x5410), __byte_perm(ab_lo, cd_lo, 0x7632),
-                             __byte_perm(ab_hi, cd_hi, 0x5410), __byte_perm(ab_hi, cd_hi, 0x7632)};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) tile[tile_slot(16 * group + 4 * i + j, word, group)] = out[j];
-  }
-  __syncthreads();
-  store_tile<16, kVector>(tile, y, rows, cols, row0, col0);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-// Eight columns are one 16-byte access to 16-bit values (two to 32-bit ones) and one 8-byte access to the
-// result.
-template <typename T>
-bool vectorised(const RowsParams<T>& p) {
-  return aligned(p.x) && aligned(p.q) && p.cols % 8 == 0 && p.row_stride % 8 == 0 &&
-         (p.col_scale == nullptr || aligned(p.col_scale));
-}
-
-int multiprocessors(int device) {
-  int count = 1;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 constexpr int kVectors = 2, kLongVectors = 4;  // of eight columns in a thread
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxBlocks = 16;  // on a multiprocessor
@@ -542,16 +300,6 @@ cudaError_t launch_rows(const RowsParams<T>& p, int threads, size_t shared, int 
   return error;
 }
 
-template <typename T, bool kVector>
-cudaError_t launch_column_amax(const RowsParams<T>& p, cudaStream_t stream) {
-  cudaError_t error = cudaMemsetAsync(p.col_amax, 0, sizeof(uint32_t) * p.cols, stream);
-  if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.cols, 8 * 256)),
-                  static_cast<unsigned>(ceil_div(p.rows, kAmaxRows)));
-  column_amax_kernel<T, kVector><<<grid, 256, 0, stream>>>(p);
-  return cudaGetLastError();
-}
-
 template <typename T, QType kType, bool kVector>
 cudaError_t launch_wide_rows(const RowsParams<T>& p, int device, cudaStream_t stream) {
   const int64_t grid = std::min<int64_t>(p.rows, 2 * int64_t{multiprocessors(device)});
@@ -579,52 +327,6 @@ cudaError_t rows_sized(const RowsParams<T>& p, int device, cudaStream_t stream) 
   return launch_wide_rows<T, kType, true>(p, device, stream);
 }
 
-template <typename T, QType kType, bool kVector>
-cudaError_t transposed_sized(const RowsParams<T>& p, bool gather, cudaStream_t stream) {
-  if (gather) {
-    const cudaError_t error = launch_column_amax<T, kVector>(p, stream);
-    if (error != cudaSuccess) return error;
-  }
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.cols, 8 * kGroups)),
-                  static_cast<unsigned>(ceil_div(p.rows, kTileRows * kTilesPerBlock)));
-  quantize_transposed_kernel<T, kType, kVector><<<grid, kTransposeThreads, 0, stream>>>(p);
-  return cudaGetLastError();
-}
-
-template <typename T>
-struct Input {
-  using type = T;
-};
-
-// Calls f(Input<T>{}, std::integral_constant<QType, ...>{}) for the types that are asked for.
-template <typename T, typename F>
-cudaError_t dispatch_qtype(QType qtype, const F& f) {
-  switch (qtype) {
-    case QType::kE4M3:
-      return f(Input<T>{}, std::integral_constant<QType, QType::kE4M3>{});
-    case QType::kE5M2:
-      return f(Input<T>{}, std::integral_constant<QType, QType::kE5M2>{});
-    case QType::kInt8:
-      return f(Input<T>{}, std::integral_constant<QType, QType::kInt8>{});
-  }
-  return cudaErrorInvalidValue;
-}
-
-template <typename F>
-cudaError_t dispatch(DType dtype, QType qtype, const F& f) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return dispatch_qtype<__nv_bfloat16>(qtype, f);
-    case DType::kFloat16:
-      return dispatch_qtype<__half>(qtype, f);
-    case DType::kFloat32:
-      return dispatch_qtype<float>(qtype, f);
-    case DType::kFloat64:
-      break;
-  }
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 cudaError_t quantize_rows(const QuantizeRowsArgs& a, cudaStream_t stream) {
@@ -649,19 +351,6 @@ int64_t quantize_rows_scratch(int64_t cols, int device) {
   return int64_t{multiprocessors(device)} * max_blocks(cols) * cols;
 }
 
-cudaError_t quantize_rows_transposed(const QuantizeTransposedArgs& a, cudaStream_t stream) {
-  return dispatch(a.dtype, a.qtype, [&](auto input, auto qtype) {
-    using T = typename decltype(input)::type;
-    constexpr QType kType = decltype(qtype)::value;
-    const RowsParams<T> p{
-        static_cast<const T*>(a.x), a.rows, a.cols, a.row_stride, nullptr, a.row_scale, a.col_amax, nullptr,
-        static_cast<uint8_t*>(a.q), a.scale};
-    return vectorised(p) && a.rows % 16 == 0
-               ? transposed_sized<T, kType, true>(p, a.gather_col_amax, stream)
-               : transposed_sized<T, kType, false>(p, a.gather_col_amax, stream);
-  });
-}
-
 cudaError_t widen(const void* x, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,
                   const float* col_scale, float* y, int device, cudaStream_t stream) {
   const unsigned grid = static_cast<unsigned>(
@@ -676,19 +365,6 @@ cudaError_t widen(const void* x, DType dtype, int64_t rows, int64_t cols, int64_
     }
     return cudaGetLastError();
   });
-}
-
-cudaError_t transpose_bytes(const void* x, void* y, int64_t rows, int64_t cols, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(cols, 16 * kGroups)),
-                  static_cast<unsigned>(ceil_div(rows, kTileRows)));
-  const auto* from = static_cast<const uint8_t*>(x);
-  auto* to = static_cast<uint8_t*>(y);
-  if (aligned(x) && aligned(y) && rows % 16 == 0 && cols % 16 == 0) {
-    transpose_bytes_kernel<true><<<grid, kTransposeThreads, 0, stream>>>(from, to, rows, cols);
-  } else {
-    transpose_bytes_kernel<false><<<grid, kTransposeThreads, 0, stream>>>(from, to, rows, cols);
-  }
-  return cudaGetLastError();
 }
 
 }  // namespace halo_train

@@ -1,5 +1,5 @@
 // Interface between the quantising operators (quantize_bindings.cpp, which sees PyTorch) and their kernels
-// (quantize.cu).
+// (quantize.cu, rotate_quantize.cu, transpose.cu).
 
 #pragma once
 

@@ -25,9 +25,9 @@ KERNEL_OPS = {
     "hadamard": "hadamard.cu",
     "hadamard_": "hadamard.cu",
     "quantize_rows": "quantize.cu",
-    "quantize_rows_transposed": "quantize.cu",
+    "quantize_rows_transposed": "transpose.cu",
     "quantize_grad": "quantize.cu",
-    "transpose_bytes": "quantize.cu",
+    "transpose_bytes": "transpose.cu",
 }
 """Ops that have a CUDA kernel, and the file in ``csrc/`` that holds it."""
 

@@ -1,0 +1,181 @@
+// What the quantising kernels share: access to eight neighbouring elements at a time, the launch's view of a
+// matrix, dispatch on types, and the largest magnitudes of columns.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "round.cuh"
+
+namespace halo_train::detail {
+
+// Eight neighbouring elements, as loaded.
+template <typename T>
+struct Eight {
+  static constexpr int kWords = 2 * sizeof(T);
+  uint32_t word[kWords];
+
+  __device__ __forceinline__ void load(const T* p) {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 v = __ldg(reinterpret_cast<const uint4*>(p) + i / 4);
+      word[i] = v.x, word[i + 1] = v.y, word[i + 2] = v.z, word[i + 3] = v.w;
+    }
+  }
+  // Any alignment, at most `count` elements, zeros beyond.
+  __device__ __forceinline__ void load_part(const T* p, int64_t count) {
+    T* element = reinterpret_cast<T*>(word);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) element[i] = i < count ? p[i] : T(0.0f);
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) word[i] = 0;
+  }
+  __device__ __forceinline__ void floats(float (&v)[8]) const {
+    const T* element = reinterpret_cast<const T*>(word);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = static_cast<float>(element[i]);
+  }
+};
+
+// Eight float factors that belong to neighbouring columns; ones where there are none.
+template <bool kVector>
+__device__ __forceinline__ void load_factors(float (&f)[8], const float* factors, int64_t column,
+                                             int64_t cols) {
+  if (factors == nullptr) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) f[j] = 1.0f;
+  } else if constexpr (kVector) {
+    const float4 lo = __ldg(reinterpret_cast<const float4*>(factors + column));
+    const float4 hi = __ldg(reinterpret_cast<const float4*>(factors + column) + 1);
+    f[0] = lo.x, f[1] = lo.y, f[2] = lo.z, f[3] = lo.w, f[4] = hi.x, f[5] = hi.y, f[6] = hi.z, f[7] = hi.w;
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) f[j] = column + j < cols ? __ldg(factors + column + j) : 1.0f;
+  }
+}
+
+template <bool kVector>
+__device__ __forceinline__ void store8(uint8_t* p, uint2 bytes, int64_t count) {
+  if constexpr (kVector) {
+    *reinterpret_cast<uint2*>(p) = bytes;
+  } else {
+    const uint8_t* byte = reinterpret_cast<const uint8_t*>(&bytes);
+    for (int j = 0; j < 8 && j < count; ++j) p[j] = byte[j];
+  }
+}
+
+template <typename T>
+struct RowsParams {
+  const T* x;
+  int64_t rows, cols, row_stride;
+  const float* col_scale;
+  const float* row_scale;
+  uint32_t* col_amax;
+  uint32_t* partial_amax;  // [thread blocks, cols] of quantize_rows_kernel
+  uint8_t* q;
+  float* scale;
+};
+
+template <typename T, bool kVector>
+__device__ __forceinline__ void load_columns(Eight<T>& v, const RowsParams<T>& p, int64_t row,
+                                             int64_t column) {
+  if (row >= p.rows || column >= p.cols) {
+    v.clear();
+  } else if constexpr (kVector) {
+    v.load(p.x + row * p.row_stride + column);
+  } else {
+    v.load_part(p.x + row * p.row_stride + column, p.cols - column);
+  }
+}
+
+constexpr int kAmaxRows = 64;  // rows of one thread block: enough to make its atomics rare
+
+// col_amax[n] = max over m of |row_scale[m] x[m, n]|.
+template <typename T, bool kVector>
+__global__ void __launch_bounds__(256) column_amax_kernel(RowsParams<T> p) {
+  const int64_t c = 8 * (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x);
+  if (c >= p.cols) return;
+  uint32_t amax[8] = {};
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kAmaxRows;
+#pragma unroll 4
+  for (int64_t row = first; row < min(first + kAmaxRows, p.rows); ++row) {
+    Eight<T> x;
+    float v[8];
+    load_columns<T, kVector>(x, p, row, c);
+    x.floats(v);
+    const float factor = __ldg(p.row_scale + row);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) amax[j] = max(amax[j], magnitude(v[j] * factor));
+  }
+  for (int j = 0; j < 8 && c + j < p.cols; ++j) atomicMax(p.col_amax + c + j, amax[j]);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Eight columns are one 16-byte access to 16-bit values (two to 32-bit ones) and one 8-byte access to the
+// result.
+template <typename T>
+bool vectorised(const RowsParams<T>& p) {
+  return aligned(p.x) && aligned(p.q) && p.cols % 8 == 0 && p.row_stride % 8 == 0 &&
+         (p.col_scale == nullptr || aligned(p.col_scale));
+}
+
+inline int multiprocessors(int device) {
+  int count = 1;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+template <typename T, bool kVector>
+cudaError_t launch_column_amax(const RowsParams<T>& p, cudaStream_t stream) {
+  cudaError_t error = cudaMemsetAsync(p.col_amax, 0, sizeof(uint32_t) * p.cols, stream);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.cols, 8 * 256)),
+                  static_cast<unsigned>(ceil_div(p.rows, kAmaxRows)));
+  column_amax_kernel<T, kVector><<<grid, 256, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <typename T>
+struct Input {
+  using type = T;
+};
+
+// Calls f(Input<T>{}, std::integral_constant<QType, ...>{}) for the types that are asked for.
+template <typename T, typename F>
+cudaError_t dispatch_qtype(QType qtype, const F& f) {
+  switch (qtype) {
+    case QType::kE4M3:
+      return f(Input<T>{}, std::integral_constant<QType, QType::kE4M3>{});
+    case QType::kE5M2:
+      return f(Input<T>{}, std::integral_constant<QType, QType::kE5M2>{});
+    case QType::kInt8:
+      return f(Input<T>{}, std::integral_constant<QType, QType::kInt8>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <typename F>
+cudaError_t dispatch(DType dtype, QType qtype, const F& f) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return dispatch_qtype<__nv_bfloat16>(qtype, f);
+    case DType::kFloat16:
+      return dispatch_qtype<__half>(qtype, f);
+    case DType::kFloat32:
+      return dispatch_qtype<float>(qtype, f);
+    case DType::kFloat64:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace halo_train::detail
