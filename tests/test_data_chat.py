@@ -22,6 +22,9 @@ MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
 )
+MARKED_APART = MARKED.replace(
+    "{{ m.content }}<|im_end|>{% endg", "{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>{% endg"
+)
 
 
 def _row(*turns: str) -> Conversation:
@@ -49,8 +52,9 @@ def _trained(template: str, row: Conversation = ROW, seq_len: int = 512) -> list
         (LAST_THINKS, [" yes\n<|im_end|>\n", "<think>\n\n</think>\n\ne<|im_end|>\n"]),
         (INSTRUCTION, ["  yes\n<|im_end|>", " e<|im_end|>"]),
         (MARKED, [" yes\n<|im_end|>", "e<|im_end|>"]),
+        (MARKED_APART, [" yes\n<|im_end|>", "e<|im_end|>"]),
     ],
-    ids=["chatml", "trimmed", "last turn thinks", "no generation prompt", "generation tags"],
+    ids=["chatml", "trimmed", "last turn thinks", "no generation prompt", "tags", "end tagged apart"],
 )
 def test_the_assistants_turns_and_their_end_are_trained(template: str, trained: list[str]) -> None:
     assert _trained(template) == trained

@@ -238,4 +238,14 @@ class _Template:
                 f"{row.where}: the chat template of model.path refuses the messages: {error}; change the row, or use rows "
                 "with prompt and completion"
             ) from None
-        return texts[0], list(spans[0]) if marks else []
+        return texts[0], _joined(spans[0]) if marks else []
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Spans that follow each other without a gap as one: some templates (Phi-3's) mark a turn and its end apart."""
+    joined: list[Span] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, end))
+    return joined
