@@ -7,7 +7,7 @@
 
 #include "hadamard_kernel.cuh"
 #include "quantize.h"
-#include "round.cuh"
+#include "quantize_common.cuh"
 
 namespace halo_train {
 namespace {
@@ -183,11 +183,10 @@ cudaError_t launch_sized(const RotateParams& p, int log_block, cudaStream_t stre
 }  // namespace
 
 bool can_rotate_quantize(const QuantizeRowsArgs& a, int block) {
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   // Other types and blocks take two passes: they are rare, and each would add its kernels to the library.
   return a.dtype == DType::kBFloat16 && a.qtype != QType::kE5M2 && a.cols <= kMaxColumns && block >= 64 &&
-         block <= 16384 && aligned(a.x) && a.row_stride % 8 == 0 && aligned(a.q) &&
-         (a.col_scale == nullptr || aligned(a.col_scale));
+         block <= 16384 && detail::aligned(a.x) && a.row_stride % 8 == 0 && detail::aligned(a.q) &&
+         (a.col_scale == nullptr || detail::aligned(a.col_scale));
 }
 
 cudaError_t rotate_quantize(const QuantizeRowsArgs& a, int block, cudaStream_t stream) {

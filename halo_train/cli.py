@@ -21,7 +21,7 @@ try:
     from halo_train.metrics.console import sample_table
     from halo_train.metrics.records import read_samples
     from halo_train.quant_report import write_report
-    from halo_train.recipes import finetune  # type: ignore[import-not-found,unused-ignore]  # lies in recipes/
+    from halo_train.recipes import finetune
     from halo_train.training import doctor as machine
     from halo_train.training.config import RECIPE_FILE, STDLIB, Config, load_config
     from halo_train.training.encode import decode_pieces

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from .config import Format, HaloConfig, Scaling
 from .gemm import MULTIPLE, matmul
 from .hadamard import hadamard_transform, largest_block
@@ -212,12 +213,9 @@ def _pad_vector(v: Tensor, n: int) -> Tensor:
 
 
 def _check(x: Tensor, weight: Tensor, equalizer: Tensor | None) -> None:
-    if not x.is_floating_point():
-        raise ValueError(
-            f"halo_linear: x must have a real floating-point dtype; got {x.dtype}; convert it first, e.g. x.bfloat16()"
-        )
+    ops.check_input("halo_linear", x)
     k = weight.shape[1]
-    if x.dim() == 0 or x.shape[-1] != k:
+    if x.shape[-1] != k:
         raise ValueError(
             f"halo_linear: the last dimension of x must be in_features={k}; got shape {tuple(x.shape)}; reshape x or use a "
             "layer of that width"

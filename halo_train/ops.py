@@ -157,10 +157,12 @@ def _has_kernel_types(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def check_input(op: str, x: Tensor) -> int:
-    """Length of the last axis of x; a ValueError that names ``op`` when x is not real floating point or is a scalar."""
-    if not x.is_floating_point():
+    """Length of the last axis of x; a ValueError that names ``op`` when x is not real floating point of 16 bits or more, or
+    is a scalar."""
+    if not x.is_floating_point() or x.element_size() < 2:
         raise ValueError(
-            f"{op}: x must have a real floating-point dtype; got {x.dtype}; convert it first, e.g. x.float()"
+            f"{op}: x must have a real floating-point dtype of at least 16 bits; got {x.dtype}; convert it first, e.g. "
+            "x.float()"
         )
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension; got a scalar; use x.reshape(1)")

@@ -49,7 +49,8 @@ def quantize(
         fmt: number format of the result.
         scaling: one scale a row (the last axis) or one for the tensor.
         block: order of the orthonormal Hadamard rotation of the last axis; a power of two dividing K; 1 is none.
-        col_scale: [K] factors applied before the rotation, or None.
+        col_scale: [K] factors applied before the rotation, or None. With block > 1 powers of two: a GPU multiplies
+            bfloat16 values in bfloat16 there, which is exact for those only.
 
     Raises:
         ValueError: unknown format or scaling, integer or complex x, block or col_scale that do not fit.

@@ -186,8 +186,13 @@ def test_second_derivative_is_refused():
 @pytest.mark.parametrize(
     ("x", "kwargs", "message"),
     [
-        (torch.ones(4, 8, dtype=torch.int64), {}, "real floating-point dtype; got torch.int64"),
+        (
+            torch.ones(4, 8, dtype=torch.int64),
+            {},
+            "real floating-point dtype of at least 16 bits; got torch.int64",
+        ),
         (torch.ones(4, 8, dtype=torch.complex64), {}, "got torch.complex64"),
+        (torch.ones(4, 8).to(torch.float8_e5m2), {}, "got torch.float8_e5m2"),
         (torch.ones(4, 9), {}, r"last dimension of x must be in_features=8; got shape \(4, 9\)"),
         (
             torch.ones(4, 8, dtype=torch.bfloat16),

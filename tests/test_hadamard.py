@@ -131,8 +131,13 @@ def test_gradcheck_of_a_matrix_that_is_not_symmetric():
 @pytest.mark.parametrize(
     ("x", "kwargs", "message"),
     [
-        (torch.ones(8, dtype=torch.int32), {}, "real floating-point dtype; got torch.int32"),
+        (
+            torch.ones(8, dtype=torch.int32),
+            {},
+            "real floating-point dtype of at least 16 bits; got torch.int32",
+        ),
         (torch.ones(8, dtype=torch.complex64), {}, "got torch.complex64"),
+        (torch.ones(8).to(torch.float8_e4m3fn), {}, "got torch.float8_e4m3fn"),
         (torch.tensor(1.0), {}, "at least one dimension"),
         (
             torch.ones(2, 12),

@@ -59,8 +59,8 @@ def assert_rounded_once(y: Tensor, exact: Tensor, block: int) -> None:
     assert excess.max() <= 0, f"element {worst}: got {y.flatten()[worst]}, exact {exact.flatten()[worst]}"
     if y.dtype in HALF:
         mismatches = int((y != exact.to(y.dtype)).sum())
-        # A share of 1e-3; in a small tensor a few may fall on a tie by chance.
-        assert mismatches <= 4 + 1e-3 * y.numel(), (
+        # A share of 1e-3. Below 4000 elements that is less than a handful, which says nothing about the share.
+        assert mismatches <= 1e-3 * max(y.numel(), 4000), (
             f"{mismatches} of {y.numel()} elements are not correctly rounded"
         )
 

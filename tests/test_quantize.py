@@ -116,7 +116,7 @@ def test_empty(shape):
     [
         (
             lambda: quantize(torch.ones(2, 4, dtype=torch.int64), "e4m3"),
-            "real floating-point dtype; got torch.int64",
+            "real floating-point dtype of at least 16 bits; got torch.int64",
         ),
         (lambda: quantize(torch.ones(2, 4), "fp8"), "fmt must be one of e4m3, .*got 'fp8'"),
         (lambda: quantize(torch.ones(2, 4), "e4m3", col_scale=torch.ones(3)), r"col_scale .*\(4,\).*\(3,\)"),
