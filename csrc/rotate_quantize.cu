@@ -1,11 +1,11 @@
 // Rotate and round in one pass: rows of (x diag(col_scale)) H in 8 bits, one scale a row, read once and
 // written once. A row stays in the registers of one thread block from its load to its rounding, so its
-// largest magnitude costs no second look at memory. The rotation is that of hadamard_kernel.cuh, the rounding
+// largest magnitude costs no second look at memory. The rotation is that of hadamard_tile.cuh, the rounding
 // that of round.cuh.
 
 #include <cmath>
 
-#include "hadamard_kernel.cuh"
+#include "hadamard_tile.cuh"
 #include "quantize.h"
 #include "quantize_common.cuh"
 

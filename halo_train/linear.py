@@ -67,7 +67,8 @@ class HaloLinear(nn.Linear):
 
     @torch.no_grad()
     def _take_equalizer(self, x: Tensor) -> None:
-        if x.numel() == 0 or x.is_meta or x.shape[-1] != self.in_features or not x.is_floating_point():
+        usable = x.is_floating_point() and x.element_size() >= 2 and x.shape[-1] == self.in_features
+        if not usable or x.numel() == 0 or x.is_meta:  # halo_linear says what is wrong
             return
         self.equalizer_exponent.copy_(equalizer_exponents(x.reshape(-1, self.in_features), self.weight))
         self.equalizer_taken = True

@@ -116,6 +116,16 @@ def test_equalizer_is_taken_once_and_again_on_request():
     assert halo.equalizer_exponent[3] == 0
 
 
+@pytest.mark.parametrize(
+    "bad", [torch.ones(4, 63), torch.ones(4, 64).long(), torch.ones(4, 64).to(torch.float8_e4m3fn)]
+)
+def test_bad_input_gets_its_message_and_leaves_no_equalizer(bad):
+    halo = HaloLinear(64, 32)
+    with pytest.raises(ValueError, match="halo_linear: "):
+        halo(bad)
+    assert not halo.equalizer_taken
+
+
 def test_recipes_that_do_not_equalise_take_nothing():
     halo = HaloLinear(64, 32, recipe="fp8_plain")
     halo(outlier_batch())
