@@ -15,7 +15,7 @@ $(VENV)/.train $(VENV)/.dev: pyproject.toml constraints.txt setup.py tools/make_
 	@touch $@
 
 quickstart: $(VENV)/.train  ## fine-tune a small Llama in rotated 8 bits and in bf16, and compare
-	OMP_WAIT_POLICY=passive $(BIN)/halo-train run recipes/quickstart.yaml run.overwrite=true
+	OMP_WAIT_POLICY=passive $(BIN)/halo-train compare recipes/quickstart.yaml quant.recipe=bf16,fp8 run.overwrite=true
 
 test: $(VENV)/.dev  ## the tests that need no GPU (the others skip)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -1,4 +1,4 @@
-"""The ``halo-train`` command: ls, cp, validate, schema, preprocess, run, report, calibrate, doctor."""
+"""The ``halo-train`` command: run, compare, validate, ls, cp, schema, preprocess, report, calibrate, doctor."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ try:
     from halo_train.quant_report import write_report
     from halo_train.recipes import finetune
     from halo_train.training import doctor as machine
+    from halo_train.training.compare import plan, run_members
+    from halo_train.training.compare_report import write_comparison
     from halo_train.training.config import RECIPE_FILE, STDLIB, Config, load_config
     from halo_train.training.encode import decode_pieces
     from halo_train.training.errors import Interrupted, RunFailed, UserError
@@ -55,6 +57,34 @@ _Overrides = Annotated[
 def run(file: _File, overrides: _Overrides = None) -> None:
     """Fine-tune as FILE says."""
     finetune.run(load_config(file, overrides or ()))
+
+
+@app.command()
+def compare(
+    file: _File,
+    overrides: _Overrides = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps, in place of what FILE says.")
+    ] = None,
+) -> None:
+    """Run FILE several times and set the runs side by side: halo-train compare FILE quant.recipe=bf16,fp8,int8.
+
+    A field with several values, separated by commas, gives a run for each; run.seed=0,1,2 repeats all of them. Losses, speed,
+    memory and rounding errors come as one table and one picture. A run that fails does not stop the others; run.resume=true
+    goes on with an interrupted comparison.
+    """
+    comparison = plan(file, overrides or (), steps)
+    failed = run_members(comparison)
+    table, files = write_comparison(comparison, failed)
+    console = _console()
+    console.print(table)
+    for path in files:
+        print(path)
+    if failed:
+        raise RunFailed(
+            f"{len(failed)} of {len(comparison.members)} runs failed: {', '.join(failed)}; the message of each is above; "
+            "run.resume=true tries them again and keeps the others"
+        )
 
 
 @app.command()

@@ -9,7 +9,7 @@
 - float32 weights, AdamW, bfloat16 autocast; the linear layers run the precision recipe ``quant.recipe``
 - with ``log.quant_every`` the quantisation error of every layer and product: ``quant.jsonl``, ``quant_report.html``
 - stops at will (Ctrl-C, SIGTERM), goes on bit for bit with ``run.resume=true``
-- leaves a Hugging Face directory without a trace of the 8-bit layers, and optionally the same run in bf16 to compare with
+- leaves a Hugging Face directory without a trace of the 8-bit layers; ``halo-train compare`` sets several precisions side by side
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ from halo_train.training.loop import (
     total_steps,
 )
 from halo_train.training.model import build_model, export_model, load_tokenizer
-from halo_train.training.report import Result, comparison_table, plot_losses, summarise
+from halo_train.training.report import Result, plot_losses, run_table, summarise
 from halo_train.training.run_folder import check_run_folder, make_run_folder
 from halo_train.training.stdlib_data import stdlib_pairs_file
 
 
 @dataclass(frozen=True)
 class Data:
-    """What both the run and its bf16 twin read."""
+    """What a run reads."""
 
     tokenizer: Any
     train: Dataset
@@ -90,7 +90,7 @@ class Data:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Trains, compares, exports; prints as it goes.
+    """Trains, measures, exports; prints as it goes.
 
     Returns:
         What is written to ``summary.json``.
@@ -113,19 +113,10 @@ def run(config: Config) -> dict[str, Any]:
         if not Path(config.model.path).is_dir():
             data.tokenizer.save_pretrained(folder / "tokenizer")
 
-        label = config.quant.label
-        curves = {label: folder / "metrics.jsonl"}
-        result = train(config, label, recipes, folder, data, device, stop)
-        if config.log.quant_every:
-            print(f"quantisation error by layer: {write_report(folder)[0][0]}", flush=True)
-        plot_losses(folder / "loss.png", config.run.name, curves)
-        twin = None
-        if config.quant.bf16_twin:
-            print("\nThe same run in bf16, for comparison:", flush=True)
-            curves["bf16"] = folder / "bf16" / "metrics.jsonl"
-            bf16 = {"*": HaloConfig.from_recipe("bf16")}
-            twin = train(config, "bf16", bf16, folder / "bf16", data, device, stop)
-            plot_losses(folder / "loss.png", config.run.name, curves)
+        result = train(config, recipes, folder, data, device, stop)
+    if config.log.quant_every:
+        print(f"quantisation error by layer: {write_report(folder)[0][0]}", flush=True)
+    plot_losses(folder / "loss.png", f"{config.run.name}: {result.recipe}", folder / "metrics.jsonl")
 
     emulated = device.type == "cpu" and config.quant.recipe != "bf16"
     summary = {
@@ -134,20 +125,17 @@ def run(config: Config) -> dict[str, Any]:
         "emulated_on_cpu": emulated,
         "trained_token_share": data.train.trained_tokens / data.train.tokens,
         **result.to_dict(),
-        "bf16_twin": None if twin is None else twin.to_dict(),
-        "valid_loss_gap_to_bf16": None if twin is None else result.valid_after - twin.valid_after,
     }
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"\nvalidation loss: {result.valid_before:.4f} before, {result.valid_after:.4f} after\n")
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(comparison_table(result, twin, emulated))
+    console.print(run_table(result, emulated))
     print(f"\nmodel: {folder / 'export'}\nplot:  {folder / 'loss.png'}\nall:   {folder}")
     return summary
 
 
 def train(
     config: Config,
-    label: str,
     recipes: dict[str, HaloConfig],
     folder: Path,
     data: Data,
@@ -155,7 +143,7 @@ def train(
     stop: StopSignals,
 ) -> Result:
     """One training run with one precision recipe, or one for each layer; files go to ``folder``. Errors as in :func:`run`."""
-    cfg = config.train
+    cfg, label = config.train, config.quant.label
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     model = build_model(Path(config.model.path), data.tokenizer, config.run.seed, config.data.seq_len).to(
@@ -194,10 +182,8 @@ def train(
         ProgressBar(label, data.steps, progress.step, config.log.every) as bar,
         ExitStack() as stack,
     ):
-        # The bf16 twin is there for its losses; measure_products at its end shows its products.
-        sampled = config.log.quant_every and label == config.quant.label
         quant = None
-        if sampled:
+        if config.log.quant_every:
             quant = stack.enter_context(quant_metrics(config, model, folder, progress.step, wandb))
         if valid_before is not None:
             metrics.write(step=0, valid_loss=valid_before)

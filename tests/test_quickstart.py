@@ -15,7 +15,8 @@ QUICKSTART = Path(finetune.__file__).with_name("quickstart.yaml")
 
 
 def _run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "halo_train.cli", "run", str(QUICKSTART), *overrides]
+    recipes = "quant.recipe=bf16,fp8"
+    command = [sys.executable, "-m", "halo_train.cli", "compare", str(QUICKSTART), recipes, *overrides]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
@@ -28,9 +29,10 @@ def test_a_shortened_quickstart_runs_from_any_folder(tmp_path: Path) -> None:
     assert "Warning" not in done.stderr
     assert "Failed to load" not in done.stderr
     assert "collecting the documented functions" in done.stdout
-    summary = json.loads((tmp_path / "runs" / "quickstart" / "summary.json").read_text())
+    folder = tmp_path / "runs" / "quickstart-compare"
+    summary = json.loads((folder / "fp8" / "summary.json").read_text())
     assert summary["valid_after"] < summary["valid_before"] - 0.3
-    assert summary["bf16_twin"]["valid_after"] == pytest.approx(summary["valid_after"], abs=0.1)
+    assert abs(json.loads((folder / "compare.json").read_text())["results"][1]["gap"]) < 0.1
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
@@ -39,13 +41,14 @@ def test_a_shortened_quickstart_runs_from_any_folder(tmp_path: Path) -> None:
 def test_the_quickstart_learns_as_the_readme_says(tmp_path: Path) -> None:
     done = _run(tmp_path)
     assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / "quickstart"
+    folder = tmp_path / "runs" / "quickstart-compare"
+    run = folder / "fp8"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["valid_after"] < summary["valid_before"] - 1.5
-    assert abs(summary["valid_loss_gap_to_bf16"]) < 0.03
+    assert abs(json.loads((folder / "compare.json").read_text())["results"][1]["gap"]) < 0.03
     model = AutoModelForCausalLM.from_pretrained(run / "export")
     tokenizer = AutoTokenizer.from_pretrained(run / "export")
     prompt = tokenizer("def add(a, b):\n    return a + b\n", return_tensors="pt")
     out = model.generate(**prompt, max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     assert tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    shutil.rmtree(run)
+    shutil.rmtree(folder)

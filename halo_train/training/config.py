@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,7 +22,7 @@ RECIPE_FILE = ".json"
 STDLIB = "stdlib"
 """Value of ``data.train`` that means pairs made from Python's standard library instead of a file."""
 
-_MAY_CHANGE = ("quant.bf16_twin", "data.cache_dir", "train.device")
+_MAY_CHANGE = ("data.cache_dir", "train.device")
 """Outside the sections run, save and log: what may differ when a run is resumed."""
 
 _Positive = Annotated[int, Field(gt=0)]
@@ -72,8 +72,6 @@ class QuantSection(_Section):
 
     recipe: str = "fp8"
     """A named precision recipe (``halo-train ls`` lists them), or a file of recipes by layer from ``halo-train calibrate``."""
-    bf16_twin: bool = False
-    """Afterwards repeat the run in bf16 from the same weights on the same batches, and print both side by side."""
 
     @field_validator("recipe")
     @classmethod
@@ -86,14 +84,6 @@ class QuantSection(_Section):
     def label(self) -> str:
         """The recipe's name; of a file its own, without folder and ending."""
         return self.recipe if self.recipe in RECIPES else Path(self.recipe).stem
-
-    @model_validator(mode="after")
-    def _twin_differs(self) -> QuantSection:
-        if self.bf16_twin and self.recipe == "bf16":
-            raise ValueError(
-                "bf16_twin repeats the run in bf16, which recipe already is; set bf16_twin to false"
-            )
-        return self
 
 
 class DataSection(_Section):
@@ -251,6 +241,14 @@ def first_difference(old: Config, new: Config) -> str | None:
     return None
 
 
+def is_list(key: str) -> bool:
+    """Whether the field ``section.key`` holds several values itself, which an override separates by commas."""
+    fields = {
+        f"{name}.{k}": field for name, section in _sections() for k, field in section.model_fields.items()
+    }
+    return key in fields and get_origin(fields[key].annotation) is list
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
@@ -328,7 +326,12 @@ def _nearest(dotted: str) -> str:
 
 
 def _all_keys() -> Iterator[str]:
+    for name, section in _sections():
+        yield from (f"{name}.{key}" for key in section.model_fields)
+
+
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
     for name, field in Config.model_fields.items():
         section = next(t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type))
         assert issubclass(section, BaseModel)
-        yield from (f"{name}.{key}" for key in section.model_fields)
+        yield name, section
