@@ -6,7 +6,7 @@
 - any causal model of transformers: a Hugging Face directory, or random weights from a config file
 - JSONL with messages (loss on the assistant's turns only), prompt and completion or Alpaca's fields (loss on completions only),
   or text
-- float32 weights, AdamW, bfloat16 autocast; the linear layers run the precision recipe ``quant.recipe``
+- AdamW, bfloat16 autocast, weights in float32 or bfloat16; the linear layers run the precision recipe ``quant.recipe``
 - with ``log.quant_every`` the quantisation error of every layer and product: ``quant.jsonl``, ``quant_report.html``
 - stops at will (Ctrl-C, SIGTERM), goes on bit for bit with ``run.resume=true``
 - leaves a Hugging Face directory without a trace of the 8-bit layers; ``halo-train compare`` sets several precisions side by side
@@ -59,15 +59,13 @@ from halo_train.training.logging import (
 )
 from halo_train.training.loop import (
     StopSignals,
-    adamw,
-    count_trained,
     evaluate,
-    learning_rate,
     pick_device,
-    summed_loss,
     total_steps,
 )
+from halo_train.training.loss import TokenLoss, count_trained
 from halo_train.training.model import build_model, export_model, load_tokenizer
+from halo_train.training.optim import build_optimizer, learning_rate, set_learning_rate
 from halo_train.training.report import Result, plot_losses, run_table, summarise
 from halo_train.training.run_folder import check_run_folder, make_run_folder
 from halo_train.training.stdlib_data import stdlib_pairs_file
@@ -146,13 +144,12 @@ def train(
     cfg, label = config.train, config.quant.label
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    model = build_model(Path(config.model.path), data.tokenizer, config.run.seed, config.data.seq_len).to(
-        device
-    )
+    loss_of = build_loss(config, data.tokenizer, device)
+    model = loss_of.model
 
     # The first validation comes before the conversion: the layers take their equaliser from a training batch.
     checkpoint = latest_checkpoint(checkpoints) if config.run.resume else None
-    valid_before = None if checkpoint else evaluate(model, data.valid, device)
+    valid_before = None if checkpoint else evaluate(loss_of, data.valid, device)
 
     try:
         conversion = convert_to_halo_training(model, recipe=recipes)
@@ -165,7 +162,10 @@ def train(
     for skip in conversion.skipped:
         print(f"  {skip.name}: {skip.reason}", flush=True)
 
-    optimizer = adamw(model, cfg)
+    if loss_of.whole_logits:
+        print(f"the logits of all tokens are in memory at once: {loss_of.whole_logits}", flush=True)
+
+    optimizer = build_optimizer(model, cfg)
     progress = load_checkpoint(checkpoint, model, optimizer) if checkpoint else Progress()
     if checkpoint:
         print(f"resumed from {checkpoint}", flush=True)
@@ -173,7 +173,7 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    model.train()
+    loss_of.train()
     with (
         MetricsFile(folder / "metrics.jsonl", progress.step) as metrics,
         WandbRun(
@@ -198,22 +198,22 @@ def train(
 
             total = torch.zeros((), device=device)
             for ids, labels in micro_batches:
-                loss = summed_loss(model, ids.to(device), labels.to(device)) / trained
+                loss = loss_of(ids.to(device), labels) / trained
                 loss.backward()
                 total += loss.detach()
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
             if not (math.isfinite(total.item()) and math.isfinite(norm)):
                 raise RunFailed(_not_finite(step, total.item(), norm, checkpoints))
 
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, data.steps, cfg)
+            lr = learning_rate(step, data.steps, cfg)
+            set_learning_rate(optimizer, lr)
             optimizer.step()
             optimizer.zero_grad()
             progress = Progress(step, stream.position)
 
             values = {
                 "loss": total.item(),
-                "lr": learning_rate(step, data.steps, cfg),
+                "lr": lr,
                 "grad_norm": norm,
                 "tokens": tokens,
                 "trained_tokens": trained,
@@ -227,7 +227,7 @@ def train(
 
             last = step == data.steps
             if step % config.log.eval_every == 0 or last:
-                valid = evaluate(model, data.valid, device)
+                valid = evaluate(loss_of, data.valid, device)
                 metrics.write(step=step, valid_loss=valid)
                 wandb.log(step, valid_loss=valid)
                 bar.note(f"validation loss {valid:.4f} at step {step}")
@@ -240,7 +240,7 @@ def train(
                 )
 
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    errors = measure(model, data, device)
+    errors = measure(loss_of, data, device)
     export_model(revert(model), data.tokenizer, folder / "export")
     return Result(
         recipe=label,
@@ -252,15 +252,22 @@ def train(
     )
 
 
-def measure(model: nn.Module, data: Data, device: torch.device) -> dict[str, dict[str, ProductError]]:
+def build_loss(config: Config, tokenizer: Any, device: torch.device) -> TokenLoss:
+    """The model of the run inside its loss, on the device. Errors as :func:`build_model`."""
+    dtype = getattr(torch, config.model.dtype)
+    path, seed = Path(config.model.path), config.run.seed
+    return TokenLoss(build_model(path, tokenizer, seed, config.data.seq_len, dtype, device))
+
+
+def measure(loss_of: TokenLoss, data: Data, device: torch.device) -> dict[str, dict[str, ProductError]]:
     """Errors of the three products by layer on the first validation batch."""
-    ids, labels = (tensor.to(device) for tensor in data.valid[0])
+    ids, labels = data.valid[0]
 
     def forward_and_backward() -> None:
-        (summed_loss(model, ids, labels) / count_trained(labels)).backward()
+        (loss_of(ids.to(device), labels) / count_trained(labels)).backward()
 
-    errors = measure_products(model, forward_and_backward)
-    model.zero_grad()
+    errors = measure_products(loss_of.model, forward_and_backward)
+    loss_of.zero_grad()
     return errors
 
 
@@ -299,16 +306,17 @@ def calibrate_layers(config: Config, batches: int, prefer: Prefer) -> Calibratio
     """
     device = pick_device(config.train.device)
     data = load_data(config, config.run.dir / config.run.name)
-    model = build_model(Path(config.model.path), data.tokenizer, config.run.seed, config.data.seq_len)
-    model.to(device).train()
+    loss_of = build_loss(config, data.tokenizer, device).train()
     stream = BatchStream(data.train.examples, config.train.micro_batch, data.pad_id, config.run.seed, 0)
 
-    def forward_and_backward(module: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-        ids, labels = (tensor.to(device) for tensor in batch)
-        (summed_loss(module, ids, labels) / count_trained(labels)).backward()
+    def forward_and_backward(_: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+        ids, labels = batch
+        (loss_of(ids.to(device), labels) / count_trained(labels)).backward()
 
     try:
-        return calibrate(model, (next(stream) for _ in range(batches)), forward_and_backward, prefer=prefer)
+        return calibrate(
+            loss_of.model, (next(stream) for _ in range(batches)), forward_and_backward, prefer=prefer
+        )
     except ValueError as error:
         raise UserError(f"{config.model.path}: {error}") from error
 

@@ -20,7 +20,7 @@ def file(tmp_path: Path) -> Path:
     [
         ("train.leraning_rate=1", "train.leraning_rate: unknown key; train has steps, epochs, micro_batch"),
         ("data.valid_part=1", "data.valid_part: unknown key; did you mean 'data.valid'?"),
-        ("model.dtype=bf16", "model.dtype: unknown key; model has path"),
+        ("model.dtype=bf16", "model.dtype: should be 'float32' or 'bfloat16'; got 'bf16'"),
         ("train.step=1", "train.step: unknown key; did you mean 'train.steps'?"),
         ("lr=1", "lr: unknown key; did you mean 'train.lr'?"),
         ("data.lr=1", "data.lr: unknown key; did you mean 'train.lr'?"),
@@ -34,7 +34,7 @@ def file(tmp_path: Path) -> Path:
         ("train.steps=null", "train: steps or epochs is required, but neither is given"),
         ("train.epochs=0.5", "train.epochs: should be a valid integer"),
         ("data.format=chat", "data.format: should be 'auto', 'messages', .*; got 'chat'"),
-        ("train.schedule=step", "train.schedule: should be 'cosine' or 'linear'; got 'step'"),
+        ("train.schedule=step", "train.schedule: should be 'cosine', 'linear' or 'constant'; got 'step'"),
         ("run.name=../x", "run.name: .*pattern.*got '../x'"),
         ("train=5", "train: .*got '5'"),
         ("train.steps", "must have the form section.key=value; got 'train.steps'"),

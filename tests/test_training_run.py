@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_fixtures import LLAMA, metrics, write_run
+from training_fixtures import LLAMA, metrics, run_in_two_parts, stop_after, write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halo_train.recipes import finetune
-from halo_train.training import logging as run_logging
 from halo_train.training.checkpoint import latest_checkpoint
 from halo_train.training.config import load_config
 from halo_train.training.errors import Interrupted, RunFailed, UserError
+from halo_train.training.loss import TokenLoss
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +30,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     finetune.run(load_config(write_run(folder)))
     return folder / "runs" / "tiny"
-
-
-def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
-    show = run_logging.ProgressBar.step
-
-    def show_and_stop(self: run_logging.ProgressBar, now: int, **values: float) -> None:
-        show(self, now, **values)
-        if now == step:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(run_logging.ProgressBar, "step", show_and_stop)
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
@@ -91,7 +80,7 @@ def test_the_export_loads_and_generates(finished: Path) -> None:
     # The weights are the trained ones: they give the validation loss that the run printed, but for 8-bit rounding.
     config = load_config(finished / "config.yaml")
     data = finetune.load_data(config, finished)
-    loss = finetune.evaluate(model, data.valid, torch.device("cpu"))
+    loss = finetune.evaluate(TokenLoss(model), data.valid, torch.device("cpu"))
     assert loss == pytest.approx(json.loads((finished / "summary.json").read_text())["valid_after"], abs=0.05)
 
 
@@ -102,7 +91,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     file = write_run(tmp_path)
     run = tmp_path / "runs" / "tiny"
     with monkeypatch.context() as patch:
-        _stop_after(patch, 3, number)
+        stop_after(patch, 3, number)
         with pytest.raises(
             Interrupted, match=r"stopped after step 3 of 6; go on with run\.resume=true"
         ) as stopped:
@@ -178,14 +167,14 @@ def test_overwriting_starts_from_nothing(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    exact = finetune.summed_loss
+    exact = TokenLoss.forward
 
-    def spoiled(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def spoiled(self: TokenLoss, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         nonlocal calls
-        calls += model.training
-        return exact(model, ids, labels) * (math.nan if calls == 6 else 1)  # two micro-batches a step
+        calls += self.training
+        return exact(self, ids, labels) * (math.nan if calls == 6 else 1)  # two micro-batches a step
 
-    monkeypatch.setattr(finetune, "summed_loss", spoiled)
+    monkeypatch.setattr(TokenLoss, "forward", spoiled)
     with pytest.raises(RunFailed, match=r"step 3: loss nan, .*not updated.*step-2, is kept; lower train\.lr"):
         finetune.run(load_config(write_run(tmp_path)))
     run = tmp_path / "runs" / "tiny"
@@ -212,19 +201,8 @@ OTHER_FAMILIES: dict[str, dict[str, object]] = {
 def test_other_families_train_resume_and_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    for folder in (whole, stopped):
-        folder.mkdir()
-    finetune.run(load_config(write_run(whole, model=OTHER_FAMILIES[family])))
-    file = write_run(stopped, model=OTHER_FAMILIES[family])
-    with monkeypatch.context() as patch:
-        _stop_after(patch, 3, signal.SIGTERM)
-        with pytest.raises(Interrupted):
-            finetune.run(load_config(file))
-    finetune.run(load_config(file, ["run.resume=true"]))
-
-    run = stopped / "runs" / "tiny"
-    assert metrics(run) == metrics(whole / "runs" / "tiny")
+    whole, run = run_in_two_parts(tmp_path, [], monkeypatch, model=OTHER_FAMILIES[family])
+    assert metrics(run) == metrics(whole)
     valid = [line["valid_loss"] for line in metrics(run) if "valid_loss" in line]
     assert valid[-1] < valid[0] - 0.3
     exported = AutoModelForCausalLM.from_pretrained(run / "export")

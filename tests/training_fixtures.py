@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from halo_train.cli import main
+from halo_train.recipes import finetune
+from halo_train.training import logging as run_logging
+from halo_train.training.config import load_config
+from halo_train.training.errors import Interrupted
 from halo_train.training.model import train_tokenizer
 
 LLAMA = {
@@ -70,6 +77,37 @@ def halo_train(*arguments: str) -> int:
     finally:
         sys.argv = before
     pytest.fail("main() has to end in SystemExit")
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Runs get signal ``number`` after step ``step``."""
+    show = run_logging.ProgressBar.step
+
+    def show_and_stop(self: run_logging.ProgressBar, now: int, **values: float) -> None:
+        show(self, now, **values)
+        if now == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(run_logging.ProgressBar, "step", show_and_stop)
+
+
+def run_in_two_parts(
+    folder: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch, **write: Any
+) -> tuple[Path, Path]:
+    """The folders of two equal runs of six steps, of which the second was stopped after three and resumed."""
+    runs = []
+    for name in ("whole", "parts"):
+        (folder / name).mkdir()
+        file = write_run(folder / name, **write)
+        runs.append(folder / name / "runs" / "tiny")
+        if name == "parts":
+            with monkeypatch.context() as patch:
+                stop_after(patch, 3)
+                with pytest.raises(Interrupted):
+                    finetune.run(load_config(file, overrides))
+            overrides = [*overrides, "run.resume=true"]
+        finetune.run(load_config(file, overrides))
+    return runs[0], runs[1]
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

@@ -65,6 +65,9 @@ class ModelSection(_Section):
 
     path: str
     """A Hugging Face model directory, or a model's config as a JSON file: random weights and a tokenizer trained on the data."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights and their gradients. ``bfloat16`` halves both; updates are then rounded stochastically. Products are in
+    bfloat16 or 8 bits either way."""
 
 
 class QuantSection(_Section):
@@ -106,7 +109,7 @@ class DataSection(_Section):
 
 
 class TrainSection(_Section):
-    """How it is trained: AdamW on float32 weights under bfloat16 autocast."""
+    """How it is trained: AdamW, bfloat16 autocast."""
 
     steps: _Positive | None = None
     """Optimiser steps; or give ``epochs``."""
@@ -118,10 +121,12 @@ class TrainSection(_Section):
     """Forward passes in one step."""
     lr: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear"] = "cosine"
-    """Decay to zero after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warm-up: decay to zero, or none."""
     warmup_steps: _NotNegative = 0
     """Over which the learning rate rises from zero."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """``adamw_8bit`` keeps both moments in 8 bits (torchao): 2 bytes a weight instead of 8."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Not applied to norms and biases."""
     clip: Annotated[float, Field(gt=0)] = 1.0

@@ -1,4 +1,4 @@
-"""The parts of a training loop: loss, optimizer, learning rate, validation, stopping on a signal."""
+"""The parts of a training loop: device, length, validation, stopping on a signal."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Iterable
 from types import FrameType, TracebackType
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import TrainSection
-from .data import IGNORE, batches_per_epoch
+from .data import batches_per_epoch
 from .errors import UserError
-
-BETAS = (0.9, 0.95)
+from .loss import TokenLoss, count_trained
 
 
 def pick_device(name: str) -> torch.device:
@@ -33,47 +31,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def summed_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the next token, summed over the labels that carry loss; bfloat16 autocast, loss in float32.
-
-    Args:
-        ids, labels: [B, S] as from :func:`halo_train.training.data.collate`, on the device of the model.
-    """
-    with torch.autocast(ids.device.type, torch.bfloat16):
-        logits = model(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-
-
-def count_trained(labels: Tensor) -> int:
-    """Labels that :func:`summed_loss` sums over."""
-    return int((labels[:, 1:] != IGNORE).sum())
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
+def evaluate(loss: TokenLoss, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
     """Mean loss per trained token, in nats, in evaluation mode."""
-    was_training = model.training
-    model.eval()
+    was_training = loss.training
+    loss.eval()
     total, trained = 0.0, 0
     for ids, labels in batches:
-        total += summed_loss(model, ids.to(device), labels.to(device)).item()
+        total += loss(ids.to(device), labels).item()
         trained += count_trained(labels)
-    model.train(was_training)
+    loss.train(was_training)
     return total / trained
-
-
-def adamw(model: nn.Module, train: TrainSection) -> torch.optim.AdamW:
-    """AdamW over the parameters that need a gradient; no weight decay on norms and biases."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=train.lr, betas=BETAS, fused=True
-    )
 
 
 def total_steps(train: TrainSection, rows: int) -> int:
@@ -93,14 +61,6 @@ def total_steps(train: TrainSection, rows: int) -> int:
             f"{train.warmup_steps}"
         )
     return steps
-
-
-def learning_rate(step: int, steps: int, train: TrainSection) -> float:
-    """Of optimiser step ``step`` (the first is 1) of ``steps``: linear warm-up to ``train.lr``, then decay to zero after the last."""
-    if step <= train.warmup_steps:
-        return train.lr * step / train.warmup_steps
-    done = (step - 1 - train.warmup_steps) / (steps - train.warmup_steps)
-    return train.lr * (0.5 * (1 + math.cos(math.pi * done)) if train.schedule == "cosine" else 1 - done)
 
 
 class StopSignals:

@@ -95,12 +95,20 @@ def read_model_config(path: Path) -> Any:
         raise UserError(f"model.path: transformers cannot read {path}: {error}") from None
 
 
-def build_model(path: Path, tokenizer: Any, seed: int, seq_len: int) -> nn.Module:
-    """A causal language model with float32 weights: loaded from a directory, or random from a config file.
+def build_model(
+    path: Path,
+    tokenizer: Any,
+    seed: int,
+    seq_len: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """A causal language model: loaded from a directory, or random from a config file, made on the device itself.
 
     Args:
         seed: of the random weights.
         seq_len: longest sequence that it has to take.
+        dtype: of the weights, but for those that transformers keeps in float32.
 
     Raises:
         UserError: not loadable as a causal language model; the tokenizer has more entries than the embedding; the model
@@ -108,13 +116,14 @@ def build_model(path: Path, tokenizer: Any, seed: int, seq_len: int) -> nn.Modul
     """
     try:
         if path.is_dir():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         else:
             config = read_model_config(path)
             config.bos_token_id = tokenizer.bos_token_id
             config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -132,7 +141,7 @@ def build_model(path: Path, tokenizer: Any, seed: int, seq_len: int) -> nn.Modul
         raise UserError(
             f"data.seq_len must be at most the model's max_position_embeddings={longest}; got {seq_len}"
         )
-    return model
+    return model.to(device)
 
 
 def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:

@@ -1,0 +1,213 @@
+"""Next-token cross-entropy that never holds the logits of all tokens, so that a 128k vocabulary does not set the peak memory.
+
+The gradients of a chunk of tokens are formed with its logits, in forward; nothing is computed twice. The idea is that of
+Liger-Kernel's fused linear cross-entropy and of ``torch.nn.functional.linear_cross_entropy`` (torch 2.13); neither of
+them serves CPU and GPU, soft-capped logits and every torch that this library runs with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import IGNORE
+
+MAX_LOGITS = 1 << 27
+"""Logits that exist at a time: 0.5 GiB in float32, and twice that for log-softmax and gradient."""
+
+
+class LogitMap(NamedTuple):
+    """What a model does with the products of its output layer: z -> cap tanh(scale z / cap); scale z without a cap."""
+
+    scale: float = 1.0
+    """E.g. Granite's logits_scaling, Cohere's logit_scale."""
+    cap: float | None = None
+    """E.g. Gemma 2's final_logit_softcapping."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of ``logit_map(h W^T + b)`` summed over the rows of h: a scalar, float32 or wider.
+
+    h [M, K]; weight [V, K]; bias [V] or None; targets [M], int64 in [0, V). Products are in the dtype of h, the logits
+    and the sums of dW [V, K] and db [V] over chunks in float32 or wider. Saved for backward: the gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        logit_map: LogitMap,
+        chunk: int,
+    ) -> Tensor:
+        needs_dh, needs_dw, needs_db = ctx.needs_input_grad[:3]
+        wide = torch.promote_types(h.dtype, torch.float32)
+        w, b = weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
+        total = torch.zeros((), dtype=wide, device=h.device)
+        dh = torch.empty_like(h) if needs_dh else None
+        dw = torch.zeros_like(weight, dtype=wide) if needs_dw else None
+        db = torch.zeros_like(bias, dtype=wide) if needs_db else None  # type: ignore[arg-type]
+        for start in range(0, h.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            z = F.linear(h[rows], w, b).requires_grad_(any((needs_dh, needs_dw, needs_db)))
+            with torch.set_grad_enabled(z.requires_grad):
+                loss = F.cross_entropy(logit_map(z.to(wide)), targets[rows], reduction="sum")
+            total += loss.detach()
+            if not z.requires_grad:
+                continue
+            (dz,) = torch.autograd.grad(loss, z)
+            if dh is not None:
+                dh[rows] = dz @ w
+            if dw is not None:
+                dw += dz.t() @ h[rows]
+            if db is not None:
+                db += dz.sum(0, dtype=wide)
+        ctx.save_for_backward(dh, dw, db)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dh, dw, db = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if dh is None else dh * grad.to(dh.dtype),
+            None if dw is None else (dw * grad).to(weight_dtype),
+            None if db is None else (db * grad).to(bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class TokenLoss(nn.Module):
+    """Cross-entropy of the next token of a causal language model, summed; bfloat16 autocast, logits in float32.
+
+    The model's output layer is applied to the trained tokens only, a chunk at a time. A model whose way from the last
+    hidden states to the logits is not understood computes its logits itself, all at once: :attr:`whole_logits`.
+
+    Args:
+        model: of transformers, before its layers are converted or sharded. It becomes the submodule ``model``.
+        max_logits: of a chunk.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module, max_logits: int = MAX_LOGITS) -> None:
+        super().__init__()
+        self.model = model
+        self.max_logits = max_logits
+        self.logit_map: LogitMap | None = None
+        self.whole_logits: str | None = None
+        """Why the logits of all tokens are formed at once, or None."""
+        try:
+            self.logit_map = measure_logit_map(model)
+        except ValueError as error:
+            self.whole_logits = str(error)
+
+    def forward(self, ids: Tensor, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """The sum over the labels that carry loss, a scalar.
+
+        Args:
+            ids: [B, S], on the device of the model.
+            labels: [B, S], :data:`IGNORE` where there is no loss; on the CPU they cost no wait for the GPU.
+            inputs: further inputs of the model, e.g. position_ids.
+        """
+        goals = labels[:, 1:].flatten()
+        trained = (goals != IGNORE).nonzero().squeeze(1)
+        goals = goals[trained].to(ids.device, non_blocking=True)
+        trained = trained.to(ids.device, non_blocking=True)
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            if self.logit_map is None:
+                logits = self.model(input_ids=ids, use_cache=False, **inputs).logits
+                chosen = logits[:, :-1].flatten(0, 1).index_select(0, trained)
+                wide = torch.promote_types(chosen.dtype, torch.float32)
+                return F.cross_entropy(chosen.to(wide), goals, reduction="sum")
+            hidden = self.model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+        hidden = hidden[:, :-1].flatten(0, 1).index_select(0, trained)
+        head = self.model.get_output_embeddings()
+        if hidden.dtype == torch.float32:
+            hidden = hidden.to(torch.bfloat16)  # as the autocast of the output layer would
+        chunk = max(1, self.max_logits // head.weight.shape[0])
+        return LinearCrossEntropy.apply(hidden, head.weight, head.bias, goals, self.logit_map, chunk)
+
+
+def count_trained(labels: Tensor) -> int:
+    """Labels [B, S] that :class:`TokenLoss` sums over."""
+    return int((labels[:, 1:] != IGNORE).sum())
+
+
+@torch.no_grad()
+def measure_logit_map(model: nn.Module) -> LogitMap:
+    """What the model does between its output layer and its logits, found by handing it made-up outputs of both parts.
+
+    No layer of the model computes anything, so this is quick on any device, meta included. Configs name the same thing
+    differently, and the same name means a factor in one model and a divisor in another; hence this way.
+
+    Raises:
+        ValueError: why the logits are not a LogitMap of the output layer's products.
+    """
+    base, head = getattr(model, "base_model", model), model.get_output_embeddings()  # type: ignore[operator]
+    if base is model or type(head) is not nn.Linear:
+        raise ValueError("it has no separate base model and nn.Linear output layer")
+    hidden = torch.linspace(-1, 1, 2 * head.in_features).view(1, 2, -1)
+    products = torch.linspace(-1000, 1000, 2 * head.out_features).view(1, 2, -1)
+    # The slope at 0 and the limit.
+    small, large = 2.0**-14, 1e6
+    products[0, 0, :2] = torch.tensor([small, large])
+    seen: list[Tensor] = []
+
+    def output_layer(x: Tensor) -> Tensor:
+        seen.append(x)
+        return products
+
+    with _forward(base, lambda *_, **__: _BaseOutput(hidden)), _forward(head, output_layer):
+        try:
+            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
+        except Exception as error:  # of code that we do not know
+            raise ValueError(f"it cannot be tried out: {type(error).__name__}: {error}") from error
+    if len(seen) != 1 or not torch.equal(seen[0], hidden):
+        raise ValueError("its output layer does not get the last hidden states as they are")
+    scale = logits[0, 0, 0].item() / small
+    limit = logits[0, 0, 1].item()
+    found = LogitMap(scale, None if limit > 0.5 * scale * large else limit)
+    if logits.shape != products.shape or not torch.allclose(found(products), logits.float(), rtol=1e-5):
+        raise ValueError("it changes its logits by more than a factor and a soft cap")
+    return found
+
+
+class _BaseOutput:
+    """What a base model returns, of any model: the last hidden states, and None for everything else."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _forward:
+    """While active, ``module.forward`` is another function."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module, self.forward = module, forward
+
+    def __enter__(self) -> None:
+        self.module.forward = self.forward
+
+    def __exit__(self, *_: object) -> None:
+        del self.module.forward
