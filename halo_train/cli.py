@@ -1,4 +1,4 @@
-"""The ``halo-train`` command: run, compare, validate, ls, cp, schema, preprocess, report, calibrate, doctor."""
+"""The ``halo-train`` command: run, compare, validate, ls, cp, schema, preprocess, eval, report, calibrate, doctor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Literal
 
 try:
     import typer
@@ -28,6 +28,8 @@ try:
     from halo_train.training.config import RECIPE_FILE, STDLIB, Config, load_config
     from halo_train.training.encode import decode_pieces
     from halo_train.training.errors import Interrupted, RunFailed, UserError
+    from halo_train.training.evaluation import Evaluation, Task, run_evaluation
+    from halo_train.training.loop import pick_device
 except ModuleNotFoundError as _error:
     _package = (_error.name or "").partition(".")[0]
     if _package == "halo_train":
@@ -178,6 +180,49 @@ def preprocess(
         console.print(
             Text.assemble(*((f"«{text}»", "green") if on else text for text, on in pieces)), soft_wrap=True
         )
+
+
+@app.command("eval")
+def evaluate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Model directory, or folder of a run.", show_default=False)
+    ],
+    data: Annotated[Path | None, typer.Option(help="JSONL file, in any format of data.train.")] = None,
+    task: Annotated[Task, typer.Option(help="loss; or loss and exact match of generated answers.")] = "loss",
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="Regular expression before the answer, such as '####': the rest of the line, or its group, is compared. "
+            "Without it the whole text is."
+        ),
+    ] = None,
+    lm_eval: Annotated[str, typer.Option(help="Tasks of EleutherAI's lm-eval, separated by commas.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows, from the first.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of a generated answer.")] = 256,
+    seq_len: Annotated[
+        int, typer.Option(min=16, help="Tokens after which a row is cut for its loss.")
+    ] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Rows in one forward pass.")] = 32,
+    form: Annotated[str, typer.Option("--format", help="See data.format.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    output: Annotated[Path | None, typer.Option(help="JSON file; DIR/eval/<name of the data>.json.")] = None,
+) -> None:
+    """Evaluate a model: loss, exact match of generated answers, lm-eval.
+
+    halo-train eval runs/math --data test.jsonl --task exact-match --pattern '####'
+    """
+    asked = Evaluation(
+        data=data,
+        task=task,
+        lm_eval=[name for name in lm_eval.split(",") if name],
+        form=form,
+        pattern=pattern,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        seq_len=seq_len,
+        batch=batch,
+    )
+    print(run_evaluation(folder, asked, pick_device(device), output))
 
 
 @app.command()
