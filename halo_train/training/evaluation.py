@@ -20,6 +20,7 @@ from .exact_match import Score, exact_match, questions
 from .formats import AUTO, FORMATS, Conversation, Row, read_rows
 from .logging import write_atomically
 from .loop import evaluate
+from .loss import TokenLoss
 
 Task = Literal["loss", "exact-match"]
 """What is measured on the rows of a file; the loss always is."""
@@ -134,7 +135,7 @@ def validation_loss(
     dataset = encode_rows(rows, tokenizer, min(asked.seq_len, window), str(asked.data))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batches = fixed_batches(dataset.examples, asked.batch, pad)
-    loss = evaluate(model, _shown("loss", batches), model.device)
+    loss = evaluate(TokenLoss(model), _shown("loss", batches), model.device)
     return {"loss": loss, "rows": len(dataset.examples), "trained_tokens": dataset.trained_tokens}
 
 
