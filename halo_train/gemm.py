@@ -1,4 +1,4 @@
-"""8-bit matrix products with row scales, by the GEMMs that PyTorch ships (cuBLASLt); the reference on the CPU."""
+"""8-bit matrix products with row scales: float8 by the GEMMs that PyTorch ships (cuBLASLt), int8 by our own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import functools
 import torch
 from torch import Tensor
 
-from . import reference
+from . import ops, reference
 from .quantize import Quantized
 
 MULTIPLE = 16
 """The float8 GEMM takes contracted and output dimensions that are multiples of 16; operands are padded to it."""
+
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def matmul(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> Tensor:
@@ -30,20 +32,22 @@ def matmul(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> Tensor:
     Raises:
         RuntimeError: a float8 product on a GPU without float8 tensor cores.
     """
-    if a.data.is_cuda and a.data.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+    if a.data.dtype == torch.int8:
+        return ops.int8_matmul(a.data, b.data, a.scale, b.scale, out_dtype)
+    if a.data.is_cuda and a.data.dtype in _FLOAT8:
         return _float8_cuda(a, b, out_dtype)
-    # torch._int_mm is the library's int8 GEMM on either device; the reference is built on it.
     return reference.scaled_matmul(a.data, b.data, a.scale, b.scale, out_dtype)
 
 
 def _float8_cuda(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> Tensor:
     _check_float8_gpu(a.data.device.index)
-    if a.scale.dim() == b.scale.dim() == 0:
+    rows = a.scale.dim(), b.scale.dim()
+    if out_dtype == torch.bfloat16 and rows == (1, 1):
+        return _scaled_mm(a.data, b.data, a.scale[:, None], b.scale[None, :], out_dtype)
+    if rows == (0, 0):
         # One scale a tensor: the GEMM writes every output dtype but float64.
         direct = torch.float32 if out_dtype == torch.float64 else out_dtype
-        return _scaled_mm(a.data, b.data, a.scale.float(), b.scale.float(), direct).to(out_dtype)
-    if out_dtype == torch.bfloat16 and a.scale.dim() == b.scale.dim() == 1:
-        return _scaled_mm(a.data, b.data, a.scale[:, None].float(), b.scale[None, :].float(), out_dtype)
+        return _scaled_mm(a.data, b.data, a.scale, b.scale, direct).to(out_dtype)
     # The library applies row scales for bfloat16 output only; raw sums stay in float32 (float16 would overflow).
     one = torch.ones((), device=a.data.device)
     product = _scaled_mm(a.data, b.data, one, one, torch.float32)

@@ -2,7 +2,7 @@
 
 The only file that names ``torch.ops``. Each op has a reference in :mod:`halo_train.reference`, which is its CPU
 implementation. On CUDA an op in :data:`KERNEL_OPS` runs its kernel in ``csrc/`` and raises when the kernels are not
-built; the other ops run their reference on the GPU until a kernel is written for them. Quantising float64 values, or
+built; ``int8_matmul`` runs a Triton kernel; the other ops run their reference until a kernel is written for them. Quantising float64 values, or
 without rounding, is for checks: it is the reference on every device.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import int8_gemm, reference
 
 MAX_BLOCK = 32768
 """Largest Hadamard block of the CUDA kernel: one row of float32 has to fit the registers of one thread block."""
@@ -30,6 +30,8 @@ KERNEL_OPS = {
     "transpose_bytes": "transpose.cu",
 }
 """Ops that have a CUDA kernel, and the file in ``csrc/`` that holds it."""
+
+_TRITON_OPS: dict[str, Callable[..., Any]] = {"int8_matmul": int8_gemm.int8_matmul}
 
 _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "hadamard": (
@@ -56,6 +58,10 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "quantize_tensor": (
         "(Tensor x, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
         reference.quantize_tensor,
+    ),
+    "int8_matmul": (
+        "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype) -> Tensor",
+        reference.int8_matmul,
     ),
 }
 
@@ -146,10 +152,21 @@ def quantize_tensor(
     return torch.ops.halo_train.quantize_tensor(x, dtype, block, col_scale)
 
 
+def int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """diag(scale_a) (a b^T) diag(scale_b) of int8 matrices; see :func:`reference.int8_matmul`."""
+    return torch.ops.halo_train.int8_matmul(a, b, scale_a, scale_b, out_dtype)
+
+
 def kernel_status() -> dict[str, Any]:
     """What the build left behind: ``{"loaded": bool, "reason": str, "build": dict, "ops": {op: implementation}}``."""
-    ops = {name: "CUDA kernel" if name in KERNEL_OPS else "PyTorch reference on the GPU" for name in _SCHEMAS}
+    ops = {name: _implementation(name) for name in _SCHEMAS}
     return {"loaded": not _why_not_loaded, "reason": _why_not_loaded, "build": _build_info(), "ops": ops}
+
+
+def _implementation(op: str) -> str:
+    if op in _TRITON_OPS:
+        return "Triton kernel on Hopper, torch._int_mm elsewhere"
+    return "CUDA kernel" if op in KERNEL_OPS else "PyTorch reference on the GPU"
 
 
 def _has_kernel_types(x: Tensor, dtype: torch.dtype) -> bool:
@@ -269,6 +286,12 @@ def _fake_quantize_tensor(
     return x.new_empty(x.shape, dtype=data), x.new_empty((), dtype=wide)
 
 
+def _fake_int8_matmul(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "hadamard": _fake_hadamard,
     "hadamard_": _fake_hadamard_,
@@ -277,6 +300,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "quantize_grad": _fake_quantize_grad,
     "transpose_bytes": _fake_transpose_bytes,
     "quantize_tensor": _fake_quantize_tensor,
+    "int8_matmul": _fake_int8_matmul,
 }
 
 
@@ -302,6 +326,6 @@ torch.library.register_autograd(
 _why_not_loaded = _load()
 for _name, (_, _reference) in _SCHEMAS.items():
     if _name not in KERNEL_OPS:
-        _library.impl(_name, _reference, "CUDA")
+        _library.impl(_name, _TRITON_OPS.get(_name, _reference), "CUDA")
     elif _why_not_loaded:
         _library.impl(_name, _refuse(_name), "CUDA")

@@ -107,23 +107,32 @@ def quantize_tensor(
 
 
 def scaled_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """diag(scale_a) (a b^T) diag(scale_b): exact products, float32 sums for float8, int32 sums for int8.
+    """diag(scale_a) (a b^T) diag(scale_b) in float32, in float64 for float64 operands or results.
 
     Args:
-        a: [M, K] and b: [N, K], both quantised.
+        a: [M, K] and b: [N, K], both quantised, not int8.
         scale_a: [M] or []; scale_b: [N] or [].
 
     Returns:
         [M, N] of ``out_dtype``.
     """
     wide = torch.float64 if torch.float64 in (a.dtype, out_dtype) else torch.float32
-    product = _int8_matmul(a, b, wide) if a.dtype == torch.int8 else a.to(wide) @ b.to(wide).t()
+    return _scale_product(a.to(wide) @ b.to(wide).t(), scale_a, scale_b, out_dtype)
+
+
+def int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """:func:`scaled_matmul` of int8 operands by the library's int8 GEMM: int32 sums, float64 beyond their range."""
+    wide = torch.float64 if out_dtype == torch.float64 else torch.float32
+    return _scale_product(_int8_sums(a, b, wide), scale_a, scale_b, out_dtype)
+
+
+def _scale_product(product: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
     row = scale_a.to(product.dtype)
     row = row[:, None] if row.dim() else row
     return (product * row * scale_b.to(product.dtype)).to(out_dtype)
 
 
-def _int8_matmul(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+def _int8_sums(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
     rows = a.shape[0]
     if a.is_cuda and rows < _INT_MM_MIN_ROWS:
         a = torch.nn.functional.pad(a, (0, 0, 0, _INT_MM_MIN_ROWS - rows))

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from halo_train import RECIPES, HaloLinear, Quantized, convert_to_halo_training, halo_linear, quantize
+from halo_train import (
+    RECIPES,
+    HaloLinear,
+    Quantized,
+    convert_to_halo_training,
+    halo_linear,
+    ops,
+    quantize,
+    reference,
+)
 from halo_train.gemm import matmul
 
 pytestmark = pytest.mark.gpu
@@ -46,6 +55,38 @@ def test_int8_gemm_is_exact(m, k):
     ones = torch.ones(m, device="cuda"), torch.ones(32, device="cuda")
     product = matmul(Quantized(a, ones[0]), Quantized(b, ones[1]), torch.float64)
     assert torch.equal(product, a.double() @ b.double().t())
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (1, 16, 16),
+        (17, 48, 64),
+        (300, 208, 528),
+        (129, 272, 4112),
+        (4096, 6144, 512),
+        (0, 32, 64),
+        (64, 17, 32),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("row_scales", [(True, True), (True, False), (False, False)])
+def test_int8_gemm_equals_the_reference_bit_by_bit(m, n, k, dtype, row_scales):
+    a, b = (torch.randint(-127, 128, (rows, k), dtype=torch.int8, device="cuda") for rows in (m, n))
+    scales = [
+        torch.rand(rows if vector else (), device="cuda") * 1e-3
+        for rows, vector in zip((m, n), row_scales, strict=True)
+    ]
+    mine = ops.int8_matmul(a, b, *scales, dtype)
+    assert torch.equal(mine.cpu(), reference.int8_matmul(a.cpu(), b.cpu(), *(s.cpu() for s in scales), dtype))
+
+
+@pytest.mark.parametrize("offset", [16, 3])
+def test_int8_gemm_of_strided_operands(offset):
+    wide = torch.randint(-127, 128, (2, 300, 1024), dtype=torch.int8, device="cuda")
+    a, b = wide[0, :, offset : offset + 512], wide[1, :288, offset : offset + 512]
+    one = torch.ones((), device="cuda")
+    assert torch.equal(ops.int8_matmul(a, b, one, one, torch.float32).double(), a.double() @ b.double().t())
 
 
 @pytest.mark.parametrize("recipe", QUANTISED)
