@@ -1,117 +1,131 @@
-"""Times one linear layer, forward and backward in eager mode, with every recipe beside bf16, on shapes of Llama-3-8B.
+"""One linear layer with every recipe beside bf16 and torchao.float8, on shapes of Llama-3-8B; torchao where it is importable.
 
     python benchmarks/bench_linear.py
-    python benchmarks/bench_linear.py --tokens 2048 8192 --recipes bf16 fp8 --no-save
+    python benchmarks/bench_linear.py --tokens 16384 --recipes fp8 int8 --no-save
 
-Each figure is the median of the timed repetitions of forward + backward; the gradient of the output is random, and all
-recipes of a shape run one after another on one GPU. `saved` is what the layer keeps for backward, in bytes per element
-of X, measured as allocated memory.
+Measured as ``halo-train bench linear`` does it; torchao's layers are compiled with inductor, and also run as they are.
+Writes a dated JSON file, a table and a picture.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
-from collections.abc import Callable
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import environment, save_json
+from torch import Tensor, nn
 
-from halo_train import RECIPES, HaloLinear
+from halo_train import RECIPES
+from halo_train.bench.linear import (
+    Case,
+    add_arguments,
+    chosen_shapes,
+    geometric_means,
+    measure,
+    recipe_case,
+    recipes,
+    require_gpu,
+)
 
-SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate+up": (28672, 4096), "down": (4096, 14336)}
-"""(out_features, in_features) of the four linear layers of a Llama-3-8B block, with fused projections."""
-
-WARM_UP = 3
-
-
-def time_us(step: Callable[[], Any], repetitions: int) -> float:
-    """Median microseconds of a step, by CUDA events."""
-    for _ in range(WARM_UP):
-        step()
-    times = []
-    for _ in range(repetitions):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    return statistics.median(times)
+TORCHAO = ("tensorwise", "rowwise")
 
 
-def measure(tokens: int, n: int, k: int, recipe: str, repetitions: int) -> dict[str, float]:
-    """Microseconds of forward and of forward + backward, and saved bytes per element of X."""
-    layer = HaloLinear(k, n, bias=False, device="cuda", dtype=torch.bfloat16, recipe=recipe)
-    x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    e = torch.randn(tokens, n, device="cuda", dtype=torch.bfloat16)
+def torchao_cases(weight: Tensor) -> list[Case]:
+    """torchao's layers around ``weight``, compiled, then as they are."""
+    if importlib.util.find_spec("torchao") is None:
+        return []
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    def both() -> None:
-        x.grad = layer.weight.grad = None
-        layer(x).backward(e)
+    cases = []
+    for compiled in (True, False):
+        for recipe in TORCHAO:
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight.clone())
+            model: nn.Module = nn.Sequential(linear)
+            convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(recipe))
+            if compiled:
+                model = torch.compile(model, dynamic=False)
+            name = f"torchao {recipe}" + ("" if compiled else " eager")
+            cases.append(Case(name, model, torch.float8_e4m3fn))
+    return cases
 
-    def forward() -> None:
-        with torch.no_grad():
-            layer(x)
 
-    both()
-    before = torch.cuda.memory_allocated()
-    y = layer(x)
-    saved = torch.cuda.memory_allocated() - before - y.numel() * y.element_size()
-    # bf16 keeps X and W themselves, which are alive anyway; count X, as the layer prevents its release.
-    saved += x.numel() * x.element_size() if recipe == "bf16" else 0
-    del y
-    return {
-        "forward_us": time_us(forward, repetitions),
-        "both_us": time_us(both, repetitions),
-        "saved_bytes_per_x": saved / x.numel(),
-    }
+def draw(rows: list[dict[str, Any]], means: dict[int, dict[str, float]], path: Path) -> None:
+    """Speed-up by layer and geometric mean, one panel for each number of tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(means), 1, figsize=(11, 3.1 * len(means)), squeeze=False)
+    for axis, (tokens, by_name) in zip(axes[:, 0], means.items(), strict=True):
+        names = [name for name in by_name if name != "bf16"]
+        layers = list(dict.fromkeys(row["layer"] for row in rows))
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            values = [r["speedup"] for r in rows if (r["tokens"], r["name"]) == (tokens, name)] + [
+                by_name[name]
+            ]
+            at = [j - 0.4 + (i + 0.5) * width for j in range(len(values))]
+            axis.bar(at, values, width * 0.92, label=name)
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(layers) + 1), [*layers, "geometric mean"])
+        axis.set_ylabel("speed-up over bf16")
+        axis.set_title(f"forward + backward, {tokens} tokens", loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(fontsize=7, ncols=4, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def table(rows: list[dict[str, Any]], means: dict[int, dict[str, float]], where: dict[str, Any]) -> str:
+    """Markdown: microseconds of forward + backward and speed-up over bf16, by tokens and layer."""
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    lines = [
+        f"One linear layer, forward + backward: microseconds (times bf16). {where['gpu']}, driver {where['driver']}, torch "
+        f"{where['torch']}, {where['date']}, commit {where['commit']}.",
+        "",
+    ]
+    for tokens, by_name in means.items():
+        lines += [
+            f"| {tokens} tokens | "
+            + " | ".join(layers)
+            + " | geometric mean | GEMM share | saved B per element |",
+            "|---" * (len(layers) + 4) + "|",
+        ]
+        for name, mean in by_name.items():
+            mine = [r for r in rows if (r["tokens"], r["name"]) == (tokens, name)]
+            cells = [f"{r['both_us']:.0f} ({r['speedup']:.2f})" for r in mine]
+            share = " ".join(f"{r['gemm_share']:.0%}" for r in mine)
+            saved = " ".join(f"{r['saved_bytes']:.2f}" for r in mine)
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {mean:.2f} | {share} | {saved} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16384])
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--repetitions", type=int, default=7)
+    add_arguments(parser)
+    parser.set_defaults(tokens=[512, 2048, 8192, 16384], recipes=list(RECIPES))
     parser.add_argument("--commit", help="of the sources, where they are no git checkout")
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
-    if "bf16" not in args.recipes:
-        parser.error("--recipes must include bf16, which the ratios are to")
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA GPU")
-
-    rows: list[dict[str, Any]] = []
-    print(
-        f"{'tokens':>7} {'layer':>8} {'N':>6} {'K':>6} {'recipe':>11} {'fwd us':>8} {'fwd+bwd us':>11} {'x bf16':>7} {'saved':>6}"
+    require_gpu(parser)
+    rows = measure(
+        args.tokens,
+        chosen_shapes(args),
+        lambda weight: [*(recipe_case(r, weight) for r in recipes(args)), *torchao_cases(weight)],
     )
-    for tokens in args.tokens:
-        for layer, (n, k) in SHAPES.items():
-            for recipe in sorted(args.recipes, key=lambda name: name != "bf16"):
-                figures = measure(tokens, n, k, recipe, args.repetitions)
-                row = {"tokens": tokens, "layer": layer, "n": n, "k": k, "recipe": recipe, **figures}
-                rows.append(row)
-                base = next(
-                    r for r in rows if r["tokens"] == tokens and r["layer"] == layer and r["recipe"] == "bf16"
-                )
-                row["speedup"] = base["both_us"] / row["both_us"]
-                print(
-                    f"{tokens:7} {layer:>8} {n:6} {k:6} {recipe:>11} {row['forward_us']:8.0f} {row['both_us']:11.0f} "
-                    f"{row['speedup']:7.2f} {row['saved_bytes_per_x']:6.2f}",
-                    flush=True,
-                )
-    print("\ngeometric mean over the layers, times bf16:")
-    means = {}
-    for tokens in args.tokens:
-        for recipe in args.recipes:
-            ratios = [r["speedup"] for r in rows if r["tokens"] == tokens and r["recipe"] == recipe]
-            means[f"{tokens} {recipe}"] = math.exp(statistics.fmean(map(math.log, ratios)))
-            print(f"{tokens:7} {recipe:>11} {means[f'{tokens} {recipe}']:.2f}")
+    means = geometric_means(rows)
     if not args.no_save:
-        record = {"environment": environment(args.commit), "rows": rows, "geometric_means": means}
-        print(f"\n{save_json('linear', record)}")
+        where = environment(args.commit)
+        path = save_json("linear", {"environment": where, "rows": rows, "geometric_means": means})
+        path.with_suffix(".md").write_text(table(rows, means, where))
+        draw(rows, means, path.with_suffix(".png"))
+        print(f"\n{path}")
 
 
 if __name__ == "__main__":

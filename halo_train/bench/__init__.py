@@ -1,0 +1,1 @@
+"""Benchmarks that a user can run on a GPU of their own: ``halo-train bench``."""
