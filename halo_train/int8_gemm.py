@@ -45,13 +45,14 @@ def int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtyp
     """:func:`reference.int8_matmul` on a GPU.
 
     Args:
-        a: [M, K], b: [N, K], int8, rows contiguous.
+        a: [M, K], b: [N, K], int8; K and N multiples of 16. Copied where rows do not start at multiples of 16 bytes.
         scale_a: [M] or []; scale_b: [N] or [], float32.
         out_dtype: bfloat16, float16 or float32 run the kernel, float64 the reference.
 
     Returns:
         [M, N]; equal to the reference bit by bit.
     """
+    a, b = (t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in (a, b))
     if not _can_run(a, b, out_dtype):
         return reference.int8_matmul(a, b, scale_a, scale_b, out_dtype)
     c = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
@@ -60,12 +61,16 @@ def int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtyp
     return c
 
 
+def _is_aligned(t: Tensor) -> bool:
+    """As the tensor memory accelerator and cuBLASLt want it."""
+    return t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0
+
+
 def _can_run(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> bool:
-    # The tensor memory accelerator wants rows 16 bytes apart; longer contractions could overflow int32.
-    aligned = all(t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (a, b))
-    short = 0 < a.shape[1] <= reference.INT8_MAX_CONTRACTION
+    # Rows of c have to be aligned as well; longer contractions could overflow int32.
     stored = out_dtype in (torch.bfloat16, torch.float16, torch.float32) and b.shape[0] % 16 == 0
-    return aligned and short and stored and _on_hopper(a.device.index)
+    short = 0 < a.shape[1] <= reference.INT8_MAX_CONTRACTION
+    return stored and short and a.shape[1] % 16 == 0 and _on_hopper(a.device.index)
 
 
 @functools.cache
@@ -121,15 +126,15 @@ def _compiled() -> tuple[Any, Any]:
     return triton.jit(_kernel), TensorDescriptor
 
 
-def _kernel(
-    a_desc: Any,
-    b_desc: Any,
-    c_desc: Any,
-    scale_a: Any,
-    scale_b: Any,
-    m: Any,
-    n: Any,
-    k: Any,
+def _kernel(  # type: ignore[no-untyped-def]
+    a_desc,
+    b_desc,
+    c_desc,
+    scale_a,
+    scale_b,
+    m,
+    n,
+    k,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -138,7 +143,7 @@ def _kernel(
     HALVES: tl.constexpr,
     ROW_SCALES: tl.constexpr,
     COL_SCALES: tl.constexpr,
-) -> None:
+):
     tiles_m = tl.cdiv(m, BM)
     tiles_n = tl.cdiv(n, BN)
     # Flattened, the loads of a tile overlap the end of the tile before it.

@@ -1,8 +1,9 @@
 """Times one linear layer, forward and backward in eager mode, with every recipe beside bf16: ``halo-train bench linear``.
 
 A time is the median over steps that are queued one behind the other, as in training: what the host needs to launch a
-step counts only where it is longer than what the GPU needs to run it. The layers take turns, so that clocks and neighbours
-hit all alike.
+step counts only where it is longer than what the GPU needs to run it. Backward runs in the calling thread: waking
+autograd's own costs a step of one layer as much as a step of a whole model. The layers take turns, so that clocks and
+neighbours hit all alike.
 """
 
 from __future__ import annotations
@@ -71,14 +72,15 @@ def measure_shape(cases: Sequence[Case], x: Tensor, e: Tensor) -> list[dict[str,
 
     Returns:
         For each case ``forward_us`` (without autograd), ``both_us`` (forward + backward), ``speedup`` of the latter,
-        ``gemm_share`` (of the three products, timed alone, in ``both_us``) and ``saved_bytes`` (kept for backward, per element
-        of x).
+        ``gemm_share`` (of the three products, timed alone, in ``both_us``) and ``saved_bytes`` (kept for backward, the
+        8-bit weight included, per element of x).
     """
     steps = [_steps(case.layer, x, e) for case in cases]
     times: list[list[tuple[float, float]]] = [[] for _ in cases]
-    for _ in range(ROUNDS):
-        for found, (forward, both) in zip(times, steps, strict=True):
-            found.append((time_us(forward), time_us(both)))
+    with torch.autograd.set_multithreading_enabled(False):
+        for _ in range(ROUNDS):
+            for found, (forward, both) in zip(times, steps, strict=True):
+                found.append((time_us(forward), time_us(both)))
     gemm_us = {dtype: _gemm_us(x, e, dtype) for dtype in {case.gemm_dtype for case in cases}}
     rows = []
     for case, found in zip(cases, times, strict=True):
