@@ -39,7 +39,7 @@ def torchao_cases(weight: Tensor) -> list[Case]:
         return []
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    torch._dynamo.reset()  # Beyond 8 versions of a function inductor gives up, and these layers share theirs.
+    torch._dynamo.config.recompile_limit = 64  # All these layers share one compiled function.
     cases = []
     for compiled in (True, False):
         for recipe in TORCHAO:
