@@ -72,8 +72,8 @@ def compare(
     """Run FILE several times and set the runs side by side: halo-train compare FILE quant.recipe=bf16,fp8,int8.
 
     A field with several values, separated by commas, gives a run for each; run.seed=0,1,2 repeats all of them. Losses, speed,
-    memory and rounding errors come as one table and one picture. A run that fails does not stop the others; run.resume=true
-    goes on with an interrupted comparison.
+    memory and rounding errors come as one table and one picture. A run that fails does not stop the others; the
+    same command again goes on with an interrupted comparison.
     """
     comparison = plan(file, overrides or (), steps)
     failed = run_members(comparison)
@@ -85,7 +85,7 @@ def compare(
     if failed:
         raise RunFailed(
             f"{len(failed)} of {len(comparison.members)} runs failed: {', '.join(failed)}; the message of each is above; "
-            "run.resume=true tries them again and keeps the others"
+            "the same command tries them again and keeps the others"
         )
 
 

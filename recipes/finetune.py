@@ -8,7 +8,7 @@
   or text
 - AdamW, bfloat16 autocast, weights in float32 or bfloat16; the linear layers run the precision recipe ``quant.recipe``
 - with ``log.quant_every`` the quantisation error of every layer and product: ``quant.jsonl``, ``quant_report.html``
-- stops at will (Ctrl-C, SIGTERM), goes on bit for bit with ``run.resume=true``
+- stops at will (Ctrl-C, SIGTERM), goes on bit for bit when it is started again
 - leaves a Hugging Face directory without a trace of the 8-bit layers; ``halo-train compare`` sets several precisions side by side
 """
 
@@ -148,7 +148,7 @@ def train(
     model = loss_of.model
 
     # The first validation comes before the conversion: the layers take their equaliser from a training batch.
-    checkpoint = latest_checkpoint(checkpoints) if config.run.resume else None
+    checkpoint = latest_checkpoint(checkpoints)
     valid_before = None if checkpoint else evaluate(loss_of, data.valid, device)
 
     try:
@@ -236,7 +236,7 @@ def train(
             if stop.received is not None:
                 raise Interrupted(
                     stop.received,
-                    f"stopped after step {step} of {data.steps}; go on with run.resume=true ({folder})",
+                    f"stopped after step {step} of {data.steps}; repeat the command to go on ({folder})",
                 )
 
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

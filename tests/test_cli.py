@@ -60,9 +60,9 @@ def test_a_run_that_exists_is_refused_and_can_be_resumed(
 ) -> None:
     file = str(write_run(tmp_path))
     assert halo_train("run", file, "train.steps=2") == 0
-    assert halo_train("run", file, "train.steps=2") == 2
-    assert "run.resume=true" in capsys.readouterr().err
-    assert halo_train("run", file, "train.steps=2", "run.resume=true") == 0
+    assert halo_train("run", file, "train.steps=2", "run.resume=never") == 2
+    assert "run.resume=auto" in capsys.readouterr().err
+    assert halo_train("run", file, "train.steps=2") == 0
     assert "resumed from" in capsys.readouterr().out
 
 
@@ -70,7 +70,7 @@ def test_a_signal_gives_its_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stopped(config: object) -> None:
-        raise Interrupted(15, "stopped after step 3 of 6; go on with run.resume=true")
+        raise Interrupted(15, "stopped after step 3 of 6; repeat the command to go on")
 
     monkeypatch.setattr(finetune, "run", stopped)
     assert halo_train("run", str(write_run(tmp_path))) == 143

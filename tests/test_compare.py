@@ -107,16 +107,16 @@ def test_compare_end_to_end(
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert f"| int8 | {int8['valid_loss']:.4f} | {int8['gap']:+.4f} |" in (folder / "compare.md").read_text()
 
-    assert halo_train(*arguments) == 2  # nothing is run twice by mistake
-    assert "run.resume=true" in capfd.readouterr().err
+    assert halo_train(*arguments, "run.resume=never") == 2
+    assert "run.resume=auto" in capfd.readouterr().err
     broken.write_text('{"recipe": {"*": "fp8"}}')
     before = (folder / "bf16" / "summary.json").stat().st_mtime_ns
-    assert halo_train(*arguments, "run.resume=true") == 0
+    assert halo_train(*arguments) == 0
     assert "[1/3] bf16: finished before" in capfd.readouterr().out
     assert (folder / "bf16" / "summary.json").stat().st_mtime_ns == before
     assert len(json.loads((folder / "compare.json").read_text())["results"]) == 3
 
-    assert halo_train(*arguments, "run.resume=true", "train.lr=1e-3") == 2
+    assert halo_train(*arguments, "train.lr=1e-3") == 2
     assert "was started with other settings: train.lr was 0.01, now 0.001" in capfd.readouterr().err
 
 
@@ -137,7 +137,7 @@ def test_a_signal_stops_the_run_in_progress_and_the_comparison(tmp_path: Path) -
     finally:
         process.kill()
     assert process.returncode == 143
-    assert "stopped in bf16; go on with run.resume=true" in err
+    assert "stopped in bf16; repeat the command to go on" in err
     assert len(list((run / "checkpoints").glob("step-*"))) == 1
     assert not (run.parent / "fp8").exists()
 

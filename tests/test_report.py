@@ -158,7 +158,7 @@ def test_report_command(run: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_resumed_run_goes_on_with_its_samples(tmp_path: Path):
-    options = ("log.quant_every=2", "train.grad_accum=1", "run.resume=true")
+    options = ("log.quant_every=2", "train.grad_accum=1")
     file = str(write_run(tmp_path))
     assert halo_train("run", file, *options, "save.keep=9") == 0
     folder = tmp_path / "runs" / "tiny"

@@ -67,7 +67,7 @@ def test_messages_train_resume_and_come_back_as_a_chat_model(folder: Path) -> No
     lost = latest_checkpoint(split / "checkpoints")
     assert lost is not None
     lost.rename(folder / "lost")
-    assert halo_train("run", file, "run.name=split", "run.resume=true") == 0
+    assert halo_train("run", file, "run.name=split") == 0
     assert metrics(split) == metrics(run)
     weights, resumed = (load_file(path / "export" / "model.safetensors") for path in (run, split))
     assert all(torch.equal(value, resumed[name]) for name, value in weights.items())

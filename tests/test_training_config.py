@@ -77,16 +77,11 @@ def test_a_missing_file_points_to_ls(tmp_path: Path) -> None:
 
 
 def test_values_keep_their_types(file: Path) -> None:
-    config = load_config(file, ["train.lr=3e-4", "run.resume=true", "data.valid=null", "run.name=2024"])
+    config = load_config(file, ["train.lr=3e-4", "run.overwrite=true", "data.valid=null", "run.name=2024"])
     assert config.train.lr == 3e-4
-    assert config.run.resume is True
+    assert config.run.overwrite is True
     assert config.data.valid is None
     assert config.run.name == "2024"
-
-
-def test_resume_and_overwrite_exclude_each_other(file: Path) -> None:
-    with pytest.raises(UserError, match="resume and overwrite exclude each other"):
-        load_config(file, ["run.resume=true", "run.overwrite=true"])
 
 
 def test_the_formats_are_those_that_can_be_read() -> None:

@@ -105,7 +105,6 @@ def run_in_two_parts(
                 stop_after(patch, 3)
                 with pytest.raises(Interrupted):
                     finetune.run(load_config(file, overrides))
-            overrides = [*overrides, "run.resume=true"]
         finetune.run(load_config(file, overrides))
     return runs[0], runs[1]
 

@@ -66,8 +66,8 @@ def save_checkpoint(
         last = latest_checkpoint(folder)
         kept = f"the last complete one is {last}" if last else "there is no earlier one"
         raise RunFailed(
-            f"checkpoint {target} could not be written: {_cause(error)}; {kept}; free disk space and go on with "
-            "run.resume=true"
+            f"checkpoint {target} could not be written: {_cause(error)}; {kept}; free disk space and "
+            "repeat the command to go on"
         ) from error
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)

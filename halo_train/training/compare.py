@@ -115,13 +115,13 @@ def plan(file: Path, overrides: Sequence[str], steps: int | None) -> Comparison:
                     *(f"{key}={value}" for key, value in {compared: value, **given}.items()),
                     f"run.name={name}",
                     f"run.dir={folder}",
-                    "run.resume=true",
+                    "run.resume=auto",
                     "run.overwrite=false",
                 ],
             )
             members.append(Member(name, label, condition, config))
     comparison = Comparison(folder, compared, members, base.overwrite)
-    _check_folder(comparison, base.resume)
+    _check_folder(comparison, base.resume == "auto")
     return comparison
 
 
@@ -154,7 +154,7 @@ def run_members(comparison: Comparison) -> dict[str, int]:
             code = _run(file, stop)
             if stop.received is not None:
                 raise Interrupted(
-                    stop.received, f"stopped in {member.name}; go on with run.resume=true ({folder})"
+                    stop.received, f"stopped in {member.name}; repeat the command to go on ({folder})"
                 )
             if code:
                 failed[member.name] = code
@@ -189,15 +189,15 @@ def _check_folder(comparison: Comparison, resume: bool) -> None:
         )
     if not (resume or comparison.overwrite):
         raise UserError(
-            f"comparison {folder} exists; finish it or add values to it with run.resume=true, delete it and start again with "
+            f"comparison {folder} exists; finish it or add values to it with run.resume=auto, delete it and start again with "
             "run.overwrite=true, or choose another run.name"
         )
-    for member in comparison.members if resume else ():
+    for member in () if comparison.overwrite else comparison.members:
         saved = member.folder / "config.yaml"
         difference = first_difference(load_config(saved), member.config) if saved.is_file() else None
         if difference is not None:
             raise UserError(
-                f"run.resume: {member.folder} was started with other settings: {difference}; use the same value, or "
+                f"{member.folder} was started with other settings: {difference}; use the same value, or "
                 "another run.name for a new comparison"
             )
 

@@ -46,18 +46,12 @@ class RunSection(_Section):
     """Folder under ``dir``; letters, digits and ``_ . + = -``."""
     dir: Path = Path("runs")
     """Relative to the current folder."""
-    resume: bool = False
-    """Go on from the last checkpoint of an existing run; starts from the beginning where there is none."""
+    resume: Literal["auto", "never"] = "auto"
+    """A run of this name that is there already: go on from its last checkpoint if it has the same settings; or refuse."""
     overwrite: bool = False
-    """Delete an existing run of this name first."""
+    """Delete an existing run of this name first, and start from the beginning."""
     seed: _NotNegative = 0
     """Of the random weights, the order of the data and the validation split."""
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> RunSection:
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other; set one of them to false")
-        return self
 
 
 class ModelSection(_Section):

@@ -15,8 +15,8 @@ def check_run_folder(config: Config) -> Path:
     """The folder of the run, after making sure that nothing there gets lost. Nothing is written or deleted yet.
 
     Raises:
-        UserError: a run is there and neither run.resume nor run.overwrite is set; the folder holds something else;
-            the run there was started with other settings and cannot be resumed with these.
+        UserError: the folder holds something else than a run; or a run that has other settings or must not be resumed, and
+            run.overwrite is not set.
     """
     folder = config.run.dir / config.run.name
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -29,23 +29,24 @@ def check_run_folder(config: Config) -> Path:
     started = (
         bool(read_metrics(folder / "metrics.jsonl")) or latest_checkpoint(folder / "checkpoints") is not None
     )
-    if started and not (config.run.resume or config.run.overwrite):
+    if not started or config.run.overwrite:
+        return folder
+    if config.run.resume == "never":
         raise UserError(
-            f"run directory {folder} exists; go on with run.resume=true, delete it and start again with "
+            f"run directory {folder} exists; go on with run.resume=auto, delete it and start again with "
             "run.overwrite=true, or choose another run.name"
         )
-    if started and config.run.resume:
-        difference = first_difference(load_config(saved), config)
-        if difference is not None:
-            raise UserError(
-                f"run.resume: {folder} was started with other settings: {difference}; use the same value, or another "
-                "run.name for a new run"
-            )
+    difference = first_difference(load_config(saved), config)
+    if difference is not None:
+        raise UserError(
+            f"{folder} holds a run that was started with other settings: {difference}; use the same value to go on with it, "
+            "another run.name for a new run, or run.overwrite=true to delete it"
+        )
     return folder
 
 
 def make_run_folder(folder: Path, config: Config) -> None:
-    """Makes the folder; deletes what is in it unless the run is resumed."""
-    if folder.exists() and not config.run.resume:
+    """Makes the folder; with run.overwrite it is emptied first."""
+    if folder.exists() and config.run.overwrite:
         shutil.rmtree(folder)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
