@@ -1,0 +1,303 @@
+"""GSM8K end to end: a Llama trained from scratch on text found on this machine, then fine-tuned in several precisions.
+
+    python benchmarks/gsm8k.py --data GSM8K     # four minutes on an H200; GSM8K holds train.jsonl and test.jsonl
+
+1. Text: sources and documentation of Python's standard library and of the installed packages, and the training questions of
+   GSM8K (github.com/openai/grade-school-math, MIT). The model, 130M parameters by default, and its tokenizer are made from it by
+   the fine-tuning recipe in bf16 and saved as a Hugging Face directory.
+2. ``halo-train compare`` fine-tunes that directory on GSM8K's training split in each precision, from the same weights on the
+   same batches, and validates on the test split.
+3. Each exported model, plain bf16 now, answers the test questions greedily.
+
+What the model knows is what minutes of training on code can teach it, so expect a few per cent; the question is whether 8 bits
+change the losses and the answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import site
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from common import RESULTS, environment, save_json
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from halo_train.recipes import finetune
+from halo_train.training.compare import plan, run_members
+from halo_train.training.compare_report import Line, read_lines, write_comparison
+from halo_train.training.config import load_config
+from halo_train.training.evaluation import Evaluation, run_evaluation
+from halo_train.training.model import export_model, train_tokenizer
+
+SUFFIXES = (".py", ".md", ".rst", ".txt")
+CHUNK = 2500
+"""Characters of a row of the text: about 800 tokens."""
+
+
+def documents(roots: list[Path], megabytes: float) -> Iterator[str]:
+    """Texts under the roots in an order that depends on their names alone, until there are so many characters."""
+    files = sorted({path for root in roots for path in root.rglob("*") if path.suffix in SUFFIXES})
+    random.Random(0).shuffle(files)
+    left = megabytes * 1e6
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if 1000 <= len(text) <= 200_000:  # longer ones are tables and generated code
+            yield text
+            left -= len(text)
+        if left <= 0:
+            return
+
+
+def chunks(text: str) -> Iterator[str]:
+    """Parts of at most about :data:`CHUNK` characters that end with a line."""
+    part: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        part.append(line[:CHUNK])
+        size += len(part[-1])
+        if size >= CHUNK:
+            yield "".join(part)
+            part, size = [], 0
+    if "".join(part).strip():
+        yield "".join(part)
+
+
+def write_jsonl(path: Path, rows: Iterator[dict[str, str]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def prompt(question: str) -> str:
+    return f"Question: {question}\nAnswer:"
+
+
+def write_data(args: argparse.Namespace, folder: Path) -> list[str]:
+    """text.jsonl, train.jsonl and test.jsonl in the formats of the recipe; returns the documents."""
+    split = {
+        name: [json.loads(line) for line in (args.data / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test")
+    }
+    roots = [Path(sysconfig.get_path("stdlib")), *map(Path, site.getsitepackages())]
+    texts = list(documents(roots, args.megabytes))
+    questions = [row["question"] for row in split["train"]]
+    texts += ["\n\n".join(questions[i : i + 8]) for i in range(0, len(questions), 8)]
+    write_jsonl(folder / "text.jsonl", ({"text": part} for text in texts for part in chunks(text)))
+    for name, rows in split.items():
+        pairs = ({"prompt": prompt(row["question"]), "completion": " " + row["answer"]} for row in rows)
+        write_jsonl(folder / f"{name}.jsonl", pairs)
+    return texts
+
+
+def fresh_model(args: argparse.Namespace, texts: list[str], folder: Path) -> int:
+    """A Hugging Face directory with random weights and a tokenizer trained on a part of the texts; the parameters' number."""
+    sample = random.Random(1).sample(texts, k=max(1, len(texts) // 4))
+    tokenizer = train_tokenizer(sample, args.vocab)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=3 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden // 64),
+        num_key_value_heads=max(1, args.hidden // 256),
+        max_position_embeddings=args.seq_len,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(args.seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    export_model(model, tokenizer, folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run_file(path: Path, **sections: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump({"save": {"every": 1_000_000, "keep": 1}, **sections}))
+    return path
+
+
+def pretrain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Trains ``fresh`` on the text; the model is in ``pretrain/export``."""
+    file = run_file(
+        folder / "pretrain.yaml",
+        run={"name": "pretrain", "dir": str(folder), "seed": args.seed},
+        model={"path": "fresh"},
+        quant={"recipe": "bf16"},
+        data={"train": "text.jsonl", "seq_len": args.seq_len, "valid_fraction": 0.005},
+        train={
+            "steps": args.pretrain_steps,
+            "micro_batch": args.micro_batch,
+            "lr": 1e-3,
+            "warmup_steps": args.pretrain_steps // 10,
+            "weight_decay": 0.1,
+            "device": args.device,
+        },
+        log={"eval_every": args.pretrain_steps, "every": 50},
+    )
+    return finetune.run(load_config(file))
+
+
+def compare(args: argparse.Namespace, folder: Path) -> tuple[list[Line], dict[str, int], Path]:
+    """Fine-tunes in every precision: finished runs, exit codes of failed ones, folder of the comparison."""
+    file = run_file(
+        folder / "gsm8k.yaml",
+        run={"name": "gsm8k", "dir": str(folder)},
+        model={"path": "pretrain/export"},
+        data={"train": "train.jsonl", "valid": "test.jsonl", "seq_len": min(512, args.seq_len)},
+        train={
+            "steps": args.steps,
+            "micro_batch": args.micro_batch,
+            "lr": 3e-4,
+            "warmup_steps": args.steps // 20,
+            "weight_decay": 0.1,
+            "device": args.device,
+        },
+        log={"eval_every": max(1, args.steps // 4), "every": 50},
+    )
+    seeds = ",".join(str(args.seed + i) for i in range(args.seeds))
+    comparison = plan(file, [f"quant.recipe={args.recipes}", f"run.seed={seeds}"], None)
+    failed = run_members(comparison)
+    table, _ = write_comparison(comparison, failed)
+    finetune.Console(width=140).print(table)
+    return read_lines(comparison), failed, comparison.folder
+
+
+def exact_match(args: argparse.Namespace, folder: Path, run: Path) -> dict[str, Any]:
+    asked = Evaluation(
+        data=folder / "test.jsonl",
+        task="exact-match",
+        lm_eval=[],
+        form="auto",
+        pattern="####",
+        limit=args.limit,
+        max_new_tokens=args.max_new_tokens,
+        seq_len=args.seq_len,
+        batch=args.answers_at_once,
+    )
+    file = run_evaluation(run, asked, finetune.pick_device(args.device), None)
+    return json.loads(file.read_text())["exact_match"]
+
+
+def report(record: dict[str, Any]) -> str:
+    """The table and what is needed to read it."""
+    env, settings, before = record["environment"], record["settings"], record["pretraining"]
+    lines = [
+        f"# GSM8K end to end, {env['gpu']}, {env['date']}",
+        "",
+        f"`{record['command']}`; torch {env['torch']}, driver {env['driver']}, commit {env['commit']}; {record['seconds']:.0f} s in all.",
+        "",
+        f"A Llama of {record['parameters'] / 1e6:.0f}M parameters (hidden {settings['hidden']}, {settings['layers']} layers) from random weights:",
+        f"{settings['pretrain_steps']} steps of {settings['micro_batch']} rows on {record['text_megabytes']:.0f} MB of text in bf16, validation loss "
+        f"{before['valid_before']:.3f} to {before['valid_after']:.3f}.",
+        f"Then {settings['steps']} steps on GSM8K's training split; loss on its test split, exact match of greedy answers of the exported bf16 model.",
+        "",
+        "| precision | test loss | gap | training loss | exact match | answered | tokens/s | speed | peak GiB | SQNR fprop/dgrad/wgrad |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["results"]:
+        match = row["exact_match"]
+        share = 1 - match["without_answer"] / match["questions"]
+        memory = "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f}"
+        speed = "-" if row["emulated"] else f"{row['speed']:.2f}"
+        lines.append(
+            f"| {row['name']} | {row['valid_loss']:.4f} | {row['gap']:+.4f} | {row['train_loss']:.4f} | "
+            f"{100 * match['exact_match']:.2f}% ± {100 * match['standard_error']:.2f} ({match['correct']}/{match['questions']}) | "
+            f"{100 * share:.0f}% | {row['tokens_per_second']:,.0f} | {speed} | {memory} | "
+            f"{'/'.join(f'{db:.0f}' for db in row['sqnr_db'].values())} |"
+        )
+    lines += [
+        "",
+        "gap: test loss minus that of the first precision, same weights, data, order and seed. ±: standard error of the exact match. answered: share of",
+        "the texts with a number after `####`. tokens/s: training, median step, padding not counted. SQNR in dB, median layer.",
+    ]
+    lines += [f"\n{name} failed with exit code {code}." for name, code in record["failed"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with GSM8K's train.jsonl and test.jsonl"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/gsm8k"), help="is replaced")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--recipes", default="bf16,fp8,int8")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="fine-tuning runs of each precision")
+    parser.add_argument("--megabytes", type=float, default=40, help="of text")
+    parser.add_argument("--vocab", type=int, default=16384)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--micro-batch", type=int, default=64)
+    parser.add_argument("--pretrain-steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=240, help="of fine-tuning")
+    parser.add_argument("--limit", type=int, help="test questions")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--answers-at-once", type=int, default=512)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--commit", help="where the sources are no git checkout")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    started = time.perf_counter()
+
+    def stage(name: str) -> None:
+        print(f"\n=== {time.perf_counter() - started:.0f} s: {name}", flush=True)
+
+    folder = args.work.resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    stage("text and tokenizer")
+    texts = write_data(args, folder)
+    parameters = fresh_model(args, texts, folder / "fresh")
+    stage(f"{parameters / 1e6:.0f}M parameters from scratch")
+    before = pretrain(args, folder)
+    stage("fine-tuning")
+    lines, failed, compared = compare(args, folder)
+    results = []
+    for line in lines:
+        stage(f"answers of {line.name}")
+        results.append({**vars(line), "exact_match": exact_match(args, folder, compared / line.name)})
+
+    samples = [row["exact_match"].pop("samples") for row in results]
+    record = {
+        "environment": environment(args.commit),
+        "command": "python benchmarks/gsm8k.py --data GSM8K",
+        "settings": {key: value for key, value in vars(args).items() if not isinstance(value, Path)},
+        "seconds": time.perf_counter() - started,
+        "parameters": parameters,
+        "text_megabytes": sum(map(len, texts)) / 1e6,
+        "pretraining": {key: before[key] for key in ("valid_before", "valid_after", "tokens_per_second")},
+        "results": results,
+        "failed": failed,
+    }
+    file = save_json("gsm8k", record, args.out)
+    file.with_suffix(".md").write_text(report(record))
+    shutil.copyfile(compared / "compare.png", file.with_suffix(".png"))
+    print(report(record))
+    for row, answers in zip(results, samples, strict=True):
+        first = answers[0]
+        print(
+            f"{row['name']}: {first['prompt']!r}\n  -> {first['generated']!r} (expected {first['expected']})"
+        )
+    stage(f"written: {file}")
+
+
+if __name__ == "__main__":
+    main()
