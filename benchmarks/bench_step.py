@@ -1,0 +1,80 @@
+"""A whole training step, Llama-3-8B shape cut to 8 layers: bf16, torchao.float8 (where importable) and our recipes.
+
+    python benchmarks/bench_step.py
+    python benchmarks/bench_step.py --mode compiled --recipes fp8 int8 --no-save
+
+Measured as ``halo-train bench step`` does it. Writes a dated JSON file and a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from typing import Any
+
+import torch
+from common import environment, save_json
+from torch import nn
+
+from halo_train.bench.linear import require_gpu
+from halo_train.bench.step import Case, add_arguments, measure, recipe_case, recipes, size_of
+
+
+def torchao_cases() -> list[Case]:
+    if importlib.util.find_spec("torchao") is None:
+        return []
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    torch._dynamo.config.recompile_limit = 64
+
+    def convert(recipe: str) -> Any:
+        config = Float8LinearConfig.from_recipe_name(recipe)
+
+        def inner(model: nn.Module) -> None:
+            convert_to_float8_training(
+                model, config=config, module_filter_fn=lambda module, name: name != "lm_head"
+            )
+
+        return inner
+
+    return [Case(f"torchao {recipe}", convert(recipe)) for recipe in ("tensorwise", "rowwise")]
+
+
+def table(rows: list[dict[str, Any]], where: dict[str, Any], command: str) -> str:
+    """Markdown of every row."""
+    lines = [
+        f"Training step: {command}. {where['gpu']}, driver {where['driver']}, torch {where['torch']}, {where['date']}, "
+        f"commit {where['commit']}.",
+        "",
+        "| | mode | checkpointing | ms | times bf16 | tokens/s | peak GiB | activations GiB | GPU ms by category |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
+        parts = ", ".join(f"{name} {ms:.0f}" for name, ms in row["gpu_ms"].items())
+        mode = "compiled" if row["compiled"] else "eager"
+        lines.append(
+            f"| {row['name']} | {mode} | {row['checkpointing']} | {row['ms']:.1f} | {row['speedup']:.2f} | "
+            f"{row['tokens_per_second']:.0f} | {row['peak_gib']:.1f} | {row['activations_gib']:.1f} | {parts} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.set_defaults(checkpointing=["none", "full"], recipes=["fp8", "fp8_plain", "int8"])
+    parser.add_argument("--commit", help="of the sources, where they are no git checkout")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    args = parser.parse_args()
+    require_gpu(parser)
+    cases = [*(recipe_case(recipe) for recipe in recipes(args)), *torchao_cases()]
+    rows = measure(size_of(args), cases, args)
+    if not args.no_save:
+        where = environment(args.commit)
+        path = save_json("step", {"environment": where, "size": size_of(args)._asdict(), "rows": rows})
+        path.with_suffix(".md").write_text(table(rows, where, str(size_of(args))))
+        print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()

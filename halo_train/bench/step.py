@@ -1,0 +1,233 @@
+"""Times a whole training step of a Llama in bf16 and in 8 bits: ``halo-train bench step``.
+
+Forward, loss, backward and a fused AdamW on random tokens, weights in bfloat16, one precision after another. Needs
+transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from halo_train import RECIPES, convert_to_halo_training
+
+from .linear import require_gpu
+
+CHECKPOINTING = ("none", "full")
+WARM_UP = 3
+
+_CATEGORIES = {
+    "GEMM": ("gemm", "nvjet", "cutlass", "_kernel_tma", "wgmma"),
+    "attention": ("flash", "fmha", "attention", "cudnn"),
+    "rotate and round": ("halo_train", "transpose_bytes"),
+    "optimiser": ("multi_tensor", "adam"),
+}
+"""What the name of a kernel contains, in lower case; everything else is "other"."""
+
+
+class Size(NamedTuple):
+    """Of the model and of its batch."""
+
+    layers: int = 8
+    hidden: int = 4096
+    intermediate: int = 14336
+    heads: int = 32
+    kv_heads: int = 8
+    vocabulary: int = 128256
+    batch: int = 2
+    length: int = 8192
+
+
+class Case(NamedTuple):
+    """A model to time, with what makes it from the bf16 one."""
+
+    name: str
+    convert: Callable[[nn.Module], Any]
+
+
+def build(size: Size, case: Case, *, compiled: bool, checkpointing: str) -> nn.Module:
+    """The model on the current GPU, converted, its decoder layers compiled or not."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=size.length,
+        rope_theta=500000.0,
+        use_cache=False,
+        dtype=torch.bfloat16,
+    )
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+    case.convert(model)
+    if checkpointing == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile()
+    return model.train()
+
+
+class Training:
+    """A model with its optimiser and a fixed batch."""
+
+    def __init__(self, model: nn.Module, size: Size) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        self.tokens = torch.randint(size.vocabulary, (size.batch, size.length), device="cuda")
+        self.loss: Tensor | None = None
+        self.activation_bytes = 0
+
+    def step(self) -> None:
+        before = torch.cuda.memory_allocated()
+        self.loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        self.activation_bytes = torch.cuda.memory_allocated() - before
+        self.loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def measure_case(size: Size, case: Case, *, compiled: bool, checkpointing: str, steps: int) -> dict[str, Any]:
+    """Milliseconds a step (median), tokens a second, GiB of memory by category, share of GPU time by category."""
+    torch.cuda.empty_cache()
+    start_bytes = torch.cuda.memory_allocated()
+    started = time.perf_counter()
+    model = build(size, case, compiled=compiled, checkpointing=checkpointing)
+    weights = torch.cuda.memory_allocated() - start_bytes
+    training = Training(model, size)
+    for _ in range(WARM_UP):
+        training.step()
+    torch.cuda.synchronize()
+    warm_up_s = time.perf_counter() - started
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        training.step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    peak = torch.cuda.max_memory_allocated() - start_bytes
+    assert training.loss is not None
+    ms = 1e3 * statistics.median(times)
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    gib = 2.0**30
+    return {
+        "name": case.name,
+        "compiled": compiled,
+        "checkpointing": checkpointing,
+        "ms": ms,
+        "tokens_per_second": size.batch * size.length / ms * 1e3,
+        "peak_gib": peak / gib,
+        "weights_gib": weights / gib,
+        "gradients_gib": parameters / gib,
+        "optimiser_gib": 2 * parameters / gib,
+        "activations_gib": training.activation_bytes / gib,
+        "loss": training.loss.item(),
+        "warm_up_s": warm_up_s,
+        "gpu_ms": _profile(training),
+    }
+
+
+def measure(size: Size, cases: Sequence[Case], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each case, mode and checkpointing; prints them as they come."""
+    print(
+        f"{'':>24} {'mode':>8} {'checkpointing':>13} {'ms':>7} {'x bf16':>7} {'tokens/s':>9} {'peak GiB':>9} "
+        f"{'activations':>11}  GPU ms by category"
+    )
+    rows: list[dict[str, Any]] = []
+    for compiled in args.mode:
+        for checkpointing in args.checkpointing:
+            base = 0.0
+            for case in cases:
+                row = measure_case(
+                    size,
+                    case,
+                    compiled=compiled == "compiled",
+                    checkpointing=checkpointing,
+                    steps=args.steps,
+                )
+                torch._dynamo.reset()
+                base = base or row["ms"]
+                row["speedup"] = base / row["ms"]
+                rows.append(row)
+                parts = "  ".join(f"{name} {ms:.0f}" for name, ms in row["gpu_ms"].items())
+                print(
+                    f"{case.name:>24} {compiled:>8} {checkpointing:>13} {row['ms']:7.1f} {row['speedup']:7.2f} "
+                    f"{row['tokens_per_second']:9.0f} {row['peak_gib']:9.1f} {row['activations_gib']:11.1f}  {parts}",
+                    flush=True,
+                )
+    return rows
+
+
+def recipe_case(recipe: str) -> Case:
+    """A recipe, applied as users do."""
+    if recipe == "bf16":
+        return Case("bf16", lambda model: None)
+    return Case(recipe, lambda model: convert_to_halo_training(model, recipe=recipe))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure."""
+    parser.add_argument("--recipes", nargs="+", default=["fp8"], choices=list(RECIPES))
+    parser.add_argument("--mode", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--checkpointing", nargs="+", default=["none"], choices=list(CHECKPOINTING))
+    parser.add_argument("--steps", type=int, default=8)
+    for field, default in Size()._asdict().items():
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=default)
+
+
+def size_of(args: argparse.Namespace) -> Size:
+    """The size that the arguments give."""
+    return Size(**{field: getattr(args, field) for field in Size._fields})
+
+
+def recipes(args: argparse.Namespace) -> list[str]:
+    """bf16, the base, and the chosen ones."""
+    return ["bf16", *(recipe for recipe in args.recipes if recipe != "bf16")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``halo-train bench step``."""
+    parser = argparse.ArgumentParser(prog="halo-train bench step", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    args = parser.parse_args(argv)
+    require_gpu(parser)
+    rows = measure(size_of(args), [recipe_case(recipe) for recipe in recipes(args)], args)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _profile(training: Training) -> dict[str, float]:
+    """Milliseconds of GPU time of one step by category of kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        training.step()
+        torch.cuda.synchronize()
+    totals = dict.fromkeys([*_CATEGORIES, "other"], 0.0)
+    for event in found.key_averages():
+        name = event.key.lower()
+        category = next(
+            (c for c, marks in _CATEGORIES.items() if any(mark in name for mark in marks)), "other"
+        )
+        totals[category] += event.self_device_time_total / 1e3
+    return totals
