@@ -7,10 +7,10 @@ import logging
 import shutil
 import sys
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Literal
 
 try:
+    import numpy as np
     import typer
     from rich.console import Console
     from rich.table import Table
@@ -25,7 +25,7 @@ try:
     from halo_train.training import doctor as machine
     from halo_train.training.compare import plan, run_members
     from halo_train.training.compare_report import write_comparison
-    from halo_train.training.config import RECIPE_FILE, STDLIB, Config, load_config
+    from halo_train.training.config import RECIPE_FILE, Config, is_no_path, load_config
     from halo_train.training.encode import decode_pieces
     from halo_train.training.errors import Interrupted, RunFailed, UserError
     from halo_train.training.evaluation import Evaluation, Task, run_evaluation
@@ -166,20 +166,28 @@ def preprocess(
     """Read and tokenise the data of FILE and show what is trained, marked «so»; nothing is trained."""
     config = load_config(file, overrides or ())
     data = finetune.load_data(config, config.run.dir / config.run.name)
-    examples = data.train.examples
-    lengths = sorted(len(example.ids) for example in examples)
+    train, store = data.train, data.train.store
+    lengths = np.sort(store.lengths()[train.rows.documents])
     print(
-        f"tokens a row:    {lengths[0]} to {lengths[-1]}, median {median(lengths):g}, "
+        f"tokens a document: {lengths[0]} to {lengths[-1]}, median {np.median(lengths):g}, "
         f"95% at most {lengths[int(0.95 * (len(lengths) - 1))]}; data.seq_len={config.data.seq_len}"
     )
     console = _console()
-    for number, example in enumerate(examples[:show], start=1):
-        trained = sum(end - start for start, end in example.trained)
-        console.rule(f"row {number}: {trained} of {len(example.ids)} tokens trained", align="left")
-        pieces = decode_pieces(example, data.tokenizer)
-        console.print(
-            Text.assemble(*((f"«{text}»", "green") if on else text for text, on in pieces)), soft_wrap=True
+    for row in range(min(show, len(train.rows))):
+        documents = [store.document(number) for number in train.rows[row]]
+        trained = sum(int((document >= 0).sum()) for document in documents)
+        packed = f" in {len(documents)} documents" if config.data.packing else ""
+        console.rule(
+            f"row {row + 1}: {trained} of {train.rows.lengths[row]} tokens trained{packed}", align="left"
         )
+        for number, document in enumerate(documents, start=1):
+            if config.data.packing:
+                console.print(f"document {number}, {len(document)} tokens:", style="bold")
+            pieces = decode_pieces(document, data.tokenizer)
+            console.print(
+                Text.assemble(*((f"«{text}»", "green") if on else text for text, on in pieces)),
+                soft_wrap=True,
+            )
 
 
 @app.command("eval")
@@ -327,8 +335,8 @@ def _inputs(config: Config) -> dict[str, Path]:
     """Files and directories that a run reads, by the field that names them."""
     named = {
         "model.path": config.model.path,
-        "data.train": None if config.data.train == STDLIB else config.data.train,
-        "data.valid": config.data.valid,
+        "data.train": None if is_no_path(config.data.train) else config.data.train,
+        "data.valid": None if is_no_path(config.data.valid) else config.data.valid,
         "quant.recipe": config.quant.recipe if config.quant.recipe.endswith(RECIPE_FILE) else None,
     }
     return {key: Path(path) for key, path in named.items() if path is not None}

@@ -4,8 +4,8 @@
     halo-train run my.yaml quant.recipe=int8 train.lr=1e-5
 
 - any causal model of transformers: a Hugging Face directory, or random weights from a config file
-- JSONL with messages (loss on the assistant's turns only), prompt and completion or Alpaca's fields (loss on completions only),
-  or text
+- JSONL, parquet or a data set of the hub with messages (loss on the assistant's turns only), prompt and completion or Alpaca's
+  fields (loss on completions only), or text; on request packed
 - AdamW, bfloat16 autocast, weights in float32 or bfloat16; the linear layers run the precision recipe ``quant.recipe``
 - with ``log.quant_every`` the quantisation error of every layer and product: ``quant.jsonl``, ``quant_report.html``
 - stops at will (Ctrl-C, SIGTERM), goes on bit for bit when it is started again
@@ -19,13 +19,12 @@ import math
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from halo_train import (
     Calibration,
@@ -44,11 +43,9 @@ from halo_train.metrics.collect import Sink
 from halo_train.metrics.records import JsonlSink
 from halo_train.quant_report import write_report
 from halo_train.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
-from halo_train.training.config import RECIPE_FILE, STDLIB, Config
-from halo_train.training.data import BatchStream, fixed_batches, split_rows
-from halo_train.training.encode import Dataset, encode_rows
+from halo_train.training.config import RECIPE_FILE, Config
+from halo_train.training.data import Batch, BatchStream
 from halo_train.training.errors import Interrupted, RunFailed, UserError
-from halo_train.training.formats import read_rows
 from halo_train.training.logging import (
     MetricsFile,
     ProgressBar,
@@ -61,30 +58,14 @@ from halo_train.training.loop import (
     StopSignals,
     evaluate,
     pick_device,
-    total_steps,
 )
-from halo_train.training.loss import TokenLoss, count_trained
-from halo_train.training.model import build_model, export_model, load_tokenizer
+from halo_train.training.loss import TokenLoss
+from halo_train.training.model import build_model, export_model
 from halo_train.training.optim import build_optimizer, learning_rate, set_learning_rate
+from halo_train.training.packing import require_isolation
+from halo_train.training.prepare import Data, load_data
 from halo_train.training.report import Result, plot_losses, run_table, summarise
 from halo_train.training.run_folder import check_run_folder, make_run_folder
-from halo_train.training.stdlib_data import stdlib_pairs_file
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run reads."""
-
-    tokenizer: Any
-    train: Dataset
-    valid: list[tuple[Tensor, Tensor]]
-    steps: int
-    """Optimiser steps of the run."""
-
-    @property
-    def pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -146,6 +127,8 @@ def train(
     checkpoints.mkdir(parents=True, exist_ok=True)
     loss_of = build_loss(config, data.tokenizer, device)
     model = loss_of.model
+    if config.data.packing:
+        require_isolation(model, config.model.path)
 
     # The first validation comes before the conversion: the layers take their equaliser from a training batch.
     checkpoint = latest_checkpoint(checkpoints)
@@ -169,7 +152,6 @@ def train(
     progress = load_checkpoint(checkpoint, model, optimizer) if checkpoint else Progress()
     if checkpoint:
         print(f"resumed from {checkpoint}", flush=True)
-    stream = BatchStream(data.train.examples, cfg.micro_batch, data.pad_id, config.run.seed, progress.batches)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -189,16 +171,20 @@ def train(
             metrics.write(step=0, valid_loss=valid_before)
             bar.note(f"validation loss {valid_before:.4f} before training")
 
+        stream = stack.enter_context(
+            BatchStream(data.train, cfg.micro_batch, data.pad_id, config.run.seed, progress.batches)
+        )
         for step in range(progress.step + 1, data.steps + 1):
             started = time.perf_counter()
             micro_batches = [next(stream) for _ in range(cfg.grad_accum)]
+            waited = time.perf_counter() - started
             # The mean is over the trained tokens of the whole step, not a mean of means over its micro-batches.
-            trained = sum(count_trained(labels) for _, labels in micro_batches)
-            tokens = sum(int((ids != data.pad_id).sum()) for ids, _ in micro_batches)
+            trained = sum(batch.trained for batch in micro_batches)
+            tokens = sum(batch.tokens for batch in micro_batches)
 
             total = torch.zeros((), device=device)
-            for ids, labels in micro_batches:
-                loss = loss_of(ids.to(device), labels) / trained
+            for batch in micro_batches:
+                loss = loss_of(**batch.inputs(device)) / trained
                 loss.backward()
                 total += loss.detach()
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
@@ -211,13 +197,15 @@ def train(
             optimizer.zero_grad()
             progress = Progress(step, stream.position)
 
+            seconds = time.perf_counter() - started
             values = {
                 "loss": total.item(),
                 "lr": lr,
                 "grad_norm": norm,
                 "tokens": tokens,
                 "trained_tokens": trained,
-                "tokens_per_second": tokens / (time.perf_counter() - started),
+                "tokens_per_second": tokens / seconds,
+                "data_wait": waited / seconds,
             }
             metrics.write(step=step, **values)
             wandb.log(step, **values)
@@ -261,10 +249,10 @@ def build_loss(config: Config, tokenizer: Any, device: torch.device) -> TokenLos
 
 def measure(loss_of: TokenLoss, data: Data, device: torch.device) -> dict[str, dict[str, ProductError]]:
     """Errors of the three products by layer on the first validation batch."""
-    ids, labels = data.valid[0]
+    batch = data.valid[0]
 
     def forward_and_backward() -> None:
-        (loss_of(ids.to(device), labels) / count_trained(labels)).backward()
+        (loss_of(**batch.inputs(device)) / batch.trained).backward()
 
     errors = measure_products(loss_of.model, forward_and_backward)
     loss_of.zero_grad()
@@ -307,16 +295,14 @@ def calibrate_layers(config: Config, batches: int, prefer: Prefer) -> Calibratio
     device = pick_device(config.train.device)
     data = load_data(config, config.run.dir / config.run.name)
     loss_of = build_loss(config, data.tokenizer, device).train()
-    stream = BatchStream(data.train.examples, config.train.micro_batch, data.pad_id, config.run.seed, 0)
 
-    def forward_and_backward(_: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-        ids, labels = batch
-        (loss_of(ids.to(device), labels) / count_trained(labels)).backward()
+    def forward_and_backward(_: nn.Module, batch: Batch) -> None:
+        (loss_of(**batch.inputs(device)) / batch.trained).backward()
 
     try:
-        return calibrate(
-            loss_of.model, (next(stream) for _ in range(batches)), forward_and_backward, prefer=prefer
-        )
+        with BatchStream(data.train, config.train.micro_batch, data.pad_id, config.run.seed) as stream:
+            first = (next(stream) for _ in range(batches))
+            return calibrate(loss_of.model, first, forward_and_backward, prefer=prefer)
     except ValueError as error:
         raise UserError(f"{config.model.path}: {error}") from error
 
@@ -333,34 +319,6 @@ def read_recipes(recipe: str) -> dict[str, HaloConfig]:
         return load_recipe(recipe)
     except (OSError, ValueError) as error:
         raise UserError(f"quant.recipe: {error}") from error
-
-
-def load_data(config: Config, folder: Path) -> Data:
-    """Reads, splits and tokenises; prints what there is.
-
-    Raises:
-        UserError: a file that is missing or malformed, or without a trained token; too few rows; a warm-up that is
-            longer than the epochs.
-    """
-    section = config.data
-    if section.train == STDLIB:
-        print("collecting the documented functions of Python's standard library", flush=True)
-    source = stdlib_pairs_file(section.cache_dir) if section.train == STDLIB else Path(section.train)
-    rows, form = read_rows(source, section.format)
-    print(f"{len(rows)} rows of {source}, format {form}", flush=True)
-    if section.valid is None:
-        train_rows, valid_rows = split_rows(rows, section.valid_fraction, config.run.seed)
-    else:
-        train_rows, valid_rows = rows, read_rows(Path(section.valid), section.format)[0]
-    texts = (text for row in train_rows for text in row.texts)
-    tokenizer = load_tokenizer(Path(config.model.path), texts, folder / "tokenizer")
-    train_set = encode_rows(train_rows, tokenizer, section.seq_len, "data.train")
-    valid_set = encode_rows(valid_rows, tokenizer, section.seq_len, "data.valid")
-    steps = total_steps(config.train, len(train_set.examples))
-    print(f"training data:   {train_set}\nvalidation data: {valid_set}\ntraining steps:  {steps}", flush=True)
-    data = Data(tokenizer, train_set, [], steps)
-    valid = fixed_batches(valid_set.examples, config.train.micro_batch, data.pad_id)
-    return replace(data, valid=valid)
 
 
 def require_low_precision(recipe: HaloConfig, device: torch.device) -> None:

@@ -5,9 +5,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from training_fixtures import CHATML, chat_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from halo_train.training.encode import decode_pieces, encode_rows
+from halo_train.training.encode import Encoder, decode_pieces
 from halo_train.training.errors import UserError
 from halo_train.training.formats import Conversation
+from halo_train.training.store import Documents, make_chunk
 
 LAST_THINKS = CHATML.replace(
     "{{ m.content }}",
@@ -37,10 +38,14 @@ def _row(*turns: str) -> Conversation:
 ROW = _row("Be brief.", "hi ", " yes\n", "t 🙂", "e")
 
 
+def _encode(rows: list[Conversation], tokenizer: object, seq_len: int = 512) -> Documents:
+    return Documents(make_chunk(Encoder(tokenizer, seq_len)(rows), len(rows)))
+
+
 def _trained(template: str, row: Conversation = ROW, seq_len: int = 512) -> list[str]:
     tokenizer = chat_tokenizer(template)
-    example = encode_rows([row], tokenizer, seq_len, "data.train").examples[0]
-    return [text for text, trained in decode_pieces(example, tokenizer) if trained]
+    document = _encode([row], tokenizer, seq_len).document(0)
+    return [text for text, trained in decode_pieces(document, tokenizer) if trained]
 
 
 @pytest.mark.parametrize(
@@ -62,11 +67,8 @@ def test_the_assistants_turns_and_their_end_are_trained(template: str, trained: 
 
 def test_the_ids_are_those_of_the_template() -> None:
     tokenizer = chat_tokenizer(CHATML)
-    data = encode_rows([ROW], tokenizer, 512, "data.train")
-    expected = tokenizer.apply_chat_template(ROW.messages, return_dict=True)["input_ids"]
-    assert data.examples[0].ids == expected
-    assert data.tokens == len(expected)
-    assert data.trained_tokens == sum(end - start for start, end in data.examples[0].trained)
+    (example,) = Encoder(tokenizer, 512)([ROW])
+    assert example.ids == tokenizer.apply_chat_template(ROW.messages, return_dict=True)["input_ids"]
 
 
 def test_a_token_across_the_start_of_a_turn_is_trained() -> None:
@@ -75,17 +77,16 @@ def test_a_token_across_the_start_of_a_turn_is_trained() -> None:
         "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
     )
     row = _row("", "user", "user user")
-    data = encode_rows([row], tokenizer, 512, "data.train")
-    pieces = decode_pieces(data.examples[0], tokenizer)
+    pieces = decode_pieces(_encode([row], tokenizer).document(0), tokenizer)
     assert [text.strip() for text, trained in pieces if trained] == ["user user <|im_end|>"]
 
 
 def test_a_long_conversation_is_cut_and_one_without_an_answer_left_is_dropped() -> None:
     tokenizer = chat_tokenizer(CHATML)
     rows = [_row("s", "u", "a" * 5, "v", "b" * 300), _row("s", "u" * 300, "a"), _row("s", "u", "a")]
-    data = encode_rows(rows, tokenizer, 64, "data.train")
-    assert (data.cut, data.dropped, len(data.examples)) == (2, 1, 2)
-    assert len(data.examples[0].ids) == data.examples[0].trained[-1][1] == 64
+    examples = Encoder(tokenizer, 64)(rows)
+    assert [(example.row, example.cut) for example in examples] == [(0, True), (2, False)]
+    assert len(examples[0].ids) == examples[0].trained[-1][1] == 64
 
 
 @pytest.mark.parametrize(
@@ -111,17 +112,17 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
     tokenizer = chat_tokenizer(CHATML)
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"has no chat template.*put a chat_template\.jinja beside"):
-        encode_rows([ROW], tokenizer, 512, "data.train")
+        _encode([ROW], tokenizer)
     tokenizer.chat_template = {"rag": CHATML, "tools": CHATML}
     with pytest.raises(UserError, match="multiple chat templates with no default"):
-        encode_rows([ROW], tokenizer, 512, "data.train")
+        _encode([ROW], tokenizer)
 
 
 def test_a_tokenizer_that_knows_no_offsets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = chat_tokenizer(CHATML)
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     with pytest.raises(UserError, match=r"cannot be masked; give it a tokenizer\.json"):
-        encode_rows([ROW], tokenizer, 512, "data.train")
+        _encode([ROW], tokenizer)
 
 
 def test_tokens_that_hold_the_space_before_a_word() -> None:
@@ -131,6 +132,6 @@ def test_tokens_that_hold_the_space_before_a_word() -> None:
     special = ["</s>", "<|im_end|>"]
     bpe.train_from_iterator(["[INST] a [/INST] c d"], trainers.BpeTrainer(special_tokens=special))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", chat_template=INSTRUCTION)
-    example = encode_rows([_row("a", "a", "c d")], tokenizer, 512, "data.train").examples[0]
+    (example,) = Encoder(tokenizer, 512)([_row("a", "a", "c d")])
     ((start, end),) = example.trained
     assert "".join(tokenizer.convert_ids_to_tokens(example.ids[start:end])) == "▁c▁d<|im_end|>"

@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"""
 run: {{name: chat, dir: {folder / "runs"}}}
 model: {{path: model}}
-data: {{train: chat.jsonl, valid_fraction: 0.15, seq_len: 64}}
+data: {{train: chat.jsonl, valid_fraction: 0.15, seq_len: 64, cache_dir: {folder / "cache"}}}
 train: {{epochs: 2, micro_batch: 4, grad_accum: 2, lr: 1e-2, device: cpu}}
 save: {{every: 2}}
 """

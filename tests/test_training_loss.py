@@ -15,7 +15,6 @@ from halo_train.training.loss import (
     LinearCrossEntropy,
     LogitMap,
     TokenLoss,
-    count_trained,
     measure_logit_map,
 )
 
@@ -197,9 +196,3 @@ def test_measuring_leaves_the_model_alone_and_works_without_weights() -> None:
     assert measure_logit_map(model) == LogitMap(1.0, 30.0)
     assert "forward" not in vars(model.base_model)
     assert "forward" not in vars(model.get_output_embeddings())
-
-
-def test_trained_tokens_are_counted_after_the_shift(batch) -> None:
-    _, labels = batch
-    assert count_trained(labels) == int((labels[:, 1:] != IGNORE).sum()) > 0
-    assert count_trained(labels[:, :1]) == 0

@@ -22,6 +22,9 @@ RECIPE_FILE = ".json"
 STDLIB = "stdlib"
 """Value of ``data.train`` that means pairs made from Python's standard library instead of a file."""
 
+HUB = "hf:"
+"""Start of a ``data.train`` that names a data set of the Hugging Face hub instead of a path."""
+
 _MAY_CHANGE = ("data.cache_dir", "train.device")
 """Outside the sections run, save and log: what may differ when a run is resumed."""
 
@@ -87,19 +90,30 @@ class DataSection(_Section):
     """What it is trained on."""
 
     train: str
-    """A JSONL file, see ``format``; or ``stdlib``."""
+    """A JSONL (also .jsonl.gz) or parquet file, see ``format``; a folder or ``hf:NAME`` of the Hugging Face hub, which the
+    datasets library reads; or ``stdlib``."""
     valid: str | None = None
-    """A JSONL file; null takes ``valid_fraction`` of the training rows instead."""
+    """As ``train``; null takes ``valid_fraction`` of the training rows instead."""
     valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the training rows that validate, where ``valid`` is null."""
+    subset: str | None = None
+    """Of a data set that has several, as in ``datasets.load_dataset(NAME, subset)``."""
+    split: str = "train"
+    """Of a folder or ``hf:NAME`` in ``train``, e.g. ``train[:10%]``."""
+    valid_split: str = "validation"
+    """Of a folder or ``hf:NAME`` in ``valid``."""
     format: Literal["auto", "messages", "prompt_completion", "text", "alpaca"] = "auto"
-    """Fields of a row: ``messages`` (the tokenizer's chat template; loss on the assistant's turns), ``prompt`` and ``completion``
-    or alpaca's ``instruction``, ``input``, ``output`` (loss on the last), ``text`` (loss on all); ``auto`` is that of a file's
-    first row."""
+    """Fields of a row: ``messages`` (the tokenizer's chat template; loss on the assistant's turns) and perhaps ``tools``;
+    ``prompt`` and ``completion`` or alpaca's ``instruction``, ``input``, ``output`` (loss on the last); ``text`` (loss on
+    all); ``auto`` is that of a file's first row."""
+    rename: dict[str, str] = {}
+    """Fields to rename first, e.g. ``{question: prompt, answer: completion}``."""
     cache_dir: Path = Path(".cache")
-    """Of the pairs made from the standard library; relative to the current folder."""
+    """Of tokenised data; relative to the current folder."""
     seq_len: Annotated[int, Field(ge=16)] = 1024
-    """Tokens; what is longer is cut at its end."""
+    """Tokens; what is longer is cut at its end, ``text`` into pieces."""
+    packing: bool = False
+    """Fill each row with documents up to ``seq_len``; attention, positions and loss keep them apart."""
 
 
 class TrainSection(_Section):
@@ -288,9 +302,14 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> None:
         name, key = dotted.split(".")
         section = values.get(name)
         path = section.get(key) if isinstance(section, dict) else None
-        is_name = path == STDLIB or (dotted == "quant.recipe" and not str(path).endswith(RECIPE_FILE))
+        is_name = is_no_path(path) or (dotted == "quant.recipe" and not str(path).endswith(RECIPE_FILE))
         if isinstance(section, dict) and isinstance(path, str) and not is_name:
             section[key] = str(folder / Path(section[key]).expanduser())
+
+
+def is_no_path(source: object) -> bool:
+    """Whether a ``data.train`` or ``data.valid`` names something else than a file or folder."""
+    return source == STDLIB or str(source).startswith(HUB)
 
 
 def _describe(error: ValidationError) -> str:

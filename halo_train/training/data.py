@@ -1,17 +1,22 @@
-"""Token ids with a loss mask -> batches in a reproducible order; the split into training and validation rows."""
+"""Tokenised documents -> batches in a reproducible order; the split into training and validation documents."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+import itertools
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from .encode import Example
 from .errors import UserError
-
-_Row = TypeVar("_Row")
+from .packing import one_a_row, pack
+from .store import Documents
 
 IGNORE = -100
 """Label of a token that carries no loss."""
@@ -22,37 +27,135 @@ PAD_MULTIPLE = 16
 _WINDOW = 16
 """Batches that are sorted by length together: little padding, and still a random order."""
 
+_AHEAD = 4
+"""Batches that wait, ready, for the training loop."""
 
-def split_rows(rows: Sequence[_Row], fraction: float, seed: int) -> tuple[list[_Row], list[_Row]]:
-    """Training and validation rows: a random ``fraction`` of them, at least one, is for validation.
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one forward pass; S is a multiple of :data:`PAD_MULTIPLE`.
+
+    Padding is on the right, where causal attention keeps it from every real token, so there is no attention mask.
+    """
+
+    ids: Tensor
+    """Token ids, int64 [B, S]."""
+    labels: Tensor
+    """int64 [B, S]: the ids themselves (the shift is the loss's business), :data:`IGNORE` on what is not trained."""
+    positions: Tensor | None
+    """int64 [B, S] of packed documents: each counts from 0, by which models of transformers keep them apart. None where a
+    row is one document."""
+    tokens: int
+    """Without padding."""
+    trained: int
+    """Labels that carry loss."""
+
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """Arguments of :class:`halo_train.training.loss.TokenLoss`, which takes the labels from the CPU."""
+        moved = {"ids": self.ids.to(device, non_blocking=True), "labels": self.labels}
+        if self.positions is not None:
+            moved["position_ids"] = self.positions.to(device, non_blocking=True)
+        return moved
+
+    def pin_memory(self) -> Batch:
+        """For torch.utils.data.DataLoader."""
+        positions = None if self.positions is None else self.positions.pin_memory()
+        return replace(self, ids=self.ids.pin_memory(), positions=positions)
+
+
+def collate(rows: Sequence[Sequence[NDArray[np.int32]]], pad_id: int, width: int | None = None) -> Batch:
+    """A batch of rows of documents, each as :meth:`halo_train.training.store.Documents.document` gives it.
+
+    Args:
+        width: of packed rows, at least the tokens of each; None for rows of one document, as wide as the longest.
+    """
+    lengths = [sum(map(len, row)) for row in rows]
+    needed = max(lengths) if width is None else width
+    shape = (len(rows), -(-needed // PAD_MULTIPLE) * PAD_MULTIPLE)
+    coded = np.full(shape, ~pad_id, np.int64)
+    positions = np.zeros(shape, np.int64)
+    for i, row in enumerate(rows):
+        coded[i, : lengths[i]] = np.concatenate(row)
+        padding = shape[1] - lengths[i]
+        positions[i] = np.concatenate([np.arange(n) for n in [*map(len, row), padding]])
+    masked = coded < 0
+    return Batch(
+        ids=torch.from_numpy(np.where(masked, ~coded, coded)),
+        labels=torch.from_numpy(np.where(masked, IGNORE, coded)),
+        positions=None if width is None else torch.from_numpy(positions),
+        tokens=sum(lengths),
+        trained=int((~masked).sum()),
+    )
+
+
+class Split:
+    """The training or the validation rows of a store, arranged in rows of batches.
+
+    Args:
+        rows: of the source, in order.
+        name: of the config field, for messages.
+        seq_len: of the store.
+        packing: fill each row of a batch with documents up to ``seq_len``; else each document has a row of its own.
+        seed: of the packing.
+
+    Raises:
+        UserError: no trained token in any of the rows.
+    """
+
+    def __init__(
+        self,
+        store: Documents,
+        rows: NDArray[np.int64],
+        name: str,
+        *,
+        seq_len: int,
+        packing: bool = False,
+        seed: int = 0,
+    ) -> None:
+        documents = np.flatnonzero(np.isin(store.index["row"], rows))
+        if not len(documents):
+            raise UserError(
+                f"{name}: none of the {len(rows)} rows has a token to train on within data.seq_len={seq_len}; raise "
+                "data.seq_len or shorten the prompts"
+            )
+        index, lengths = store.index[documents], store.lengths()[documents]
+        self.store, self.width = store, seq_len if packing else None
+        self.rows = pack(documents, lengths, seq_len, seed) if packing else one_a_row(documents, lengths)
+        self.tokens, self.trained_tokens = int(lengths.sum()), int(index["trained"].sum())
+        kept = np.unique(index["row"])
+        self.kept, self.dropped = len(kept), len(rows) - len(kept)
+        self.cut = len(np.unique(index["row"][index["cut"]]))
+
+    def batch(self, rows: Iterable[int], pad_id: int) -> Batch:
+        """The rows of these numbers, see :func:`collate`."""
+        return collate([[*map(self.store.document, self.rows[row])] for row in rows], pad_id, self.width)
+
+    def __str__(self) -> str:
+        text = f"{self.kept} rows, {self.tokens} tokens, "
+        text += f"{100 * self.trained_tokens / self.tokens:.1f}% of them trained"
+        if self.width is not None:
+            full = 100 * self.tokens / (len(self.rows) * self.width)
+            text += f"; packed into {len(self.rows)} of {self.width} tokens, {full:.1f}% full"
+        if self.cut:
+            text += f"; cut at seq_len: {self.cut}"
+        if self.dropped:
+            text += f"; dropped, because the completion starts after seq_len: {self.dropped}"
+        return text
+
+
+def validation_rows(rows: int, fraction: float, seed: int) -> NDArray[np.int64]:
+    """Numbers, in order, of the rows that validate: a random ``fraction`` of ``rows``, at least one.
 
     Raises:
         UserError: fewer than two rows.
     """
-    if len(rows) < 2:
+    if rows < 2:
         raise UserError(
-            f"data.train must have at least 2 rows to split off a validation row; got {len(rows)}; set data.valid"
+            f"data.train must have at least 2 rows to split off a validation row; got {rows}; set data.valid"
         )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids [B, S] and labels [B, S], int64; S is the longest example rounded up to :data:`PAD_MULTIPLE`.
-
-    Labels are the ids themselves (the shift is the loss's business), :data:`IGNORE` on what is not trained. Padding is
-    on the right, where causal attention keeps it from every real token, so no attention mask is needed.
-    """
-    longest = max(len(example.ids) for example in examples)
-    shape = (len(examples), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
-    ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
-    for i, example in enumerate(examples):
-        row = torch.tensor(example.ids)
-        ids[i, : len(row)] = row
-        for start, end in example.trained:
-            labels[i, start:end] = row[start:end]
-    return ids, labels
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    count = min(max(1, round(fraction * rows)), rows - 1)
+    return order[:count].sort().values.numpy()
 
 
 def batches_per_epoch(rows: int, micro_batch: int) -> int:
@@ -68,52 +171,117 @@ def batches_per_epoch(rows: int, micro_batch: int) -> int:
     return rows // micro_batch
 
 
+class ShuffledBatches(Dataset[Batch]):
+    """Endless batches of ``micro_batch`` rows, reshuffled each epoch; batch ``n`` depends on ``seed`` and ``n`` alone.
+
+    Raises:
+        UserError: fewer rows than one batch.
+    """
+
+    def __init__(self, split: Split, micro_batch: int, pad_id: int, seed: int) -> None:
+        self._per_epoch = batches_per_epoch(len(split.rows), micro_batch)
+        self._split, self._micro_batch, self._pad_id, self._seed = split, micro_batch, pad_id, seed
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    def __getitem__(self, number: int) -> Batch:
+        epoch, index = divmod(number, self._per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffle(epoch)
+        return self._split.batch(self._order[index], self._pad_id)
+
+    def _shuffle(self, epoch: int) -> NDArray[np.int64]:
+        """Rows of each batch, int64 [batches, micro_batch]."""
+        # No two runs of a few seeds and a million epochs share an order.
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        rows = len(self._split.rows)
+        order = torch.randperm(rows, generator=generator).numpy()[: self._per_epoch * self._micro_batch]
+        # A stable sort by window and length.
+        window = np.arange(len(order)) // (_WINDOW * self._micro_batch)
+        order = order[np.lexsort((self._split.rows.lengths[order], window))]
+        batches = torch.randperm(self._per_epoch, generator=generator).numpy()
+        return order.reshape(self._per_epoch, self._micro_batch)[batches]
+
+
 class BatchStream:
-    """Endless batches [micro_batch, S] of reshuffled epochs; the order depends on ``seed`` alone.
+    """The batches of one process of a run, prepared ahead by a process of their own; use it in a ``with`` statement.
+
+    All ranks together take batches 0, 1, 2, ... of :class:`ShuffledBatches`, rank r those with n = r mod world size. So
+    the position of a run does not depend on the number of its processes.
 
     Args:
-        position: batches that were taken before, e.g. from a checkpoint.
+        position: batches that all ranks took before, e.g. from a checkpoint; a multiple of the world size then.
+        rank, world_size: of this process.
+        pin_memory: for a CUDA device.
 
     Raises:
         UserError: fewer rows than one batch.
     """
 
     def __init__(
-        self, examples: Sequence[Example], micro_batch: int, pad_id: int, seed: int, position: int = 0
+        self,
+        split: Split,
+        micro_batch: int,
+        pad_id: int,
+        seed: int,
+        position: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
     ) -> None:
-        self._per_epoch = batches_per_epoch(len(examples), micro_batch)
-        self.examples, self.micro_batch, self.pad_id, self.seed = examples, micro_batch, pad_id, seed
-        self.position = position
-        self._epoch = -1
-        self._order: list[list[int]] = []
+        self.position, self._world_size = position, world_size
+        self._batches: Iterator[Batch] | None = iter(
+            DataLoader(
+                ShuffledBatches(split, micro_batch, pad_id, seed),
+                batch_size=None,
+                sampler=itertools.count(position + rank, world_size),
+                num_workers=1,
+                prefetch_factor=_AHEAD,
+                worker_init_fn=_leave_signals_to_the_run,
+                pin_memory=pin_memory,
+                # DataLoader draws a seed for its workers; from the global generator that would change the run's dropout.
+                generator=torch.Generator(),
+            )
+        )
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        """Token ids and labels, see :func:`collate`."""
-        epoch, index = divmod(self.position, self._per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._shuffle(epoch)
-        self.position += 1
-        return collate([self.examples[i] for i in self._order[index]], self.pad_id)
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            raise ValueError("the stream is closed; take batches inside its with statement")
+        batch = next(self._batches)
+        self.position += self._world_size
+        return batch
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def _shuffle(self, epoch: int) -> list[list[int]]:
-        # No two runs of a few seeds and a million epochs share an order.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.examples), generator=generator).tolist()
-        order = order[: self._per_epoch * self.micro_batch]
-        window = _WINDOW * self.micro_batch
-        by_length = [
-            index
-            for start in range(0, len(order), window)
-            for index in sorted(order[start : start + window], key=lambda i: len(self.examples[i].ids))
-        ]
-        cut = [by_length[i : i + self.micro_batch] for i in range(0, len(by_length), self.micro_batch)]
-        return [cut[i] for i in torch.randperm(self._per_epoch, generator=generator).tolist()]
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._batches = None  # ends the process
 
 
-def fixed_batches(examples: Sequence[Example], micro_batch: int, pad_id: int) -> list[tuple[Tensor, Tensor]]:
-    """All examples, longest first, in batches of at most ``micro_batch`` rows; for validation."""
-    ordered = sorted(examples, key=lambda example: -len(example.ids))
-    return [collate(ordered[i : i + micro_batch], pad_id) for i in range(0, len(ordered), micro_batch)]
+def _leave_signals_to_the_run(worker: int) -> None:
+    # Ctrl-C and job schedulers signal every process of a group, but the run wants its batches until it has saved.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class FixedBatches(Sequence[Batch]):
+    """All rows of a split, longest first, in batches of at most ``micro_batch``; for validation. Made when they are asked for."""
+
+    def __init__(self, split: Split, micro_batch: int, pad_id: int) -> None:
+        self._split, self._micro_batch, self._pad_id = split, micro_batch, pad_id
+        self._order = np.argsort(-split.rows.lengths, kind="stable")
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // self._micro_batch)
+
+    def __getitem__(self, number: int) -> Batch:  # type: ignore[override]  # no slices
+        if number >= len(self):
+            raise IndexError(number)
+        start = number * self._micro_batch
+        return self._split.batch(self._order[start : start + self._micro_batch], self._pad_id)

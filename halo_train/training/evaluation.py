@@ -6,21 +6,27 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .data import fixed_batches
-from .encode import encode_rows
+from .data import FixedBatches, Split
+from .encode import Encoder
 from .errors import UserError
 from .exact_match import Score, exact_match, questions
-from .formats import AUTO, FORMATS, Conversation, Row, read_rows
+from .formats import AUTO, FORMATS, Conversation, Row, row_format
 from .logging import write_atomically
 from .loop import evaluate
 from .loss import TokenLoss
+from .prepare import pad_id
+from .sources import open_source
+from .store import Documents, make_chunk
+from .tokenised import read_rows
 
 Task = Literal["loss", "exact-match"]
 """What is measured on the rows of a file; the loss always is."""
@@ -70,15 +76,16 @@ def run_evaluation(path: Path, asked: Evaluation, device: torch.device, output: 
         raise UserError(f"--format must be one of {', '.join((AUTO, *FORMATS))}; got {asked.form!r}")
     results: dict[str, Any] = {"model": str(folder), "settings": {**asdict(asked), "data": str(asked.data)}}
     if asked.data is not None:
-        rows, _ = read_rows(asked.data, asked.form)
+        source = open_source(str(asked.data), None, "test", "--data")
+        rows = list(islice(read_rows(source, row_format(source, asked.form, {})), asked.limit))
         model, tokenizer = load_for_evaluation(folder, device)
-        results["loss"] = validation_loss(model, tokenizer, rows[: asked.limit], asked)
+        results["loss"] = validation_loss(model, tokenizer, rows, asked)
         print(
             f"loss {results['loss']['loss']:.4f} on {results['loss']['trained_tokens']} tokens",
             flush=True,
         )
         if asked.task == "exact-match":
-            score = answer_rows(model, tokenizer, rows[: asked.limit], asked)
+            score = answer_rows(model, tokenizer, rows, asked)
             results["exact_match"] = score.to_dict()
             print(score, flush=True)
         del model
@@ -129,14 +136,15 @@ def validation_loss(
     """Mean loss per trained token, in nats, under bfloat16 autocast; the mask is that of training.
 
     Raises:
-        UserError: no token to train on, see :func:`halo_train.training.encode.encode_rows`.
+        UserError: no token to train on, see :class:`halo_train.training.data.Split`.
     """
     window = getattr(model.config, "max_position_embeddings", None) or asked.seq_len
-    dataset = encode_rows(rows, tokenizer, min(asked.seq_len, window), str(asked.data))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batches = fixed_batches(dataset.examples, asked.batch, pad)
+    seq_len = min(asked.seq_len, window)
+    documents = Documents(make_chunk(Encoder(tokenizer, seq_len)(rows), len(rows)))
+    split = Split(documents, np.arange(len(rows)), str(asked.data), seq_len=seq_len)
+    batches = FixedBatches(split, asked.batch, pad_id(tokenizer))
     loss = evaluate(TokenLoss(model), _shown("loss", batches), model.device)
-    return {"loss": loss, "rows": len(dataset.examples), "trained_tokens": dataset.trained_tokens}
+    return {"loss": loss, "rows": split.kept, "trained_tokens": split.trained_tokens}
 
 
 def answer_rows(model: Any, tokenizer: Any, rows: Sequence[Row | Conversation], asked: Evaluation) -> Score:

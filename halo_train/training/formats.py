@@ -1,16 +1,16 @@
-"""Rows of a JSONL file: messages, prompt and completion, Alpaca's fields or text. Every fault with its file and line."""
+"""Fields of a row: messages, prompt and completion, Alpaca's fields or text. Every fault with its file and line."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from halo_train.config import did_you_mean
 
 from .errors import UserError
+from .sources import Source
 
 FORMATS = {
     "messages": ("messages",),
@@ -23,7 +23,7 @@ FORMATS = {
 AUTO = "auto"
 """Value of ``data.format`` that means the format of a file's first row."""
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 _ALPACA = """Below is an instruction that describes a task. Write a response that appropriately completes the request.
 
@@ -61,63 +61,75 @@ class Row:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages ``{"role": ..., "content": ...}``, the first not the assistant's, at least one the assistant's."""
+    """Messages ``{"role": ..., "content": ...}``, the first not the assistant's, at least one the assistant's.
+
+    The assistant's may have ``tool_calls``, ``[{"function": {"name": ..., "arguments": {...}}}]`` and more, and an empty
+    content then.
+    """
 
     messages: list[dict[str, Any]]
     where: str
     """File and line, for what only the chat template finds out."""
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the functions that may be called."""
 
     @property
     def texts(self) -> list[str]:
         """As :attr:`Row.texts`."""
-        return [message["content"] for message in self.messages]
+        calls = [message["tool_calls"] for message in self.messages if message.get("tool_calls")]
+        return [message["content"] for message in self.messages] + ([json.dumps(calls)] if calls else [])
 
 
-def read_rows(path: Path, wanted: str = AUTO) -> tuple[list[Row | Conversation], str]:
-    """Rows of a JSONL file and their format, one for the whole file.
+@dataclass(frozen=True)
+class RowFormat:
+    """How the fields of a file's rows become what is trained on; one format for the whole file.
 
     Args:
-        wanted: a key of :data:`FORMATS`, or :data:`AUTO`.
+        name: a key of :data:`FORMATS`.
+        chosen_by: for messages.
+        rename: of fields, before anything else.
+    """
+
+    name: str
+    chosen_by: str
+    rename: Mapping[str, str]
+
+    def __call__(self, where: str, fields: Mapping[str, Any]) -> Row | Conversation:
+        """A row from its fields.
+
+        Raises:
+            UserError: the row is of another format, lacks a field or has one of the wrong type.
+        """
+        row = _renamed(fields, self.rename, where)
+        _require_format(row, self.name, where, self.chosen_by)
+        return _row(row, self.name, where)
+
+
+def row_format(source: Source, wanted: str, rename: Mapping[str, str]) -> RowFormat:
+    """The format of a source.
+
+    Args:
+        wanted: a key of :data:`FORMATS`, or :data:`AUTO` for that of the first row.
+        rename: ``data.rename``.
 
     Raises:
-        UserError: no such file, no row, or a line that is no JSON object, is of another format, lacks a field or has
-            one of the wrong type; names the file and the line.
+        UserError: no row, or a first row of no format or several.
     """
-    if not path.is_file():
-        raise UserError(f"data file {path} does not exist; set data.train or data.valid to a JSONL file")
-    rows: list[Row | Conversation] = []
-    chosen = wanted
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            fields = _object(line, where)
-            if chosen == AUTO:
-                chosen = _format_of(fields, where)
-            _require_format(fields, chosen, where, "its first row" if wanted == AUTO else "data.format")
-            rows.append(_row(fields, chosen, where))
-    if not rows:
-        raise UserError(f"data file {path} has no rows; each line must be a JSON object")
-    return rows, chosen
+    first = next(source.rows(), None)
+    if first is None:
+        raise UserError(f"data file {source.name} has no rows; each line must be a JSON object")
+    if wanted != AUTO:
+        return RowFormat(wanted, "data.format", rename)
+    where, fields = first
+    return RowFormat(_format_of(_renamed(fields, rename, where), where), "its first row", rename)
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one complete JSON object"
-        ) from None
-    if not isinstance(row, dict):
-        raise UserError(
-            f'{where}: must be a JSON object such as {{"prompt": ..., "completion": ...}}; got {line.strip()[:60]!r}'
-        )
-    return row
+def _renamed(fields: Mapping[str, Any], rename: Mapping[str, str], where: str) -> dict[str, Any]:
+    for old in rename:
+        if old not in fields:
+            raise UserError(f"{where}: data.rename names the field {old!r}, but {_has(fields)}")
+    kept = {key: value for key, value in fields.items() if key not in rename}
+    return kept | {new: fields[old] for old, new in rename.items()}
 
 
 def _fitting(row: Mapping[str, Any]) -> list[str]:
@@ -175,12 +187,9 @@ def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
         raise UserError(
             f"{where}: 'messages' must be a list of objects with 'role' and 'content'; got {messages!r:.60}"
         )
-    if row.get("tools"):
-        raise UserError(
-            f"{where}: 'tools' are not supported; describe them in a system message and remove the field"
-        )
-    for number, message in enumerate(messages, start=1):
-        _check_message(message, f"{where}: message {number}")
+    messages = [
+        _message(message, f"{where}: message {number}") for number, message in enumerate(messages, start=1)
+    ]
     roles = [message["role"] for message in messages]
     if roles[0] == "assistant":
         raise UserError(
@@ -190,22 +199,75 @@ def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
         raise UserError(
             f"{where}: no message of the assistant, so there is nothing to train on; remove the line or add the answer"
         )
-    return Conversation(messages, where)
+    return Conversation(messages, where, _tools(row.get("tools"), where))
 
 
-def _check_message(message: Any, where: str) -> None:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise UserError(f"{where} must be an object with 'role' and 'content'; got {message!r:.60}")
+def _message(message: Any, where: str) -> dict[str, Any]:
+    """A message with a content and the arguments of its calls as objects."""
+    needs = f"{where} must be an object with 'role' and 'content'; got {message!r:.60}"
+    if not isinstance(message, dict):
+        raise UserError(needs)
+    # A table fills the fields that only other messages have with null, and OpenAI's API the content of a call.
+    message = {key: value for key, value in message.items() if value is not None or key == "role"}
+    calls = message.pop("tool_calls", None)
+    if "role" not in message or ("content" not in message and not calls):
+        raise UserError(needs)
     role = message["role"]
     if role not in ROLES:
         raise UserError(
             f"{where}: 'role' must be one of {', '.join(ROLES)}; got {role!r}{did_you_mean(str(role), ROLES)}"
         )
-    if message.get("tool_calls"):
+    message.setdefault("content", "")
+    _string(message, "content", where, may_be_empty=role != "assistant" or bool(calls))
+    if not calls:
+        return message
+    if role != "assistant" or not isinstance(calls, list):
         raise UserError(
-            f"{where}: 'tool_calls' are not supported; write the call into 'content' and remove the field"
+            f"{where}: 'tool_calls' must be a list in a message of the assistant; got {calls!r:.60} from the {role}"
         )
-    _string(message, "content", where, may_be_empty=role != "assistant")
+    return message | {"tool_calls": [_tool_call(call, where) for call in calls]}
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise UserError(
+            f'{where}: a tool call must be {{"function": {{"name": ..., "arguments": {{...}}}}}}; got {call!r:.60}'
+        )
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):  # OpenAI's API writes them as JSON; templates would quote that once more
+        arguments = _parsed(arguments)
+    if not isinstance(arguments, dict):
+        raise UserError(
+            f"{where}: the arguments of the call of {function['name']!r} must be an object, or one as a JSON string; got "
+            f"{function['arguments']!r:.60}"
+        )
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
+    if isinstance(tools, str):
+        tools = _parsed(tools)
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool_name(tool) for tool in tools):
+        raise UserError(
+            f"{where}: 'tools' must be a list of JSON schemas of functions, each with a name; got {tools!r:.60}"
+        )
+    return tools
+
+
+def tool_name(tool: Mapping[str, Any]) -> Any:
+    """Of a function's schema, which stands under ``function`` or bare; None if it has no name."""
+    inside = tool.get("function", tool)
+    return inside.get("name") if isinstance(inside, Mapping) else None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _string(row: Mapping[str, Any], field: str, where: str, may_be_empty: bool = False) -> str:
@@ -214,6 +276,13 @@ def _string(row: Mapping[str, Any], field: str, where: str, may_be_empty: bool =
         raise UserError(
             f"{where}: {field!r} must be a string; got {type(value).__name__} {value!r:.60}; put it in quotes"
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: {field!r} has half of a surrogate pair at character {error.start}, e.g. of an emoji that was cut in "
+            "two; remove it or write the character whole"
+        ) from None
     if not value and not may_be_empty:
         raise UserError(
             f"{where}: {field!r} is empty, so there is nothing to train on; remove the line or fill the field"

@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from types import FrameType, TracebackType
 
 import torch
-from torch import Tensor
 
 from .config import TrainSection
-from .data import batches_per_epoch
+from .data import Batch, batches_per_epoch
 from .errors import UserError
-from .loss import TokenLoss, count_trained
+from .loss import TokenLoss
 
 
 def pick_device(name: str) -> torch.device:
@@ -32,14 +31,14 @@ def pick_device(name: str) -> torch.device:
 
 
 @torch.no_grad()
-def evaluate(loss: TokenLoss, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
+def evaluate(loss: TokenLoss, batches: Iterable[Batch], device: torch.device) -> float:
     """Mean loss per trained token, in nats, in evaluation mode."""
     was_training = loss.training
     loss.eval()
     total, trained = 0.0, 0
-    for ids, labels in batches:
-        total += loss(ids.to(device), labels).item()
-        trained += count_trained(labels)
+    for batch in batches:
+        total += loss(**batch.inputs(device)).item()
+        trained += batch.trained
     loss.train(was_training)
     return total / trained
 

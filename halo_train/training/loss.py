@@ -143,11 +143,6 @@ class TokenLoss(nn.Module):
         return LinearCrossEntropy.apply(hidden, head.weight, head.bias, goals, self.logit_map, chunk)
 
 
-def count_trained(labels: Tensor) -> int:
-    """Labels [B, S] that :class:`TokenLoss` sums over."""
-    return int((labels[:, 1:] != IGNORE).sum())
-
-
 @torch.no_grad()
 def measure_logit_map(model: nn.Module) -> LogitMap:
     """What the model does between its output layer and its logits, found by handing it made-up outputs of both parts.

@@ -1,0 +1,85 @@
+"""The data of a run: read, split, tokenised, arranged in rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import STDLIB, Config
+from .data import FixedBatches, Split, validation_rows
+from .formats import row_format
+from .loop import total_steps
+from .model import load_tokenizer
+from .sources import open_source
+from .stdlib_data import stdlib_pairs_file
+from .tokenised import read_rows, tokenised
+
+
+@dataclass(frozen=True)
+class Data:
+    """What both a run and its bf16 twin read."""
+
+    tokenizer: Any
+    train: Split
+    valid: FixedBatches
+    steps: int
+    """Optimiser steps of the run."""
+
+    @property
+    def pad_id(self) -> int:
+        return pad_id(self.tokenizer)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Of the token that fills rows, which is never trained: eos where the tokenizer has no pad token."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def load_data(config: Config, folder: Path) -> Data:
+    """Reads, splits and tokenises; prints what there is.
+
+    Args:
+        folder: of the run, for its tokenizer.
+
+    Raises:
+        UserError: a source that is missing or malformed, or without a trained token; too few rows; a warm-up that is
+            longer than the epochs.
+    """
+    section, seed = config.data, config.run.seed
+    if section.train == STDLIB:
+        print("collecting the documented functions of Python's standard library", flush=True)
+    file = str(stdlib_pairs_file(section.cache_dir)) if section.train == STDLIB else section.train
+    source = open_source(file, section.subset, section.split, "data.train")
+    form = row_format(source, section.format, section.rename)
+
+    def held_out(rows: int) -> NDArray[np.int64]:
+        return np.empty(0, np.int64) if section.valid else validation_rows(rows, section.valid_fraction, seed)
+
+    def training_texts() -> Iterator[str]:
+        valid = set(held_out(sum(1 for _ in source.rows())).tolist())
+        for number, row in enumerate(read_rows(source, form)):
+            yield from row.texts if number not in valid else ()
+
+    # The texts are read only where the tokenizer is trained.
+    tokenizer = load_tokenizer(Path(config.model.path), training_texts(), folder / "tokenizer")
+    store = tokenised(source, form, tokenizer, section.seq_len, section.cache_dir)
+    print(f"{store.rows} rows of {source.name}, format {form.name}", flush=True)
+    if section.valid is None:
+        valid_store, valid_rows = store, held_out(store.rows)
+        train_rows = np.setdiff1d(np.arange(store.rows), valid_rows, assume_unique=True)
+    else:
+        valid_source = open_source(section.valid, section.subset, section.valid_split, "data.valid")
+        valid_form = row_format(valid_source, section.format, section.rename)
+        valid_store = tokenised(valid_source, valid_form, tokenizer, section.seq_len, section.cache_dir)
+        train_rows, valid_rows = np.arange(store.rows), np.arange(valid_store.rows)
+    arranged = partial(Split, seq_len=section.seq_len, packing=section.packing, seed=seed)
+    train, valid = arranged(store, train_rows, "data.train"), arranged(valid_store, valid_rows, "data.valid")
+    steps = total_steps(config.train, len(train.rows))
+    print(f"training data:   {train}\nvalidation data: {valid}\ntraining steps:  {steps}", flush=True)
+    return Data(tokenizer, train, FixedBatches(valid, config.train.micro_batch, pad_id(tokenizer)), steps)
