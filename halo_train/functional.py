@@ -32,6 +32,7 @@ def halo_linear(
     *,
     config: HaloConfig,
     equalizer: Tensor | None = None,
+    quantized_weight: Quantized | None = None,
 ) -> Tensor:
     """y = x W^T + bias with the three products in 8 bits.
 
@@ -43,25 +44,29 @@ def halo_linear(
         weight: [N, K]; bias: [N] or None.
         config: formats, scales and rotations; ``format='high_precision'`` is torch.nn.functional.linear.
         equalizer: d [K], powers of two, or None for ones.
+        quantized_weight: what :func:`quantize_weight` returned for this weight, equalizer and config; the products use it
+            and the values of ``weight`` are not read. None rounds the weight here.
 
     Returns:
         [..., N] in the dtype of x (the autocast dtype under autocast).
 
     Raises:
         ValueError: integer or complex x, last dimension other than K, dtypes of x and weight that differ outside
-            autocast, equalizer of another shape.
+            autocast, equalizer or quantized_weight of another shape.
     """
-    _check(x, weight, equalizer)
+    _check(x, weight, equalizer, quantized_weight)
     if config.format is Format.HIGH_PRECISION or x.numel() == 0:
         return F.linear(x, weight, bias)
     tokens, device = x.reshape(-1, x.shape[-1]), x.device.type
+    # Apart, because an autograd Function sees tensors, not tuples of them.
+    w_data, w_scale = quantized_weight or (None, None)
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         if x.dtype != torch.float64:
             tokens = tokens.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            y = HaloLinearFunction.apply(tokens, weight, bias, equalizer, config)
+            y = HaloLinearFunction.apply(tokens, weight, bias, equalizer, config, w_data, w_scale)
     elif x.dtype == weight.dtype:
-        y = HaloLinearFunction.apply(tokens, weight, bias, equalizer, config)
+        y = HaloLinearFunction.apply(tokens, weight, bias, equalizer, config, w_data, w_scale)
     else:
         raise ValueError(
             f"halo_linear: x and weight must have the same dtype outside autocast; got {x.dtype} and {weight.dtype}; cast "
@@ -80,7 +85,8 @@ class Operands(NamedTuple):
 
 
 class HaloLinearFunction(torch.autograd.Function):
-    """Y [M, N] from x [M, K], weight [N, K], bias [N] or None, equalizer d [K] or None, config.
+    """Y [M, N] from x [M, K], weight [N, K], bias [N] or None, equalizer d [K] or None, config, and the weight as
+    :func:`quantize_weight` rounds it, or None twice.
 
     Saved for backward: Xq (1 byte an element) and its scales s when the weight needs a gradient, Wq and its scales t
     when x does, and d. The padding is part of Xq and Wq; it is zero and adds nothing to a sum.
@@ -88,9 +94,17 @@ class HaloLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, equalizer: Tensor | None, config: HaloConfig
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        equalizer: Tensor | None,
+        config: HaloConfig,
+        w_data: Tensor | None,
+        w_scale: Tensor | None,
     ) -> Tensor:
-        op = quantize_operands(x, weight, equalizer, config)
+        quantized_weight = None if w_data is None or w_scale is None else Quantized(w_data, w_scale)
+        op = quantize_operands(x, weight, equalizer, config, quantized_weight)
         y = matmul(op.x, op.w, x.dtype)[: x.shape[0], : weight.shape[0]]
         if bias is not None:
             y = y + bias.to(y.dtype)
@@ -125,22 +139,36 @@ class HaloLinearFunction(torch.autograd.Function):
             dw = _undo_k(dw, ctx.block, equalizer)[:n, :k]
         if needs_db:
             db = e.sum(0, dtype=torch.promote_types(e.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx, dw, db, None, None
+        return dx, dw, db, None, None, None, None
 
 
-def quantize_operands(x: Tensor, weight: Tensor, equalizer: Tensor | None, config: HaloConfig) -> Operands:
-    """Pads, equalises, rotates and rounds X [M, K] and W [N, K] (docs/numerics.md, eq. 3)."""
-    x, weight = _pad(x, MULTIPLE, MULTIPLE), _pad(weight, MULTIPLE, MULTIPLE)
+def quantize_operands(
+    x: Tensor,
+    weight: Tensor,
+    equalizer: Tensor | None,
+    config: HaloConfig,
+    quantized_weight: Quantized | None = None,
+) -> Operands:
+    """Pads, equalises, rotates and rounds X [M, K] and, unless it is given rounded, W [N, K] (docs/numerics.md, eq. 3)."""
+    x = _pad(x, MULTIPLE, MULTIPLE)
     block = largest_block(x.shape[1]) if config.rotate_k else 1
-    d = inverse = None
-    if equalizer is not None:
-        d = _pad_vector(equalizer, x.shape[1])
-        inverse = 1 / d
+    inverse = None if equalizer is None else 1 / _pad_vector(equalizer, x.shape[1])
     return Operands(
         quantize(x, config.format, scaling=config.scaling, block=block, col_scale=inverse),
-        quantize(weight, config.format, scaling=config.scaling, block=block, col_scale=d),
+        quantize_weight(weight, equalizer, config) if quantized_weight is None else quantized_weight,
         block,
     )
+
+
+def quantize_weight(weight: Tensor, equalizer: Tensor | None, config: HaloConfig) -> Quantized:
+    """(W D) H rounded, the second operand of fprop: W [N, K] padded to multiples of 16, to data [N', K'].
+
+    With row scales a row depends on no other: rows rounded apart, as the shards of FSDP2 are, have the same bits.
+    """
+    weight = _pad(weight, MULTIPLE, MULTIPLE)
+    block = largest_block(weight.shape[1]) if config.rotate_k else 1
+    d = None if equalizer is None else _pad_vector(equalizer, weight.shape[1])
+    return quantize(weight, config.format, scaling=config.scaling, block=block, col_scale=d)
 
 
 def quantize_grad_for_dgrad(e: Tensor, w_scale: Tensor, config: HaloConfig) -> Quantized:
@@ -212,7 +240,7 @@ def _pad_vector(v: Tensor, n: int) -> Tensor:
     return F.pad(v, (0, n - v.shape[0]), value=1.0) if v.shape[0] < n else v
 
 
-def _check(x: Tensor, weight: Tensor, equalizer: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, equalizer: Tensor | None, quantized_weight: Quantized | None) -> None:
     ops.check_input("halo_linear", x)
     k = weight.shape[1]
     if x.shape[-1] != k:
@@ -222,3 +250,9 @@ def _check(x: Tensor, weight: Tensor, equalizer: Tensor | None) -> None:
         )
     if equalizer is not None and tuple(equalizer.shape) != (k,):
         raise ValueError(f"halo_linear: equalizer must have shape ({k},); got {tuple(equalizer.shape)}")
+    padded = tuple(n + -n % MULTIPLE for n in weight.shape)
+    if quantized_weight is not None and tuple(quantized_weight.data.shape) != padded:
+        raise ValueError(
+            f"halo_linear: quantized_weight must have data of shape {padded}, the weight padded to multiples of {MULTIPLE}; got "
+            f"{tuple(quantized_weight.data.shape)}; make it with quantize_weight"
+        )

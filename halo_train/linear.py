@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .config import HaloConfig, resolve_recipe
-from .functional import halo_linear
-from .quantize import equalizer_exponents
+from .config import Format, HaloConfig, resolve_recipe
+from .functional import halo_linear, quantize_weight
+from .quantize import Quantized, equalizer_exponents
+from .weight_cache import WeightCache
 
 _OWN_STATE = {
     "_parameters",
@@ -18,6 +19,7 @@ _OWN_STATE = {
     "_non_persistent_buffers_set",
     "config",
     "equalizer_taken",
+    "_weight_cache",
 }
 """What from_linear and to_linear do not carry over as it is; hooks and everything else a user attached go along."""
 
@@ -48,6 +50,7 @@ class HaloLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.config = resolve_recipe(recipe)
         self.equalizer_taken = False
+        self._weight_cache = WeightCache()
         zeros = torch.zeros(in_features, dtype=torch.int8, device=device)
         self.register_buffer("equalizer_exponent", zeros, persistent=False)
 
@@ -55,7 +58,15 @@ class HaloLinear(nn.Linear):
         """x [..., in_features] -> [..., out_features]; see :func:`halo_train.functional.halo_linear`."""
         if self.config.equalize and not self.equalizer_taken:
             self._take_equalizer(x)
-        return halo_linear(x, self.weight, self.bias, config=self.config, equalizer=self.equalizer())
+        equalizer = self.equalizer()
+        return halo_linear(
+            x,
+            self.weight,
+            self.bias,
+            config=self.config,
+            equalizer=equalizer,
+            quantized_weight=self._kept_weight(equalizer),
+        )
 
     def equalizer(self) -> Tensor | None:
         """d [in_features] float32, or None while it is all ones."""
@@ -64,6 +75,22 @@ class HaloLinear(nn.Linear):
     def reset_equalizer(self) -> None:
         """Takes d again from the next batch."""
         self.equalizer_taken = False
+
+    def _kept_weight(self, equalizer: Tensor | None) -> Quantized | None:
+        """The rounded weight of an earlier micro-batch, if it still is that of this one."""
+        if torch.compiler.is_compiling() or self.config.format is Format.HIGH_PRECISION:
+            return None
+        return self._weight_cache.get(
+            self.weight,
+            (self.config, self.equalizer_taken),
+            (self.equalizer_exponent,),
+            self.training,
+            lambda: quantize_weight(self.weight, equalizer, self.config),
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HaloLinear:
+        self._weight_cache.clear()  # it would stay behind on the old device
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def _take_equalizer(self, x: Tensor) -> None:

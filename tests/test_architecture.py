@@ -21,7 +21,7 @@ LAYERS = [
     ["ops", "recipe_file"],
     ["hadamard", "quantize"],
     ["gemm"],
-    ["functional"],
+    ["functional", "weight_cache"],
     ["linear"],
     ["convert", "metrics"],
     ["calibrate"],

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from halo_train import RECIPES, HaloConfig, halo_linear
-from halo_train.functional import HaloLinearFunction
+from halo_train.functional import HaloLinearFunction, quantize_weight
 
 SHAPES = [(64, 64, 64), (5, 7, 3), (100, 48, 33), (17, 130, 100), (300, 64, 96), (1, 16, 512), (33, 1, 1)]
 QUANTISED = [name for name in RECIPES if name != "bf16"]
@@ -205,3 +205,16 @@ def test_second_derivative_is_refused():
 def test_bad_input(x, kwargs, message):
     with pytest.raises(ValueError, match=message):
         halo_linear(x, torch.ones(16, 8), config=RECIPES["fp8"], **kwargs)
+
+
+def test_a_weight_that_comes_rounded():
+    x, w, d = torch.randn(8, 48), torch.randn(33, 48), torch.exp2(torch.randint(-3, 4, (48,)).float())
+    config = RECIPES["fp8"]
+    rounded = quantize_weight(w, d, config)
+    y = halo_linear(x, w, config=config, equalizer=d)
+    nothing = torch.full_like(w, torch.nan)
+    assert torch.equal(halo_linear(x, nothing, config=config, equalizer=d, quantized_weight=rounded), y)
+    with pytest.raises(
+        ValueError, match=r"quantized_weight must have data of shape \(48, 48\).*got \(32, 48\)"
+    ):
+        halo_linear(x, w, config=config, quantized_weight=quantize_weight(w[:32], d, config))

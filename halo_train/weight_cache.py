@@ -1,0 +1,111 @@
+"""The rounded weight of a layer, kept from one micro-batch to the next while it cannot have changed.
+
+It costs one byte a weight, and only where it pays: from the second micro-batch of an optimiser step in which a layer sees
+several, and while that goes on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .quantize import Quantized
+
+_optimizer_steps = 0
+"""Steps of any torch.optim.Optimizer: fused steps, and those of other libraries, write weights without a new version."""
+
+
+@torch.compiler.disable
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class WeightCache:
+    """At most one rounded weight, and what it was made from.
+
+    A change is seen through the version of the tensors, their memory and the steps of optimisers. Writing through
+    ``weight.data`` changes none of these. So a kept weight is used only where nobody writes one: inside a backward pass,
+    and in training between micro-batches, which for a weight that is trained means that it has a gradient already.
+    A copy or a pickle of a layer starts empty.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the weight and its memory."""
+        self._weight: weakref.ref[Tensor] | None = None
+        self._key: tuple[Any, ...] = ()
+        self._value: Quantized | None = None
+        self._pays = False
+
+    def get(
+        self,
+        weight: Tensor,
+        made_from: tuple[Any, ...],
+        tensors: tuple[Tensor, ...],
+        training: bool,
+        make: Callable[[], Quantized],
+    ) -> Quantized | None:
+        """The rounded weight if this is a place to keep it or to have it kept, else None: round it where it is used.
+
+        Args:
+            weight: the parameter.
+            made_from: what else ``make`` depends on, compared by value.
+            tensors: tensors that ``make`` depends on, compared by memory and version.
+            training: whether the layer is in training mode.
+            make: rounds the weight.
+        """
+        if not _can_keep(weight, *tensors):
+            return None
+        in_backward = torch._C._current_graph_task_id() != -1
+        between_micro_batches = torch.is_grad_enabled() and training
+        if not in_backward and not between_micro_batches:
+            self.clear()
+            return None
+        key = (_optimizer_steps, made_from, *map(_state, (weight, *tensors)))
+        unchanged = self._weight is not None and self._weight() is weight and key == self._key
+        if in_backward:
+            return self._value if unchanged else None
+        if unchanged and (weight.grad is not None or not weight.requires_grad):
+            self._pays = True
+        else:
+            # The first micro-batch of a step: worth keeping if the last step had more than one.
+            keep = self._pays
+            self.clear()
+            self._weight, self._key = weakref.ref(weight), key
+            if not keep:
+                return None
+        if self._value is None:
+            with torch.no_grad():
+                self._value = make()
+        return self._value
+
+    def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
+        return WeightCache, ()
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    return x._version, x.data_ptr(), x.device, x.dtype, x.shape
+
+
+def _can_keep(weight: Tensor, *tensors: Tensor) -> bool:
+    # A subclass or a plain tensor in the place of the parameter belongs to FSDP, DataParallel or functional_call. A compiled
+    # or captured forward would keep the first weight for ever. A dispatch mode may be that of selective checkpointing, which
+    # counts operators: forward and recompute must run the same ones.
+    return (
+        type(weight) is nn.Parameter
+        and not weight.is_meta
+        and not any(t.is_inference() for t in (weight, *tensors))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
