@@ -20,7 +20,6 @@ _optimizer_steps = 0
 """Steps of any torch.optim.Optimizer: fused steps, and those of other libraries, write weights without a new version."""
 
 
-@torch.compiler.disable
 def _count_step(*_: Any) -> None:
     global _optimizer_steps
     _optimizer_steps += 1
