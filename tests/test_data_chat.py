@@ -135,3 +135,115 @@ def test_tokens_that_hold_the_space_before_a_word() -> None:
     (example,) = Encoder(tokenizer, 512)([_row("a", "a", "c d")])
     ((start, end),) = example.trained
     assert "".join(tokenizer.convert_ids_to_tokens(example.ids[start:end])) == "▁c▁d<|im_end|>"
+
+
+# As Qwen2.5 writes tools and calls: one block for all answers of tools, calls after the content.
+QWEN = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'tool' %}{% if loop.previtem.role != 'tool' %}<|im_start|>user{% endif %}\n{{ m.content }}"
+    "{% if loop.last or loop.nextitem.role != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN3 = QWEN.replace(
+    "{{ m.content }}{% for c",
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}{% for c",
+)
+# As Mistral writes them: no generation prompt, calls in place of the content.
+MISTRAL = (
+    "{% if tools %}[TOOLS]{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{% if m.tool_calls %}[CALLS]{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+    "<|im_end|>{% elif m.role == 'assistant' %} {{ m.content }}<|im_end|>"
+    "{% elif m.role == 'tool' %}[RESULT]{{ m.content | tojson }}{% else %}[INST] {{ m.content }} [/INST]{% endif %}"
+    "{% endfor %}"
+)
+QWEN_MARKED = QWEN.replace("{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}", (
+    "{% elif m.role != 'assistant' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% else %}<|im_start|>assistant\n{% generation %}{{ m.content }}"
+)).replace("{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add", "{% endfor %}<|im_end|>\n{% endgeneration %}{% endif %}{% endfor %}{% if add")  # fmt: skip
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+
+
+def _call(name: str, **arguments: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+TOOL_ROW = Conversation(
+    [
+        {"role": "user", "content": "1 plus 2?"},
+        {"role": "assistant", "content": "", "tool_calls": [_call("add", a=1, b="zwei\n")]},
+        {"role": "tool", "content": '{"sum": 3}'},
+        {"role": "tool", "content": "done"},
+        {"role": "assistant", "content": "3."},
+    ],
+    "rows.jsonl, line 7",
+    TOOLS,
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "trained"),
+    [
+        (QWEN, ['<tool_call>add {"a": 1, "b": "zwei\\n"}</tool_call><|im_end|>\n', "3.<|im_end|>\n"]),
+        (QWEN_MARKED, ['<tool_call>add {"a": 1, "b": "zwei\\n"}</tool_call><|im_end|>\n', "3.<|im_end|>\n"]),
+        (
+            QWEN3,
+            [
+                '<tool_call>add {"a": 1, "b": "zwei\\n"}</tool_call><|im_end|>\n',
+                "<think>\n\n</think>\n\n3.<|im_end|>\n",
+            ],
+        ),
+        (
+            MISTRAL,
+            ['[CALLS]{"name": "add", "arguments": {"a": 1, "b": "zwei\\n"}}<|im_end|>', " 3.<|im_end|>"],
+        ),
+    ],
+    ids=["qwen2.5", "qwen2.5 with tags", "qwen3", "mistral"],
+)
+def test_tool_calls_are_trained_and_their_answers_are_not(template: str, trained: list[str]) -> None:
+    assert _trained(template, TOOL_ROW) == trained
+
+
+def test_a_call_beside_words_and_several_calls() -> None:
+    messages = [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [_call("add", a=1), _call("add", a=2)]},
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "", "tool_calls": [_call("add", a=3)]},
+    ]
+    assert _trained(QWEN3, Conversation(messages, "rows.jsonl, line 7", TOOLS)) == [
+        'Let me see.<tool_call>add {"a": 1}</tool_call><tool_call>add {"a": 2}</tool_call><|im_end|>\n',
+        '<think>\n\n</think>\n\n<tool_call>add {"a": 3}</tool_call><|im_end|>\n',
+    ]
+
+
+def test_a_second_template_for_tools_is_taken_for_rows_with_tools() -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    tokenizer.chat_template = {"default": MISTRAL, "tool_use": QWEN}
+    for row, start in ((TOOL_ROW, "<tool_call>"), (_row("s", "u", "a"), " a")):
+        pieces = decode_pieces(_encode([row], tokenizer).document(0), tokenizer)
+        assert next(text for text, trained in pieces if trained).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHATML, "does not write the tool 'add'; take one that supports tools"),
+        (QWEN.replace("m.tool_calls or []", "[]"), "does not write the tool call 'add' of message 2 into the"),
+        (QWEN.replace("c.function.arguments | tojson", "''"), "does not write the tool call 'add' .*changes its 'b'"),
+        (QWEN.replace("\n{{ m.content }}{% if loop.last", "{% if loop.last"), "leaves out .*the tool says, '{\"sum\": 3}'"),
+        # The call outside of what is marked.
+        (QWEN_MARKED.replace("{% for c in", "{% endgeneration %}{% for c in").replace("\n{% endgen", "{% generation %}\n{% endgen"), "marks 4 turns"),
+        # A header for calls alone, without a generation prompt: it would be trained.
+        (MISTRAL.replace("[CALLS]", "assistant: ").replace(" {{ m.content }}<", "assistant: {{ m.content }}<"), "does not tell reliably .* message 2"),
+        (QWEN.replace("c.function.arguments | tojson", "c.function.arguments + ''"), "refuses the messages: .*dict"),
+    ],
+)  # fmt: skip
+def test_a_template_that_loses_tools_or_calls_is_refused(template: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line 7: .*{message}"):
+        _trained(template, TOOL_ROW)

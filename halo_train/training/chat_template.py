@@ -56,6 +56,8 @@ class ChatTemplate:
                 f"{row.where}: the chat template marks {len(marked)} turns with {{% generation %}}, but the assistant has "
                 f"{len(answers)}; mark each in the chat_template.jinja of model.path, or use rows with prompt and completion"
             )
+        for i in answers:
+            _require_calls_written(row, i, text)
         turns = marked if marks else [self._turn(row, i, text) for i in answers]
         for i, (start, end) in zip(answers, turns, strict=True):
             _require_calls_written(row, i, text[start:end])
@@ -138,7 +140,7 @@ def _require_written(row: Conversation, text: str) -> None:
 
 
 def _require_calls_written(row: Conversation, index: int, turn: str) -> None:
-    """That the text of an assistant's turn has each of its tool calls with all arguments."""
+    """That a text has each tool call of an assistant's turn with all arguments."""
     for call in row.messages[index].get("tool_calls", ()):
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         for value in [name, *_leaves(arguments)]:

@@ -67,6 +67,7 @@ def open_source(value: str, subset: str | None, split: str, field: str) -> Sourc
     """
     path = Path(value)
     if value.startswith(HUB) or path.is_dir():
+        _need("datasets", value)
         return DatasetsSource(value, subset, split, field)
     if not path.is_file():
         raise UserError(
@@ -74,6 +75,7 @@ def open_source(value: str, subset: str | None, split: str, field: str) -> Sourc
             "of the Hugging Face hub"
         )
     if path.suffix == ".parquet":
+        _need("pyarrow", value)
         return ParquetSource(path)
     return GzipSource(path) if path.suffix == ".gz" else JsonlSource(path)
 
@@ -128,14 +130,7 @@ class GzipSource(_File):
 
 
 class ParquetSource(_File):
-    """A chunk is the number of a row group and of its first row.
-
-    Raises:
-        UserError: pyarrow is not installed.
-    """
-
-    def __post_init__(self) -> None:
-        _need("pyarrow", self.name)
+    """A chunk is the number of a row group and of its first row."""
 
     def chunks(self) -> list[tuple[int, int]]:
         metadata = self._open().metadata
@@ -167,11 +162,10 @@ class DatasetsSource(Source):
     """A folder or a data set of the hub, by the datasets library. A chunk is (first row, end).
 
     Raises:
-        UserError: datasets is not installed, or cannot load it.
+        UserError: it cannot be loaded.
     """
 
     def __init__(self, value: str, subset: str | None, split: str, field: str) -> None:
-        _need("datasets", value)
         import datasets
 
         self.name = f"{value} ({split})"
