@@ -235,7 +235,7 @@ def test_a_second_template_for_tools_is_taken_for_rows_with_tools() -> None:
     [
         (CHATML, "does not write the tool 'add'; take one that supports tools"),
         (QWEN.replace("m.tool_calls or []", "[]"), "does not write the tool call 'add' of message 2 into the"),
-        (QWEN.replace("c.function.arguments | tojson", "''"), "does not write the tool call 'add' .*changes its 'b'"),
+        (QWEN.replace("c.function.arguments | tojson", "''"), "does not write the tool call 'add' .*changes its 'zwei"),
         (QWEN.replace("\n{{ m.content }}{% if loop.last", "{% if loop.last"), "leaves out .*the tool says, '{\"sum\": 3}'"),
         # The call outside of what is marked.
         (QWEN_MARKED.replace("{% for c in", "{% endgeneration %}{% for c in").replace("\n{% endgen", "{% generation %}\n{% endgen"), "marks 4 turns"),
