@@ -42,6 +42,7 @@ from halo_train.calibrate import Prefer
 from halo_train.metrics.collect import Sink
 from halo_train.metrics.records import JsonlSink
 from halo_train.quant_report import write_report
+from halo_train.training.blocks import checkpoint_activations, compile_blocks
 from halo_train.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from halo_train.training.config import RECIPE_FILE, Config
 from halo_train.training.data import Batch, BatchStream
@@ -148,6 +149,10 @@ def train(
     if loss_of.whole_logits:
         print(f"the logits of all tokens are in memory at once: {loss_of.whole_logits}", flush=True)
 
+    if cfg.activation_checkpointing != "none":
+        checkpoint_activations(model, cfg.activation_checkpointing)
+    if cfg.compile:
+        compile_blocks(model)
     optimizer = build_optimizer(model, cfg)
     progress = load_checkpoint(checkpoint, model, optimizer) if checkpoint else Progress()
     if checkpoint:

@@ -139,6 +139,11 @@ class TrainSection(_Section):
     """Not applied to norms and biases."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in backward for memory, layer by layer, bit for bit: ``selective`` all but products, attention and
+    rounding, ``full`` everything."""
+    compile: bool = False
+    """torch.compile of each decoder layer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` is the GPU where there is one."""
 
