@@ -9,6 +9,7 @@ Symbols and equations: docs/numerics.md. In short, with (X D^-1) H = diag(s) Xq 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ def halo_linear(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         if x.dtype != torch.float64:
             tokens = tokens.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
+        with _without_autocast(device):
             y = HaloLinearFunction.apply(tokens, weight, bias, equalizer, config, w_data, w_scale)
     elif x.dtype == weight.dtype:
         y = HaloLinearFunction.apply(tokens, weight, bias, equalizer, config, w_data, w_scale)
@@ -127,18 +128,20 @@ class HaloLinearFunction(torch.autograd.Function):
         config, (m, n, k) = ctx.config, ctx.shape
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         x, w = Quantized(x_data, x_scale), Quantized(w_data, w_scale)
-        for_dx, for_dw = _round_grad(_pad(e, MULTIPLE, MULTIPLE), x, w, needs_dx, needs_dw, config)
-        dx = dw = db = None
-        if for_dx is not None:
-            dx = matmul(for_dx, _contract_rows(w, config), ctx.x_dtype)
-            if config.rotate_m_dgrad:
-                dx = hadamard_transform(dx, axis=0)
-            dx = _undo_k(dx, ctx.block, None if equalizer is None else 1 / equalizer)[:m, :k]
-        if for_dw is not None:
-            dw = matmul(for_dw, _contract_rows(x, config), ctx.weight_dtype)
-            dw = _undo_k(dw, ctx.block, equalizer)[:n, :k]
-        if needs_db:
-            db = e.sum(0, dtype=torch.promote_types(e.dtype, torch.float32)).to(ctx.bias_dtype)
+        # A compiled backward is traced under the autocast of its forward; the products have their own dtypes.
+        with _without_autocast(e.device.type):
+            for_dx, for_dw = _round_grad(_pad(e, MULTIPLE, MULTIPLE), x, w, needs_dx, needs_dw, config)
+            dx = dw = db = None
+            if for_dx is not None:
+                dx = matmul(for_dx, _contract_rows(w, config), ctx.x_dtype)
+                if config.rotate_m_dgrad:
+                    dx = hadamard_transform(dx, axis=0)
+                dx = _undo_k(dx, ctx.block, None if equalizer is None else 1 / equalizer)[:m, :k]
+            if for_dw is not None:
+                dw = matmul(for_dw, _contract_rows(x, config), ctx.weight_dtype)
+                dw = _undo_k(dw, ctx.block, equalizer)[:n, :k]
+            if needs_db:
+                db = e.sum(0, dtype=torch.promote_types(e.dtype, torch.float32)).to(ctx.bias_dtype)
         return dx, dw, db, None, None, None, None
 
 
@@ -215,6 +218,11 @@ def _contract_rows(q: Quantized, config: HaloConfig) -> Quantized:
     data = q.transposed_data()
     scale = q.scale.new_ones(data.shape[0]) if config.scaling is Scaling.ROWWISE else q.scale
     return Quantized(data, scale)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def _undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:

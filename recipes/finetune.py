@@ -45,7 +45,7 @@ from halo_train.quant_report import write_report
 from halo_train.training.blocks import checkpoint_activations, compile_blocks
 from halo_train.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from halo_train.training.config import RECIPE_FILE, Config
-from halo_train.training.data import Batch, BatchStream
+from halo_train.training.data import Batch, BatchStream, ShuffledBatches
 from halo_train.training.errors import Interrupted, RunFailed, UserError
 from halo_train.training.logging import (
     MetricsFile,
@@ -151,12 +151,16 @@ def train(
 
     if cfg.activation_checkpointing != "none":
         checkpoint_activations(model, cfg.activation_checkpointing)
-    if cfg.compile:
-        compile_blocks(model)
     optimizer = build_optimizer(model, cfg)
     progress = load_checkpoint(checkpoint, model, optimizer) if checkpoint else Progress()
     if checkpoint:
         print(f"resumed from {checkpoint}", flush=True)
+    if cfg.compile:
+        if not checkpoint:
+            first = ShuffledBatches(data.train, cfg.micro_batch, data.pad_id, config.run.seed)[0]
+            with torch.no_grad():  # the layers take their equaliser
+                loss_of(**first.inputs(device))
+        compile_blocks(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

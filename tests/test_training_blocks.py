@@ -139,10 +139,11 @@ def test_a_run_with_recomputation_is_the_same_run(
 
 @pytest.mark.parametrize("mode", ["none", "selective"])
 def test_compiled_blocks(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
-    """Traced with autograd, not lowered to C++, which takes minutes: two graphs serve all blocks, one takes the equaliser."""
+    """Traced with autograd, not lowered to C++, which takes minutes: one graph serves all blocks, with the same bits."""
     monkeypatch.setattr(LLAMA, "attention_dropout", 0.0)  # compiled code draws other random numbers
-    expected = two_steps(build("fp8"))
-    loss = build("fp8")
+    expected, loss = two_steps(build("fp8")), build("fp8")
+    with torch.no_grad():
+        loss(IDS, IDS)  # the equaliser
     if mode != "none":
         checkpoint_activations(loss.model, mode)
     graphs = CompileCounterWithBackend("aot_eager")
@@ -150,5 +151,5 @@ def test_compiled_blocks(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
     torch._dynamo.reset()
     compile_blocks(loss.model)
     for value, exact in zip(two_steps(loss), expected, strict=True):
-        assert (value - exact).norm() <= 0.01 * exact.norm()
-    assert graphs.frame_count == 2
+        assert torch.equal(value, exact)
+    assert graphs.frame_count == 1

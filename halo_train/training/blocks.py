@@ -53,7 +53,9 @@ def checkpoint_activations(model: nn.Module, mode: Literal["selective", "full"])
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile on each block; the code of one serves all blocks of its kind. After :func:`checkpoint_activations`.
+    """torch.compile on each block; the code of one serves all blocks of its kind.
+
+    After :func:`checkpoint_activations`, and after a first forward: compiled code that recomputes cannot take equalisers.
 
     Raises:
         UserError: a model without blocks.
