@@ -1,9 +1,11 @@
-"""The ``halo-train`` command: run, compare, validate, ls, cp, schema, preprocess, eval, report, calibrate, doctor."""
+"""The ``halo-train`` command: run, compare, validate, ls, cp, schema, preprocess, eval, export, report, calibrate, bench, doctor."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
+import pkgutil
 import shutil
 import sys
 from pathlib import Path
@@ -16,8 +18,9 @@ try:
     from rich.table import Table
     from rich.text import Text
 
+    from halo_train import bench as benchmarks
     from halo_train.calibrate import Prefer
-    from halo_train.config import RECIPES, HaloConfig, did_you_mean
+    from halo_train.config import did_you_mean
     from halo_train.metrics.console import sample_table
     from halo_train.metrics.records import read_samples
     from halo_train.quant_report import write_report
@@ -29,6 +32,8 @@ try:
     from halo_train.training.encode import decode_pieces
     from halo_train.training.errors import Interrupted, RunFailed, UserError
     from halo_train.training.evaluation import Evaluation, Task, run_evaluation
+    from halo_train.training.hf_export import ExportFormat, export
+    from halo_train.training.listing import recipes_table, run_files_table
     from halo_train.training.loop import pick_device
 except ModuleNotFoundError as _error:
     _package = (_error.name or "").partition(".")[0]
@@ -104,22 +109,8 @@ def validate(file: _File, overrides: _Overrides = None) -> None:
 def ls() -> None:
     """List the run files that come with halo_train and the named precision recipes."""
     console = _console()
-    files = Table("run file", "what it does", title="Run files", title_justify="left")
-    for path in _shipped():
-        files.add_row(str(path), _first_comment(path))
-    console.print(files)
-    named = Table(
-        "quant.recipe",
-        "format",
-        "scales",
-        "rotated",
-        "equalised",
-        title="Precision recipes",
-        title_justify="left",
-    )
-    for name, config in RECIPES.items():
-        named.add_row(name, *_fields(config))
-    console.print(named)
+    console.print(run_files_table(_shipped()))
+    console.print(recipes_table())
 
 
 @app.command()
@@ -233,6 +224,41 @@ def evaluate(
     print(run_evaluation(folder, asked, pick_device(device), output))
 
 
+@app.command("export")
+def export_directory(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Folder of a run, a checkpoint, or a model.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option(help="Directory that is written.")],
+    form: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="hf: bfloat16; compressed-tensors: FP8 as vLLM reads it."),
+    ] = "hf",
+) -> None:
+    """Write a model as a Hugging Face directory, in bfloat16 or in FP8 for vLLM."""
+    print(export(folder, form, output))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Which one; none lists them.")] = "",
+) -> None:
+    """Measure this GPU: halo-train bench linear; halo-train bench NAME --help tells the options of each."""
+    known = [module.name for module in pkgutil.iter_modules(benchmarks.__path__)]
+    if name in known:
+        importlib.import_module(f"{benchmarks.__name__}.{name}").main(context.args)
+    elif name and not name.startswith("-"):
+        raise UserError(f"NAME must be one of {', '.join(known)}{did_you_mean(name, known)}; got {name!r}")
+    else:
+        print(
+            f"halo-train bench NAME, one of {', '.join(known)}; halo-train bench NAME --help tells its options"
+        )
+
+
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
@@ -340,25 +366,6 @@ def _inputs(config: Config) -> dict[str, Path]:
         "quant.recipe": config.quant.recipe if config.quant.recipe.endswith(RECIPE_FILE) else None,
     }
     return {key: Path(path) for key, path in named.items() if path is not None}
-
-
-def _first_comment(path: Path) -> str:
-    """The comment block that the file starts with, up to the first full stop."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("# "):
-            break
-        lines.append(line[2:])
-    return " ".join(lines).partition(". ")[0]
-
-
-def _fields(config: HaloConfig) -> tuple[str, str, str, str]:
-    formats = dict.fromkeys((config.format.value, config.grad_format.value))
-    rotated = " and ".join(
-        axis for axis, on in (("K", config.rotate_k), ("M (dgrad)", config.rotate_m_dgrad)) if on
-    )
-    scales = "none" if config.format.value == "high_precision" else config.scaling.value
-    return " x ".join(formats), scales, rotated or "no", "yes" if config.equalize else "no"
 
 
 if __name__ == "__main__":

@@ -99,6 +99,21 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return Progress(state["step"], state["batches"])
 
 
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Restores the weights of an unsharded model alone, in place, whatever number of processes saved them.
+
+    Raises:
+        UserError: the checkpoint cannot be read or belongs to another model.
+    """
+    state = {"model": model.state_dict()}
+    try:
+        with _single_process_is_fine():
+            dcp.load(state, checkpoint_id=path, no_dist=True)
+        model.load_state_dict(state["model"])
+    except (OSError, CheckpointException, RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"checkpoint {path} cannot be loaded: {_cause(error)}") from error
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the most steps, or None."""
     checkpoints = _checkpoints(folder)
