@@ -15,6 +15,9 @@ LAST_THINKS = CHATML.replace(
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
 )
 TRIMMED = CHATML.replace("m.content", "m.content | trim")
+STARTS_A_THOUGHT = CHATML.replace(
+    "<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif"
+)
 INSTRUCTION = (
     "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}<|im_end|>"
     "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
@@ -55,11 +58,20 @@ def _trained(template: str, row: Conversation = ROW, seq_len: int = 512) -> list
         (TRIMMED, ["yes<|im_end|>\n", "e<|im_end|>\n"]),
         # As Qwen3's: what only the last turn has is trained there.
         (LAST_THINKS, [" yes\n<|im_end|>\n", "<think>\n\n</think>\n\ne<|im_end|>\n"]),
+        (STARTS_A_THOUGHT, [" yes\n<|im_end|>\n", "e<|im_end|>\n"]),
         (INSTRUCTION, ["  yes\n<|im_end|>", " e<|im_end|>"]),
         (MARKED, [" yes\n<|im_end|>", "e<|im_end|>"]),
         (MARKED_APART, [" yes\n<|im_end|>", "e<|im_end|>"]),
     ],
-    ids=["chatml", "trimmed", "last turn thinks", "no generation prompt", "tags", "end tagged apart"],
+    ids=[
+        "chatml",
+        "trimmed",
+        "last turn thinks",
+        "prompt thinks",
+        "no generation prompt",
+        "tags",
+        "end tagged apart",
+    ],
 )
 def test_the_assistants_turns_and_their_end_are_trained(template: str, trained: list[str]) -> None:
     assert _trained(template) == trained

@@ -67,14 +67,23 @@ class ChatTemplate:
         """Where assistant message ``index`` stands in ``text``: after what the model is given to write it.
 
         Some templates (Qwen3's) write more into the last turn than into those before; then the turn is its content, or
-        else its tool calls, and what ends it.
+        else its tool calls, and what ends it. Others (Qwen3.5's, DeepSeek-R1's) give the start of a thought, which turns
+        without one do not have; then a turn starts where its content follows the common part.
         """
         prompt, _ = self._render(row, index, prompt=True)
+        before, _ = self._render(row, index)
         until, _ = self._render(row, index + 1)
-        answer, message = until[len(prompt) :], row.messages[index]
+        message = row.messages[index]
         content = message["content"].strip()
+        if content and not text.startswith(prompt):
+            same = next(
+                (i for i, pair in enumerate(zip(prompt, text, strict=False)) if len(set(pair)) > 1), 0
+            )
+            if same > len(before) and text[same:].lstrip().startswith(content):
+                prompt = prompt[:same]
+        answer = until[len(prompt) :]
         # Without a prompt of the template's own the answer must start at once: else its header would be trained.
-        prompted = prompt != self._render(row, index)[0] or (
+        prompted = prompt != before or (
             answer.lstrip().startswith(content) if content else self._starts_at_once(row, index, prompt)
         )
         if text.startswith(prompt) and until.startswith(prompt) and prompted:
