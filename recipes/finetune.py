@@ -47,10 +47,10 @@ from halo_train.training.checkpoint import Progress, latest_checkpoint, load_che
 from halo_train.training.config import RECIPE_FILE, Config
 from halo_train.training.data import Batch, BatchStream, ShuffledBatches
 from halo_train.training.errors import Interrupted, RunFailed, UserError
+from halo_train.training.flops import FlopCounter, bf16_peak
 from halo_train.training.logging import (
     MetricsFile,
     ProgressBar,
-    WandbRun,
     environment,
     read_metrics,
     write_atomically,
@@ -67,6 +67,7 @@ from halo_train.training.packing import require_isolation
 from halo_train.training.prepare import Data, load_data
 from halo_train.training.report import Result, plot_losses, run_table, summarise
 from halo_train.training.run_folder import check_run_folder, make_run_folder
+from halo_train.training.trackers import Trackers
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -164,18 +165,22 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
+    counter, peak = FlopCounter(model), bf16_peak(device)
+    if peak:
+        print(f"mfu is the share of {peak / 1e12:.0f} TFLOP/s, this GPU's dense bfloat16 peak", flush=True)
+
     loss_of.train()
     with (
         MetricsFile(folder / "metrics.jsonl", progress.step) as metrics,
-        WandbRun(
-            config.log.wandb, folder, f"{config.run.name}-{label}", config.model_dump(mode="json")
-        ) as wandb,
+        Trackers(
+            config.log, folder, f"{config.run.name}-{label}", config.model_dump(mode="json"), progress.step
+        ) as trackers,
         ProgressBar(label, data.steps, progress.step, config.log.every) as bar,
         ExitStack() as stack,
     ):
         quant = None
         if config.log.quant_every:
-            quant = stack.enter_context(quant_metrics(config, model, folder, progress.step, wandb))
+            quant = stack.enter_context(quant_metrics(config, model, folder, progress.step, trackers))
         if valid_before is not None:
             metrics.write(step=0, valid_loss=valid_before)
             bar.note(f"validation loss {valid_before:.4f} before training")
@@ -196,9 +201,11 @@ def train(
                 loss = loss_of(**batch.inputs(device)) / trained
                 loss.backward()
                 total += loss.detach()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip).item()
-            if not (math.isfinite(total.item()) and math.isfinite(norm)):
-                raise RunFailed(_not_finite(step, total.item(), norm, checkpoints))
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            # The only wait for the GPU in a step.
+            value, norm = torch.stack([total, grad_norm.to(total)]).tolist()
+            if not (math.isfinite(value) and math.isfinite(norm)):
+                raise RunFailed(_not_finite(step, value, norm, checkpoints))
 
             lr = learning_rate(step, data.steps, cfg)
             set_learning_rate(optimizer, lr)
@@ -207,17 +214,23 @@ def train(
             progress = Progress(step, stream.position)
 
             seconds = time.perf_counter() - started
+            flops = counter.step(micro_batches)
             values = {
-                "loss": total.item(),
+                "loss": value,
                 "lr": lr,
                 "grad_norm": norm,
                 "tokens": tokens,
                 "trained_tokens": trained,
                 "tokens_per_second": tokens / seconds,
                 "data_wait": waited / seconds,
+                "share_8bit": flops.eight_bit / flops.total,
             }
+            if peak:
+                values["mfu"] = flops.total / seconds / peak
+            if device.type == "cuda":
+                values["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
             metrics.write(step=step, **values)
-            wandb.log(step, **values)
+            trackers.log(step, **values)
             if quant is not None:
                 quant.step()
             bar.step(step, loss=values["loss"], tokens_s=values["tokens_per_second"])
@@ -226,7 +239,7 @@ def train(
             if step % config.log.eval_every == 0 or last:
                 valid = evaluate(loss_of, data.valid, device)
                 metrics.write(step=step, valid_loss=valid)
-                wandb.log(step, valid_loss=valid)
+                trackers.log(step, valid_loss=valid)
                 bar.note(f"validation loss {valid:.4f} at step {step}")
             if step % config.save.every == 0 or last or stop.received is not None:
                 save_checkpoint(checkpoints, model, optimizer, progress, config.save.keep)
@@ -236,14 +249,14 @@ def train(
                     f"stopped after step {step} of {data.steps}; repeat the command to go on ({folder})",
                 )
 
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     errors = measure(loss_of, data, device)
     export_model(revert(model), data.tokenizer, folder / "export")
     return Result(
         recipe=label,
         layers_converted=len(conversion.converted),
         layers_left_alone=len(conversion.skipped),
-        peak_memory_gib=peak,
+        peak_memory_gib=memory,
         errors=errors,
         **summarise(read_metrics(folder / "metrics.jsonl")),
     )
@@ -268,7 +281,9 @@ def measure(loss_of: TokenLoss, data: Data, device: torch.device) -> dict[str, d
     return errors
 
 
-def quant_metrics(config: Config, model: nn.Module, folder: Path, done: int, wandb: WandbRun) -> QuantMetrics:
+def quant_metrics(
+    config: Config, model: nn.Module, folder: Path, done: int, trackers: Trackers
+) -> QuantMetrics:
     """Samples the quantisation error every ``log.quant_every`` steps.
 
     Args:
@@ -277,7 +292,7 @@ def quant_metrics(config: Config, model: nn.Module, folder: Path, done: int, wan
     Raises:
         UserError: a pattern of log.quant_layers that matches no layer.
     """
-    sinks: list[Sink] = [JsonlSink(folder / "quant.jsonl", done), *wandb.quant_sinks()]
+    sinks: list[Sink] = [JsonlSink(folder / "quant.jsonl", done), *trackers.quant_sinks()]
     try:
         return QuantMetrics(
             model,

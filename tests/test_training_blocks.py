@@ -137,6 +137,19 @@ def test_a_run_with_recomputation_is_the_same_run(
     assert metrics(whole) == metrics(parts) == metrics(plain / "runs" / "tiny")
 
 
+def test_sampling_the_error_changes_nothing(tmp_path: Path) -> None:
+    """Its own rounding in forward must not be taken for that of the layers, which backward would use."""
+    lines = {}
+    for mode in ("none", "selective"):
+        folder = tmp_path / mode
+        folder.mkdir()
+        overrides = [f"train.activation_checkpointing={mode}", "log.quant_every=1", "train.steps=2"]
+        finetune.run(load_config(write_run(folder), overrides))
+        run = folder / "runs" / "tiny"
+        lines[mode] = metrics(run), (run / "quant.jsonl").read_text()
+    assert lines["none"] == lines["selective"]
+
+
 @pytest.mark.parametrize("mode", ["none", "selective"])
 def test_compiled_blocks(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
     """Traced with autograd, not lowered to C++, which takes minutes: one graph serves all blocks, with the same bits."""

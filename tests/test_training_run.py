@@ -51,6 +51,7 @@ def test_a_run_leaves_everything_promised(finished: Path) -> None:
     lines = metrics(finished)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "valid_loss" in line] == [0, 3, 6]
+    assert all(0.5 < line["share_8bit"] < 1 for line in lines if "loss" in line)
     conversion = json.loads((finished / "conversion.json").read_text())
     assert len(conversion["converted"]) == 14
     assert {entry["name"] for entry in conversion["skipped"]} == {"model.embed_tokens", "lm_head"}
@@ -272,6 +273,29 @@ def test_wandb_without_the_package_says_what_to_install(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'halo_train\[wandb\]'"):
         finetune.run(load_config(write_run(tmp_path), ["log.wandb=true"]))
+
+
+def test_tensorboard_without_the_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install 'halo_train\[tensorboard\]'"):
+        finetune.run(load_config(write_run(tmp_path), ["log.tensorboard=true"]))
+
+
+def test_tensorboard_has_what_metrics_jsonl_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Across a resume, too: of the step that is repeated it shows one value."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    overrides = ["log.tensorboard=true", "log.quant_every=3"]
+    for run in run_in_two_parts(tmp_path, overrides, monkeypatch):
+        events = event_accumulator.EventAccumulator(str(run / "tensorboard"))
+        events.Reload()
+        for key in ("loss", "grad_norm", "share_8bit", "valid_loss"):
+            lines = [line for line in metrics(run) if key in line and line["step"]]
+            shown = events.Scalars(key)
+            assert [event.step for event in shown] == [line["step"] for line in lines]
+            assert [event.value for event in shown] == pytest.approx([line[key] for line in lines])
+        assert any(tag.startswith("quant_fprop/") for tag in events.Tags()["scalars"])
 
 
 def test_wandb_gets_every_step_and_never_asks_for_a_key(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from ..config import HaloConfig, did_you_mean, resolve_recipe
@@ -137,7 +138,8 @@ class QuantMetrics:
             if name in self._pending or name in self._results or not y.requires_grad or y.numel() == 0:
                 return
             x = (args[0] if args else kwargs["x"]).detach().reshape(-1, layer.in_features).to(y.dtype)
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            # Selective activation checkpointing is a mode that would take our ops for those of the layer.
+            with _disable_current_modes(), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 self._pending[name] = LayerProbe(
                     layer, x, self._what_if, self.size, self._generator(x.device)
                 )

@@ -88,7 +88,8 @@ def measure_products(
     errors: dict[str, dict[str, ProductError]] = {}
     handles = [layer.register_forward_hook(_probe(name, config, errors)) for name, layer in layers.items()]
     try:
-        step_fn()
+        with torch.compiler.set_stance("force_eager"):  # compiled code would call no hooks
+            step_fn()
     finally:
         for handle in handles:
             handle.remove()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from .sample import QuantSample
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoardSink:
@@ -15,9 +18,15 @@ class TensorBoardSink:
 
     Args:
         folder: for the event file; or a SummaryWriter that exists.
+
+    Raises:
+        ModuleNotFoundError: tensorboard is not installed.
     """
 
     def __init__(self, folder: str | Path | SummaryWriter) -> None:
+        # Here, so that programs in which it is optional can import this module.
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = folder if isinstance(folder, SummaryWriter) else SummaryWriter(str(folder))
 
     def __call__(self, sample: QuantSample) -> None:

@@ -183,6 +183,8 @@ class LogSection(_Section):
     """Steps between validations; the first and the last step are always validated."""
     wandb: bool = False
     """Also log to Weights & Biases; offline where no key is set."""
+    tensorboard: bool = False
+    """Also write TensorBoard's files, to the folder ``tensorboard`` of the run."""
     quant_every: _NotNegative = 0
     """Steps between samples of the quantisation error, in ``quant.jsonl``, wandb and the report; 0 is never."""
     quant_layers: list[str] = ["*"]

@@ -1,10 +1,9 @@
-"""What a run writes down on the way: metrics.jsonl, progress, env.json, Weights & Biases."""
+"""What a run writes down on the way: metrics.jsonl, progress, env.json."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import netrc
 import os
 import platform
 import subprocess
@@ -12,15 +11,11 @@ import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from tqdm import tqdm
 
-from halo_train.metrics.wandb_sink import WandbSink
 from halo_train.ops import kernel_status
-
-from .errors import UserError
 
 _PACKAGES = ("halo_train", "torch", "transformers", "tokenizers", "safetensors", "pydantic", "numpy", "wandb")
 
@@ -106,59 +101,6 @@ class ProgressBar:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-class WandbRun:
-    """Weights & Biases, or nothing when it is switched off. Offline where no key is set, unless WANDB_MODE says otherwise.
-
-    Raises:
-        UserError: asked for, but not installed.
-    """
-
-    def __init__(self, enabled: bool, folder: Path, name: str, config: dict[str, Any]) -> None:
-        self._run = None
-        if not enabled:
-            return
-        try:
-            import wandb
-        except ModuleNotFoundError:
-            raise UserError(
-                "log.wandb=true needs Weights & Biases: pip install 'halo_train[wandb]'"
-            ) from None
-        if not _has_wandb_key():
-            # wandb would stop and ask for a key, which hangs a batch job.
-            os.environ.setdefault("WANDB_MODE", "offline")
-        self._run = wandb.init(
-            project="halo_train", name=name, dir=str(folder), config=config, id=name, resume="allow"
-        )
-
-    def log(self, step: int, **values: float) -> None:
-        if self._run is not None:
-            self._run.log(values, step=step)
-
-    def quant_sinks(self) -> list[WandbSink]:
-        """For QuantMetrics; none when it is switched off."""
-        return [] if self._run is None else [WandbSink(self._run)]
-
-    def __enter__(self) -> WandbRun:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._run is not None:
-            self._run.finish(exit_code=0 if error is None else 1)
-
-
-def _has_wandb_key() -> bool:
-    """In the environment or where ``wandb login`` leaves it."""
-    if "WANDB_API_KEY" in os.environ:
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
 
 
 def environment() -> dict[str, Any]:

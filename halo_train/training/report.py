@@ -42,6 +42,10 @@ class Result:
     """Mean over the last :data:`TAIL` steps."""
     tokens_per_second: float
     """Median over the steps, padding not counted."""
+    share_8bit: float
+    """Of the operations in matrix products, output layer and attention included; see FlopCounter."""
+    mfu: float | None
+    """Median over the steps: operations a second over the GPU's dense bfloat16 peak; None where that is not known."""
     peak_memory_gib: float | None
     """On the GPU; None on the CPU."""
     errors: dict[str, dict[str, ProductError]]
@@ -60,17 +64,18 @@ class Result:
         return values
 
 
-def summarise(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """``valid_before``, ``valid_after``, ``train_loss`` and ``tokens_per_second`` from the lines of metrics.jsonl."""
+def summarise(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """What a :class:`Result` has of the lines of metrics.jsonl."""
     valid = [line["valid_loss"] for line in metrics if "valid_loss" in line]
     steps = [line for line in metrics if "loss" in line]
+    settled = steps[min(_WARM_UP, len(steps) - 1) :]
     return {
         "valid_before": valid[0],
         "valid_after": valid[-1],
         "train_loss": fmean(line["loss"] for line in steps[-TAIL:]),
-        "tokens_per_second": median(
-            line["tokens_per_second"] for line in steps[min(_WARM_UP, len(steps) - 1) :]
-        ),
+        "tokens_per_second": median(line["tokens_per_second"] for line in settled),
+        "share_8bit": fmean(line["share_8bit"] for line in settled),
+        "mfu": median(line["mfu"] for line in settled) if "mfu" in settled[0] else None,
     }
 
 
@@ -100,6 +105,9 @@ def run_table(result: Result, emulated: bool) -> Table:
         table.add_row("peak GPU memory, GiB", f"{result.peak_memory_gib:.2f}")
 
     table.add_row("layers converted", str(result.layers_converted))
+    table.add_row("matrix operations in 8 bits", f"{result.share_8bit:.1%}")
+    if result.mfu is not None:
+        table.add_row("model FLOPs utilisation", f"{result.mfu:.1%}")
     table.add_section()
     table.add_row("[bold]SQNR in dB[/bold]", "[bold]" + " / ".join(PRODUCTS) + "[/bold]")
     table.add_row("median layer", _over_layers(result, "sqnr_db"))
