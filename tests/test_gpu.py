@@ -168,6 +168,80 @@ def test_autocast_and_side_stream():
     assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("recipe", ["fp8", "int8", "fp8_plain", "halo1_fp8"])
+def test_cuda_graph_of_forward_and_backward(recipe):
+    layer = HaloLinear(256, 192, device="cuda", dtype=torch.bfloat16, recipe=recipe)
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    e = torch.randn(64, 192, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        y = layer(x)
+        return (y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], e))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x) * 3)
+        layer.weight.mul_(0.5)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8", "fp8_plain", "halo1_fp8"])
+def test_compiled_without_graph_breaks(recipe):
+    layer = HaloLinear(256, 192, device="cuda", dtype=torch.bfloat16, recipe=recipe)
+    e = torch.randn(2, 64, 192, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2, 64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    layer(x)  # takes the equalizer
+    results = []
+    for forward in (layer, torch.compile(layer, fullgraph=True)):
+        y = forward(x)
+        results.append((y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], e)))
+    for eager, compiled in zip(*results, strict=True):
+        # Inductor keeps float32 between operations that eager mode rounds to bfloat16 one by one.
+        assert relative(compiled, eager) < 3e-3
+
+
+def test_results_are_the_same_from_run_to_run():
+    layer = HaloLinear(4096, 4096, bias=False, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2048, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    e = torch.randn_like(x)
+    first = None
+    for _ in range(5):
+        y = layer(x)
+        found = (y, *torch.autograd.grad(y, [x, layer.weight], e))
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_values_come_out(recipe, bad):
+    """In X they poison their token of Y, in E their token of dX and their row of dW."""
+    layer = HaloLinear(256, 192, bias=False, device="cuda", dtype=torch.bfloat16, recipe=recipe)
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    e = torch.randn(64, 192, device="cuda", dtype=torch.bfloat16)
+    layer(x)
+    with torch.no_grad():
+        broken = x.clone()
+        broken[5, 7] = bad
+        y = layer(broken)
+    assert not y[5].isfinite().any()
+    assert y[torch.arange(64) != 5].isfinite().all()
+    e[9, 3] = bad
+    dx, dw = torch.autograd.grad(layer(x), [x, layer.weight], e)
+    assert not dx[9].isfinite().any()
+    assert not dw[3].isfinite().any()
+    assert dx[torch.arange(64) != 9].isfinite().all()
+
+
 @pytest.mark.parametrize("recipe", ["bf16", "fp8", "int8", "fp8_plain", "halo2_int8"])
 def test_a_small_network_learns(recipe):
     torch.manual_seed(0)
