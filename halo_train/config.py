@@ -61,6 +61,8 @@ class HaloConfig:
     """Rotate E along M before it is rounded for dgrad, undone on dX (HALO-2)."""
     equalize: bool = True
     """Divide the columns of X by d and multiply those of W by d, d a power of two per channel, before rotating."""
+    fast_accum: bool = True
+    """Float8 products on a GPU: sums with the few bits that the tensor core keeps, or in float32, slower."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", parse_choice(Format, "format", self.format))
@@ -111,6 +113,7 @@ class HaloConfig:
                 return name
         parts = [self.format.value, f"grad_{self.grad_format.value}", self.scaling.value]
         parts += [flag for flag in ("rotate_k", "rotate_m_dgrad", "equalize") if getattr(self, flag)]
+        parts += [] if self.fast_accum else ["fast_accum=False"]
         return "custom(" + ", ".join(parts) + ")"
 
 

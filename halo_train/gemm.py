@@ -16,15 +16,16 @@ MULTIPLE = 16
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def matmul(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> Tensor:
+def matmul(a: Quantized, b: Quantized, out_dtype: torch.dtype, fast_accum: bool = True) -> Tensor:
     """diag(a.scale) (a.data b.data^T) diag(b.scale).
 
-    float8 products accumulate in the tensor core's float32 with fast accumulation (relative error 1.3e-3 at a
-    contraction of 4096; docs/numerics.md, section 5); int8 products accumulate exactly.
+    int8 products accumulate exactly.
 
     Args:
         a: data [M, K], scale [M] or []. b: data [N, K], scale [N] or []. On a GPU K and N are multiples of 16.
         out_dtype: of the result.
+        fast_accum: let a float8 GEMM keep its sums in the tensor core, with fewer bits than float32 (relative error 1.3e-3
+            at a contraction of 4096, growing with its square root; docs/numerics.md, section 5).
 
     Returns:
         [M, N], not differentiable.
@@ -35,28 +36,30 @@ def matmul(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> Tensor:
     if a.data.dtype == torch.int8:
         return ops.int8_matmul(a.data, b.data, a.scale, b.scale, out_dtype)
     if a.data.is_cuda and a.data.dtype in _FLOAT8:
-        return _float8_cuda(a, b, out_dtype)
+        return _float8_cuda(a, b, out_dtype, fast_accum)
     return reference.scaled_matmul(a.data, b.data, a.scale, b.scale, out_dtype)
 
 
-def _float8_cuda(a: Quantized, b: Quantized, out_dtype: torch.dtype) -> Tensor:
+def _float8_cuda(a: Quantized, b: Quantized, out_dtype: torch.dtype, fast_accum: bool) -> Tensor:
     _check_float8_gpu(a.data.device.index)
     rows = a.scale.dim(), b.scale.dim()
     if out_dtype == torch.bfloat16 and rows == (1, 1):
-        return _scaled_mm(a.data, b.data, a.scale[:, None], b.scale[None, :], out_dtype)
+        return _scaled_mm(a.data, b.data, a.scale[:, None], b.scale[None, :], out_dtype, fast_accum)
     if rows == (0, 0):
         # One scale a tensor: the GEMM writes every output dtype but float64.
         direct = torch.float32 if out_dtype == torch.float64 else out_dtype
-        return _scaled_mm(a.data, b.data, a.scale, b.scale, direct).to(out_dtype)
+        return _scaled_mm(a.data, b.data, a.scale, b.scale, direct, fast_accum).to(out_dtype)
     # The library applies row scales for bfloat16 output only; raw sums stay in float32 (float16 would overflow).
     one = torch.ones((), device=a.data.device)
-    product = _scaled_mm(a.data, b.data, one, one, torch.float32)
+    product = _scaled_mm(a.data, b.data, one, one, torch.float32, fast_accum)
     row = a.scale[:, None] if a.scale.dim() else a.scale
     return (product * row * b.scale).to(out_dtype)
 
 
-def _scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=out_dtype, use_fast_accum=True)
+def _scaled_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, fast_accum: bool
+) -> Tensor:
+    return torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=out_dtype, use_fast_accum=fast_accum)
 
 
 @functools.cache
