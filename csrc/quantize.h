@@ -1,5 +1,5 @@
 // Interface between the quantising operators (quantize_bindings.cpp, which sees PyTorch) and their kernels
-// (quantize.cu, rotate_quantize.cu, transpose.cu).
+// (quantize.cu, rotate_quantize.cu, transpose.cu, equalizer.cu).
 
 #pragma once
 
@@ -61,5 +61,9 @@ cudaError_t widen(const void* x, DType dtype, int64_t rows, int64_t cols, int64_
 
 // q [rows, cols] -> [cols, rows], one byte an element, both dense.
 cudaError_t transpose_bytes(const void* x, void* y, int64_t rows, int64_t cols, cudaStream_t stream);
+
+// d = 2^exponent and inverse = 2^-exponent.
+cudaError_t equalizer_factors(const int8_t* exponent, float* d, float* inverse, int64_t n,
+                              cudaStream_t stream);
 
 }  // namespace halo_train

@@ -224,6 +224,23 @@ Tensor transpose_bytes(const Tensor& input) {
   return y;
 }
 
+std::tuple<Tensor, Tensor> equalizer_factors(const Tensor& input) {
+  const int device = input.get_device_index();
+  const DeviceGuard guard(device);
+  STD_TORCH_CHECK(input.dim() == 1 && input.scalar_type() == ScalarType::Char,
+                  "halo_train::equalizer_factors: exponent must be an int8 vector");
+  const Tensor exponent = torch::stable::contiguous(input);
+  const int64_t n = exponent.size(0);
+  Tensor d = empty_floats({n}, exponent), inverse = empty_floats({n}, exponent);
+  if (n == 0) return {d, inverse};
+  check_launch("equalizer_factors",
+               halo_train::equalizer_factors(
+                   static_cast<const int8_t*>(exponent.data_ptr()), static_cast<float*>(d.data_ptr()),
+                   static_cast<float*>(inverse.data_ptr()), n, current_stream(device)),
+               device);
+  return {d, inverse};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
@@ -231,4 +248,5 @@ STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
   m.impl("quantize_rows_transposed", TORCH_BOX(&quantize_rows_transposed));
   m.impl("quantize_grad", TORCH_BOX(&quantize_grad));
   m.impl("transpose_bytes", TORCH_BOX(&transpose_bytes));
+  m.impl("equalizer_factors", TORCH_BOX(&equalizer_factors));
 }

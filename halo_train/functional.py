@@ -20,7 +20,7 @@ from . import ops
 from .config import Format, HaloConfig, Scaling
 from .gemm import MULTIPLE, matmul
 from .hadamard import hadamard_transform, largest_block
-from .quantize import Quantized, quantize, quantize_grad, quantize_transposed
+from .quantize import Equalizer, Quantized, quantize, quantize_grad, quantize_transposed
 
 _MIN_TOKEN_BLOCK = 256
 """A rotation along M spreads an outlier token over at least this many tokens; shorter axes are padded with zeros."""
@@ -32,7 +32,7 @@ def halo_linear(
     bias: Tensor | None = None,
     *,
     config: HaloConfig,
-    equalizer: Tensor | None = None,
+    equalizer: Tensor | Equalizer | None = None,
     quantized_weight: Quantized | None = None,
 ) -> Tensor:
     """y = x W^T + bias with the three products in 8 bits.
@@ -44,7 +44,7 @@ def halo_linear(
         x: [..., K], bfloat16, float16, float32 or float64.
         weight: [N, K]; bias: [N] or None.
         config: formats, scales and rotations; ``format='high_precision'`` is torch.nn.functional.linear.
-        equalizer: d [K], powers of two, or None for ones.
+        equalizer: d [K], powers of two, or an :class:`Equalizer` of it, or None for ones.
         quantized_weight: what :func:`quantize_weight` returned for this weight, equalizer and config; the products use it
             and the values of ``weight`` are not read. None rounds the weight here.
 
@@ -55,25 +55,25 @@ def halo_linear(
         ValueError: integer or complex x, last dimension other than K, dtypes of x and weight that differ outside
             autocast, equalizer or quantized_weight of another shape.
     """
+    if isinstance(equalizer, Tensor):
+        equalizer = Equalizer.of(equalizer)
     _check(x, weight, equalizer, quantized_weight)
     if config.format is Format.HIGH_PRECISION or x.numel() == 0:
         return F.linear(x, weight, bias)
-    tokens, device = x.reshape(-1, x.shape[-1]), x.device.type
     # Apart, because an autograd Function sees tensors, not tuples of them.
-    w_data, w_scale = quantized_weight or (None, None)
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    operands = (weight, bias, *(equalizer or (None, None)), config, *(quantized_weight or (None, None)))
+    device = x.device.type
+    if _autocast_enabled(device):
         if x.dtype != torch.float64:
-            tokens = tokens.to(torch.get_autocast_dtype(device))
+            x = x.to(torch.get_autocast_dtype(device))
         with _without_autocast(device):
-            y = HaloLinearFunction.apply(tokens, weight, bias, equalizer, config, w_data, w_scale)
-    elif x.dtype == weight.dtype:
-        y = HaloLinearFunction.apply(tokens, weight, bias, equalizer, config, w_data, w_scale)
-    else:
+            return HaloLinearFunction.apply(x, *operands)
+    if x.dtype != weight.dtype:
         raise ValueError(
             f"halo_linear: x and weight must have the same dtype outside autocast; got {x.dtype} and {weight.dtype}; cast "
             "one of them or run under torch.autocast"
         )
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return HaloLinearFunction.apply(x, *operands)
 
 
 class Operands(NamedTuple):
@@ -86,11 +86,11 @@ class Operands(NamedTuple):
 
 
 class HaloLinearFunction(torch.autograd.Function):
-    """Y [M, N] from x [M, K], weight [N, K], bias [N] or None, equalizer d [K] or None, config, and the weight as
+    """Y [..., N] from x [..., K], weight [N, K], bias [N] or None, d and 1/d [K] or None twice, config, and the weight as
     :func:`quantize_weight` rounds it, or None twice.
 
-    Saved for backward: Xq (1 byte an element) and its scales s when the weight needs a gradient, Wq and its scales t
-    when x does, and d. The padding is part of Xq and Wq; it is zero and adds nothing to a sum.
+    Saved for backward: Xq (1 byte an element), its scales s and d when the weight needs a gradient, Wq, its scales t and
+    1/d when x does. The padding is part of Xq and Wq; it is zero and adds nothing to a sum.
     """
 
     @staticmethod
@@ -99,79 +99,84 @@ class HaloLinearFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        equalizer: Tensor | None,
+        d: Tensor | None,
+        inverse: Tensor | None,
         config: HaloConfig,
         w_data: Tensor | None,
         w_scale: Tensor | None,
     ) -> Tensor:
+        equalizer = None if d is None or inverse is None else Equalizer(d, inverse)
         quantized_weight = None if w_data is None or w_scale is None else Quantized(w_data, w_scale)
-        op = quantize_operands(x, weight, equalizer, config, quantized_weight)
-        y = matmul(op.x, op.w, x.dtype)[: x.shape[0], : weight.shape[0]]
+        n, tokens = weight.shape[0], x.reshape(-1, x.shape[-1])
+        op = quantize_operands(tokens, weight, equalizer, config, quantized_weight)
+        y = _crop(matmul(op.x, op.w, x.dtype, config.fast_accum), tokens.shape[0], n)
         if bias is not None:
             y = y + bias.to(y.dtype)
 
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
-        saved_x = (op.x.data, op.x.scale) if needs_dw else (None, None)
-        saved_w = (op.w.data, op.w.scale) if needs_dx else (None, None)
         # With row scales dgrad needs t and wgrad needs s; s and t are saved with the data they belong to.
-        ctx.save_for_backward(*saved_x, *saved_w, equalizer)
+        saved_x = (op.x.data, op.x.scale, d) if needs_dw else (None, None, None)
+        saved_w = (op.w.data, op.w.scale, inverse) if needs_dx else (None, None, None)
+        ctx.save_for_backward(*saved_x, *saved_w)
         ctx.config, ctx.block = config, op.block
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.shape = (x.shape[0], weight.shape[0], x.shape[1])
-        return y
+        ctx.x_shape, ctx.weight_shape = x.shape, weight.shape
+        return y.view(*x.shape[:-1], n)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
-        x_data, x_scale, w_data, w_scale, equalizer = ctx.saved_tensors
-        config, (m, n, k) = ctx.config, ctx.shape
+        x_data, x_scale, d, w_data, w_scale, inverse = ctx.saved_tensors
+        config, (n, k) = ctx.config, ctx.weight_shape
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         x, w = Quantized(x_data, x_scale), Quantized(w_data, w_scale)
+        e = e.reshape(-1, n)
         # A compiled backward is traced under the autocast of its forward; the products have their own dtypes.
         with _without_autocast(e.device.type):
             for_dx, for_dw = _round_grad(_pad(e, MULTIPLE, MULTIPLE), x, w, needs_dx, needs_dw, config)
             dx = dw = db = None
             if for_dx is not None:
-                dx = matmul(for_dx, _contract_rows(w, config), ctx.x_dtype)
+                dx = matmul(for_dx, _contract_rows(w, config), ctx.x_dtype, config.fast_accum)
                 if config.rotate_m_dgrad:
                     dx = hadamard_transform(dx, axis=0)
-                dx = _undo_k(dx, ctx.block, None if equalizer is None else 1 / equalizer)[:m, :k]
+                dx = _crop(_undo_k(dx, ctx.block, inverse), e.shape[0], k).reshape(ctx.x_shape)
             if for_dw is not None:
-                dw = matmul(for_dw, _contract_rows(x, config), ctx.weight_dtype)
-                dw = _undo_k(dw, ctx.block, equalizer)[:n, :k]
+                dw = matmul(for_dw, _contract_rows(x, config), ctx.weight_dtype, config.fast_accum)
+                dw = _crop(_undo_k(dw, ctx.block, d), n, k)
             if needs_db:
                 db = e.sum(0, dtype=torch.promote_types(e.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, None, None, None, None, None
 
 
 def quantize_operands(
     x: Tensor,
     weight: Tensor,
-    equalizer: Tensor | None,
+    equalizer: Equalizer | None,
     config: HaloConfig,
     quantized_weight: Quantized | None = None,
 ) -> Operands:
     """Pads, equalises, rotates and rounds X [M, K] and, unless it is given rounded, W [N, K] (docs/numerics.md, eq. 3)."""
     x = _pad(x, MULTIPLE, MULTIPLE)
     block = largest_block(x.shape[1]) if config.rotate_k else 1
-    inverse = None if equalizer is None else 1 / _pad_vector(equalizer, x.shape[1])
+    d, inverse = equalizer or (None, None)
+    factors = None if inverse is None else _pad_vector(inverse, x.shape[1])
     return Operands(
-        quantize(x, config.format, scaling=config.scaling, block=block, col_scale=inverse),
-        quantize_weight(weight, equalizer, config) if quantized_weight is None else quantized_weight,
+        quantize(x, config.format, scaling=config.scaling, block=block, col_scale=factors),
+        quantize_weight(weight, d, config) if quantized_weight is None else quantized_weight,
         block,
     )
 
 
-def quantize_weight(weight: Tensor, equalizer: Tensor | None, config: HaloConfig) -> Quantized:
+def quantize_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> Quantized:
     """(W D) H rounded, the second operand of fprop: W [N, K] padded to multiples of 16, to data [N', K'].
 
     With row scales a row depends on no other: rows rounded apart, as the shards of FSDP2 are, have the same bits.
     """
     weight = _pad(weight, MULTIPLE, MULTIPLE)
     block = largest_block(weight.shape[1]) if config.rotate_k else 1
-    d = None if equalizer is None else _pad_vector(equalizer, weight.shape[1])
-    return quantize(weight, config.format, scaling=config.scaling, block=block, col_scale=d)
+    factors = None if d is None else _pad_vector(d, weight.shape[1])
+    return quantize(weight, config.format, scaling=config.scaling, block=block, col_scale=factors)
 
 
 def quantize_grad_for_dgrad(e: Tensor, w_scale: Tensor, config: HaloConfig) -> Quantized:
@@ -220,9 +225,12 @@ def _contract_rows(q: Quantized, config: HaloConfig) -> Quantized:
     return Quantized(data, scale)
 
 
+def _autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
+    return torch.autocast(device, enabled=False) if _autocast_enabled(device) else nullcontext()
 
 
 def _undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
@@ -234,6 +242,10 @@ def _undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
     extra = (-x.shape[0] % rows, -x.shape[1] % columns)
     return F.pad(x, (0, extra[1], 0, extra[0])) if any(extra) else x
+
+
+def _crop(x: Tensor, rows: int, columns: int) -> Tensor:
+    return x if x.shape == (rows, columns) else x[:rows, :columns]
 
 
 def pad_tokens(e: Tensor) -> Tensor:
@@ -248,7 +260,9 @@ def _pad_vector(v: Tensor, n: int) -> Tensor:
     return F.pad(v, (0, n - v.shape[0]), value=1.0) if v.shape[0] < n else v
 
 
-def _check(x: Tensor, weight: Tensor, equalizer: Tensor | None, quantized_weight: Quantized | None) -> None:
+def _check(
+    x: Tensor, weight: Tensor, equalizer: Equalizer | None, quantized_weight: Quantized | None
+) -> None:
     ops.check_input("halo_linear", x)
     k = weight.shape[1]
     if x.shape[-1] != k:
@@ -256,8 +270,8 @@ def _check(x: Tensor, weight: Tensor, equalizer: Tensor | None, quantized_weight
             f"halo_linear: the last dimension of x must be in_features={k}; got shape {tuple(x.shape)}; reshape x or use a "
             "layer of that width"
         )
-    if equalizer is not None and tuple(equalizer.shape) != (k,):
-        raise ValueError(f"halo_linear: equalizer must have shape ({k},); got {tuple(equalizer.shape)}")
+    if equalizer is not None and tuple(equalizer.d.shape) != (k,):
+        raise ValueError(f"halo_linear: equalizer must have shape ({k},); got {tuple(equalizer.d.shape)}")
     padded = tuple(n + -n % MULTIPLE for n in weight.shape)
     if quantized_weight is not None and tuple(quantized_weight.data.shape) != padded:
         raise ValueError(

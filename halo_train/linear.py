@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config import Format, HaloConfig, resolve_recipe
 from .functional import halo_linear, quantize_weight
-from .quantize import Quantized, equalizer_exponents
+from .quantize import Equalizer, Quantized, equalizer_exponents
 from .weight_cache import WeightCache
 
 _OWN_STATE = {
@@ -58,7 +58,7 @@ class HaloLinear(nn.Linear):
         """x [..., in_features] -> [..., out_features]; see :func:`halo_train.functional.halo_linear`."""
         if self.config.equalize and not self.equalizer_taken:
             self._take_equalizer(x)
-        equalizer = self.equalizer()
+        equalizer = Equalizer.of_exponents(self.equalizer_exponent) if self.equalizer_taken else None
         return halo_linear(
             x,
             self.weight,
@@ -70,13 +70,13 @@ class HaloLinear(nn.Linear):
 
     def equalizer(self) -> Tensor | None:
         """d [in_features] float32, or None while it is all ones."""
-        return torch.exp2(self.equalizer_exponent.float()) if self.equalizer_taken else None
+        return Equalizer.of_exponents(self.equalizer_exponent).d if self.equalizer_taken else None
 
     def reset_equalizer(self) -> None:
         """Takes d again from the next batch."""
         self.equalizer_taken = False
 
-    def _kept_weight(self, equalizer: Tensor | None) -> Quantized | None:
+    def _kept_weight(self, equalizer: Equalizer | None) -> Quantized | None:
         """The rounded weight of an earlier micro-batch, if it still is that of this one."""
         if torch.compiler.is_compiling() or self.config.format is Format.HIGH_PRECISION:
             return None
@@ -85,7 +85,7 @@ class HaloLinear(nn.Linear):
             (self.config, self.equalizer_taken),
             (self.equalizer_exponent,),
             self.training,
-            lambda: quantize_weight(self.weight, equalizer, self.config),
+            lambda: quantize_weight(self.weight, None if equalizer is None else equalizer.d, self.config),
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HaloLinear:

@@ -28,6 +28,7 @@ KERNEL_OPS = {
     "quantize_rows_transposed": "transpose.cu",
     "quantize_grad": "quantize.cu",
     "transpose_bytes": "transpose.cu",
+    "equalizer_factors": "equalizer.cu",
 }
 """Ops that have a CUDA kernel, and the file in ``csrc/`` that holds it."""
 
@@ -55,6 +56,7 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         reference.quantize_grad,
     ),
     "transpose_bytes": ("(Tensor x) -> Tensor", reference.transpose_bytes),
+    "equalizer_factors": ("(Tensor exponent) -> (Tensor, Tensor)", reference.equalizer_factors),
     "quantize_tensor": (
         "(Tensor x, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
         reference.quantize_tensor,
@@ -142,6 +144,11 @@ def transpose_bytes(x: Tensor) -> Tensor:
             f"transpose_bytes: x must be a matrix of one-byte elements; got shape {tuple(x.shape)}, {x.dtype}"
         )
     return torch.ops.halo_train.transpose_bytes(x)
+
+
+def equalizer_factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
+    """2^exponent and 2^-exponent of an int8 vector, float32."""
+    return torch.ops.halo_train.equalizer_factors(exponent)
 
 
 def quantize_tensor(
@@ -279,6 +286,10 @@ def _fake_transpose_bytes(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[1], x.shape[0]))
 
 
+def _fake_equalizer_factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(exponent.new_empty(exponent.shape, dtype=torch.float32) for _ in range(2))  # type: ignore[return-value]
+
+
 def _fake_quantize_tensor(
     x: Tensor, dtype: torch.dtype, block: int, col_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -299,6 +310,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "quantize_rows_transposed": _fake_quantize_rows_transposed,
     "quantize_grad": _fake_quantize_grad,
     "transpose_bytes": _fake_transpose_bytes,
+    "equalizer_factors": _fake_equalizer_factors,
     "quantize_tensor": _fake_quantize_tensor,
     "int8_matmul": _fake_int8_matmul,
 }

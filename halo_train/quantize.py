@@ -92,6 +92,25 @@ def quantize_grad(
     return Quantized(a, u), Quantized(b, v)
 
 
+class Equalizer(NamedTuple):
+    """Factors of the input channels: X D^-1 and W D have the product of X and W."""
+
+    d: Tensor
+    """[K] float32, powers of two."""
+    inverse: Tensor
+    """1/d, exact."""
+
+    @staticmethod
+    def of(d: Tensor) -> Equalizer:
+        """From the factors, [K] powers of two."""
+        return Equalizer(d, 1 / d)
+
+    @staticmethod
+    def of_exponents(exponent: Tensor) -> Equalizer:
+        """From log2 d, [K] int8."""
+        return Equalizer(*ops.equalizer_factors(exponent))
+
+
 def equalizer_exponents(x: Tensor, weight: Tensor) -> Tensor:
     """log2 of the equalisation factors d: d_k = 2^round(log2 sqrt(amax_k(X) / amax_k(W))) over its median.
 

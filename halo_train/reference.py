@@ -98,6 +98,18 @@ def transpose_bytes(x: Tensor) -> Tensor:
     return x.t().clone(memory_format=torch.contiguous_format)
 
 
+def equalizer_factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
+    """2^exponent and 2^-exponent, exact.
+
+    Args:
+        exponent: [K] int8.
+
+    Returns:
+        Twice [K] float32.
+    """
+    return torch.exp2(exponent.float()), torch.exp2(-exponent.float())
+
+
 def quantize_tensor(
     x: Tensor, dtype: torch.dtype, block: int = 1, col_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

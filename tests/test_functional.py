@@ -113,9 +113,8 @@ def test_saved_for_backward_is_one_byte_per_element(recipe):
     d = torch.ones(k) if RECIPES[recipe].equalize else None
     saved = saved_tensors(lambda: halo_linear(x, w, config=RECIPES[recipe], equalizer=d))
     scales = (m + n) * 4 if RECIPES[recipe].scaling.value == "rowwise" else 8
-    assert sum(t.numel() * t.element_size() for t in saved) == m * k + n * k + scales + (
-        0 if d is None else 4 * k
-    )
+    factors = 0 if d is None else 2 * 4 * k  # d and 1/d
+    assert sum(t.numel() * t.element_size() for t in saved) == m * k + n * k + scales + factors
     assert {t.dtype for t in saved if t.numel() >= m * k} <= {torch.float8_e4m3fn, torch.int8}
 
 

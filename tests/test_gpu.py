@@ -129,6 +129,14 @@ def test_accuracy_against_float64(recipe, dtype):
     assert all(relative(mine, true) < bound for mine, true in zip((y, *grads), exact, strict=True))
 
 
+def test_equalizer_factors_are_exact():
+    exponent = torch.arange(-126, 127, dtype=torch.int8)
+    for mine, true in zip(
+        ops.equalizer_factors(exponent.cuda()), reference.equalizer_factors(exponent), strict=True
+    ):
+        assert torch.equal(mine.cpu(), true)
+
+
 def test_saved_memory_is_one_byte_per_element():
     layer = HaloLinear(2048, 2048, bias=False, device="cuda", dtype=torch.bfloat16, recipe="fp8")
     x = torch.randn(4096, 2048, device="cuda", dtype=torch.bfloat16)
@@ -137,8 +145,8 @@ def test_saved_memory_is_one_byte_per_element():
     before = torch.cuda.memory_allocated()
     y = layer(x)
     saved = torch.cuda.memory_allocated() - before - y.numel() * y.element_size()
-    # Xq and Wq with their row scales, d; the allocator rounds each to 512 bytes.
-    assert saved <= (4096 + 2048) * 2048 + (4096 + 2048 + 2048) * 4 + 5 * 512
+    # Xq and Wq with their row scales, d and 1/d; the allocator rounds each to 512 bytes.
+    assert saved <= (4096 + 2048) * 2048 + (4096 + 2048 + 2 * 2048) * 4 + 6 * 512
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "int8"])

@@ -19,6 +19,7 @@ from halo_train.metrics.statistics import (
     product_reductions,
     rounding_reductions,
 )
+from halo_train.quantize import Equalizer
 
 
 def finished(reductions: list[Reduction]) -> dict[str, float]:
@@ -216,7 +217,7 @@ def test_operands_are_those_of_the_layer(recipe):
     x, w = (torch.randn(s, generator=generator(i)).bfloat16() for i, s in enumerate([(30, 72), (20, 72)]))
     d = torch.exp2(torch.randint(-3, 4, (72,), generator=generator()).float())
     config = RECIPES[recipe]
-    op = quantize_operands(x, w, d if config.equalize else None, config)
+    op = quantize_operands(x, w, Equalizer.of(d) if config.equalize else None, config)
     x_operand, w_operand = RotatedOperand(x, 1 / d), RotatedOperand(w, d)
     for other in RECIPES.values():  # what they share must not mix
         if other != RECIPES["bf16"]:
