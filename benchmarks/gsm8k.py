@@ -18,8 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import shutil
 import site
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -39,8 +41,6 @@ from halo_train.training.evaluation import Evaluation, run_evaluation
 from halo_train.training.model import export_model, train_tokenizer
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
-CHUNK = 2500
-"""Characters of a row of the text: about 800 tokens."""
 
 
 def documents(roots: list[Path], megabytes: float) -> Iterator[str]:
@@ -58,20 +58,6 @@ def documents(roots: list[Path], megabytes: float) -> Iterator[str]:
             left -= len(text)
         if left <= 0:
             return
-
-
-def chunks(text: str) -> Iterator[str]:
-    """Parts of at most about :data:`CHUNK` characters that end with a line."""
-    part: list[str] = []
-    size = 0
-    for line in text.splitlines(keepends=True):
-        part.append(line[:CHUNK])
-        size += len(part[-1])
-        if size >= CHUNK:
-            yield "".join(part)
-            part, size = [], 0
-    if "".join(part).strip():
-        yield "".join(part)
 
 
 def write_jsonl(path: Path, rows: Iterator[dict[str, str]]) -> None:
@@ -93,7 +79,7 @@ def write_data(args: argparse.Namespace, folder: Path) -> list[str]:
     texts = list(documents(roots, args.megabytes))
     questions = [row["question"] for row in split["train"]]
     texts += ["\n\n".join(questions[i : i + 8]) for i in range(0, len(questions), 8)]
-    write_jsonl(folder / "text.jsonl", ({"text": part} for text in texts for part in chunks(text)))
+    write_jsonl(folder / "text.jsonl", ({"text": text} for text in texts))
     for name, rows in split.items():
         pairs = ({"prompt": prompt(row["question"]), "completion": " " + row["answer"]} for row in rows)
         write_jsonl(folder / f"{name}.jsonl", pairs)
@@ -181,6 +167,7 @@ def exact_match(args: argparse.Namespace, folder: Path, run: Path) -> dict[str, 
         task="exact-match",
         lm_eval=[],
         form="auto",
+        rename={},
         pattern="####",
         limit=args.limit,
         max_new_tokens=args.max_new_tokens,
@@ -278,7 +265,7 @@ def main() -> None:
     samples = [row["exact_match"].pop("samples") for row in results]
     record = {
         "environment": environment(args.commit),
-        "command": "python benchmarks/gsm8k.py --data GSM8K",
+        "command": shlex.join(["python", "benchmarks/gsm8k.py", *sys.argv[1:]]),
         "settings": {key: value for key, value in vars(args).items() if not isinstance(value, Path)},
         "seconds": time.perf_counter() - started,
         "parameters": parameters,

@@ -203,6 +203,9 @@ def evaluate(
     ] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Rows in one forward pass.")] = 32,
     form: Annotated[str, typer.Option("--format", help="See data.format.")] = "auto",
+    rename: Annotated[
+        list[str] | None, typer.Option(help="Field to rename first, old=new; may be repeated.")
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file; DIR/eval/<name of the data>.json.")] = None,
 ) -> None:
@@ -215,6 +218,7 @@ def evaluate(
         task=task,
         lm_eval=[name for name in lm_eval.split(",") if name],
         form=form,
+        rename=_pairs(rename or []),
         pattern=pattern,
         limit=limit,
         max_new_tokens=max_new_tokens,
@@ -353,6 +357,13 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
+def _pairs(texts: list[str]) -> dict[str, str]:
+    for text in texts:
+        if text.count("=") != 1:
+            raise UserError(f"--rename must have the form old=new; got {text!r}, e.g. question=prompt")
+    return dict(text.split("=") for text in texts)
+
+
 def _shipped() -> list[Path]:
     return sorted(Path(finetune.__file__).parent.glob("*.yaml"))
 
@@ -363,6 +374,7 @@ def _inputs(config: Config) -> dict[str, Path]:
         "model.path": config.model.path,
         "data.train": None if is_no_path(config.data.train) else config.data.train,
         "data.valid": None if is_no_path(config.data.valid) else config.data.valid,
+        "eval.exact_match": None if is_no_path(config.eval.exact_match) else config.eval.exact_match,
         "quant.recipe": config.quant.recipe if config.quant.recipe.endswith(RECIPE_FILE) else None,
     }
     return {key: Path(path) for key, path in named.items() if path is not None}

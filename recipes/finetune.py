@@ -7,6 +7,7 @@
 - JSONL, parquet or a data set of the hub with messages (loss on the assistant's turns only), prompt and completion or Alpaca's
   fields (loss on completions only), or text; on request packed
 - AdamW, bfloat16 autocast, weights in float32 or bfloat16; the linear layers run the precision recipe ``quant.recipe``
+- with ``eval.exact_match`` answers that the model writes on the way, compared with those of a file
 - with ``log.quant_every`` the quantisation error of every layer and product: ``quant.jsonl``, ``quant_report.html``
 - stops at will (Ctrl-C, SIGTERM), goes on bit for bit when it is started again
 - leaves a Hugging Face directory without a trace of the 8-bit layers; ``halo-train compare`` sets several precisions side by side
@@ -44,9 +45,10 @@ from halo_train.metrics.records import JsonlSink
 from halo_train.quant_report import write_report
 from halo_train.training.blocks import checkpoint_activations, compile_blocks
 from halo_train.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
-from halo_train.training.config import RECIPE_FILE, Config
+from halo_train.training.config import RECIPE_FILE, Config, EvalSection
 from halo_train.training.data import Batch, BatchStream, ShuffledBatches
 from halo_train.training.errors import Interrupted, RunFailed, UserError
+from halo_train.training.exact_match import Score, exact_match
 from halo_train.training.flops import FlopCounter, bf16_peak
 from halo_train.training.logging import (
     MetricsFile,
@@ -241,6 +243,13 @@ def train(
                 metrics.write(step=step, valid_loss=valid)
                 trackers.log(step, valid_loss=valid)
                 bar.note(f"validation loss {valid:.4f} at step {step}")
+            if data.questions and (last or (config.eval.every and step % config.eval.every == 0)):
+                score = answer(model, data, config.eval)
+                (folder / "answers").mkdir(exist_ok=True)
+                write_atomically(folder / "answers" / f"step-{step}.json", score.to_json())
+                metrics.write(step=step, exact_match=score.exact_match)
+                trackers.log(step, exact_match=score.exact_match)
+                bar.note(f"{score} at step {step}")
             if step % config.save.every == 0 or last or stop.received is not None:
                 save_checkpoint(checkpoints, model, optimizer, progress, config.save.keep)
             if stop.received is not None:
@@ -267,6 +276,18 @@ def build_loss(config: Config, tokenizer: Any, device: torch.device) -> TokenLos
     dtype = getattr(torch, config.model.dtype)
     path, seed = Path(config.model.path), config.run.seed
     return TokenLoss(build_model(path, tokenizer, seed, config.data.seq_len, dtype, device))
+
+
+def answer(model: nn.Module, data: Data, section: EvalSection) -> Score:
+    """Lets the model, as it trains, answer the questions of the section ``eval``."""
+    return exact_match(
+        model,
+        data.tokenizer,
+        data.questions,
+        section.pattern,
+        max_new_tokens=section.max_new_tokens,
+        batch=section.batch,
+    )
 
 
 def measure(loss_of: TokenLoss, data: Data, device: torch.device) -> dict[str, dict[str, ProductError]]:

@@ -154,6 +154,7 @@ def test_gaps_are_within_a_condition(tmp_path: Path, monkeypatch: pytest.MonkeyP
             "tokens_per_second": 10.0,
             "peak_memory_gib": None,
             "errors": {},
+            "exact_match": None,
             "emulated_on_cpu": True,
         }
         (member.folder / "summary.json").write_text(json.dumps(summary))

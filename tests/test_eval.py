@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_fixtures import chat_tokenizer, halo_train, write_run
+from training_fixtures import chat_tokenizer, halo_train, metrics, write_run
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from halo_train.recipes import finetune
@@ -153,10 +153,29 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = write_run(folder, rows=4)
     rows = [{"prompt": f"Number {i}?", "completion": f" It is\n#### {i}"} for i in range(4)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    finetune.run(
-        load_config(file, [f"data.valid={folder / 'rows.jsonl'}", "train.steps=60", "quant.recipe=bf16"])
-    )
+    changes = [f"data.valid={folder / 'rows.jsonl'}", "train.steps=60", "quant.recipe=bf16"]
+    asked = [f"eval.exact_match={folder / 'rows.jsonl'}", "eval.pattern=####", "eval.every=25"]
+    finetune.run(load_config(file, [*changes, *asked, "eval.max_new_tokens=16", "eval.limit=3"]))
     return folder
+
+
+def test_a_run_answers_on_the_way(trained: Path) -> None:
+    run = trained / "runs" / "tiny"
+    scores = [(line["step"], line["exact_match"]) for line in metrics(run) if "exact_match" in line]
+    assert [step for step, _ in scores] == [25, 50, 60]
+    assert json.loads((run / "summary.json").read_text())["exact_match"] == scores[-1][1] == 1
+    for step, score in scores:
+        record = json.loads((run / "answers" / f"step-{step}.json").read_text())
+        assert record["exact_match"] == score
+        assert [sample["prompt"] for sample in record["samples"]] == [f"Number {i}?" for i in range(3)]
+
+
+def test_questions_are_read_before_the_run_starts(tmp_path: Path) -> None:
+    file = write_run(tmp_path)
+    asked = [f"eval.exact_match={tmp_path / 'rows.jsonl'}", "eval.pattern=####"]
+    with pytest.raises(UserError, match=r"rows\.jsonl, row 1: its answer, .* choose another pattern"):
+        finetune.run(load_config(file, asked))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_eval_of_a_run_finds_what_was_learnt(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,6 +207,7 @@ def test_eval_of_a_run_finds_what_was_learnt(trained: Path, capsys: pytest.Captu
         (["{run}", "--data", "none.jsonl"], "none.jsonl does not exist"),
         (["{folder}", "--data", "{rows}"], "holds no model: neither config.json nor export/config.json"),
         (["{run}", "--data", "{rows}", "--format", "sharegpt"], "--format must be one of auto, "),
+        (["{run}", "--data", "{rows}", "--rename", "question"], "--rename must have the form old=new"),
         (["{run}", "--data", "{rows}", "--task", "exact-match", "--pattern", "!!!"], "choose another pattern"),
         (["{run}", "--lm-eval", "gsm8k"], "pip install 'lm-eval[hf]"),
     ],

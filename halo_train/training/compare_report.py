@@ -75,7 +75,7 @@ def read_lines(comparison: Comparison) -> list[Line]:
                 else summary["tokens_per_second"] / reference["tokens_per_second"],
                 peak_memory_gib=summary["peak_memory_gib"],
                 sqnr_db=_median_layer(summary["errors"]),
-                exact_match=(summary.get("exact_match") or {}).get("exact_match"),
+                exact_match=summary["exact_match"],
                 emulated=summary["emulated_on_cpu"],
             )
         )

@@ -13,7 +13,7 @@ from halo_train.config import RECIPES, did_you_mean
 
 from .errors import UserError
 
-INPUT_PATHS = ("model.path", "data.train", "data.valid", "quant.recipe")
+INPUT_PATHS = ("model.path", "data.train", "data.valid", "eval.exact_match", "quant.recipe")
 """Relative paths of inputs: in a YAML file they start at the file's folder, in an override at the current folder."""
 
 RECIPE_FILE = ".json"
@@ -26,7 +26,7 @@ HUB = "hf:"
 """Start of a ``data.train`` that names a data set of the Hugging Face hub instead of a path."""
 
 _MAY_CHANGE = ("data.cache_dir", "train.device")
-"""Outside the sections run, save and log: what may differ when a run is resumed."""
+"""Outside the sections run, save, log and eval: what may differ when a run is resumed."""
 
 _Positive = Annotated[int, Field(gt=0)]
 _NotNegative = Annotated[int, Field(ge=0)]
@@ -174,6 +174,24 @@ class SaveSection(_Section):
     """Newest checkpoints that are kept."""
 
 
+class EvalSection(_Section):
+    """Answers that the model writes greedily during the run; all of them are in ``answers/``."""
+
+    exact_match: str | None = None
+    """Rows whose prompts are answered, a file as in ``data.train``; null is none."""
+    pattern: str | None = None
+    """Regular expression before the answer, such as ``####``: the rest of the line, or its group, has to be that of the row;
+    numbers without ``,`` and ``$``. null compares the whole text."""
+    every: _NotNegative = 0
+    """Steps; the last step is always among them, 0 is that alone."""
+    limit: _Positive | None = None
+    """Rows, from the first; null is all."""
+    max_new_tokens: _Positive = 256
+    """Length of an answer."""
+    batch: _Positive = 32
+    """Rows that are answered at a time."""
+
+
 class LogSection(_Section):
     """What is told on the way; every step's numbers are always in ``metrics.jsonl``."""
 
@@ -216,6 +234,7 @@ class Config(_Section):
     train: TrainSection
     save: SaveSection = SaveSection()
     log: LogSection = LogSection()
+    eval: EvalSection = EvalSection()
 
     def to_yaml(self) -> str:
         """Every field with its value; reading it back gives the same config."""
@@ -255,7 +274,9 @@ def first_difference(old: Config, new: Config) -> str | None:
     before, after = old.model_dump(), new.model_dump()
     for key in _all_keys():
         section, name = key.split(".")
-        fixed = key == "run.seed" or (section not in ("run", "save", "log") and key not in _MAY_CHANGE)
+        fixed = key == "run.seed" or (
+            section not in ("run", "save", "log", "eval") and key not in _MAY_CHANGE
+        )
         if fixed and before[section][name] != after[section][name]:
             return f"{key} was {before[section][name]}, now {after[section][name]}"
     return None

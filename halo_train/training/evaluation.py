@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from .data import FixedBatches, Split
 from .encode import Encoder
@@ -43,6 +44,8 @@ class Evaluation:
     """Tasks of lm-eval."""
     form: str
     """Of the rows, see ``data.format``."""
+    rename: dict[str, str]
+    """Of the fields of rows, see ``data.rename``."""
     pattern: str | None
     """Of the answer, see :func:`halo_train.training.exact_match.answer_in`."""
     limit: int | None
@@ -77,7 +80,7 @@ def run_evaluation(path: Path, asked: Evaluation, device: torch.device, output: 
     results: dict[str, Any] = {"model": str(folder), "settings": {**asdict(asked), "data": str(asked.data)}}
     if asked.data is not None:
         source = open_source(str(asked.data), None, "test", "--data")
-        rows = list(islice(read_rows(source, row_format(source, asked.form, {})), asked.limit))
+        rows = list(islice(read_rows(source, row_format(source, asked.form, asked.rename)), asked.limit))
         model, tokenizer = load_for_evaluation(folder, device)
         results["loss"] = validation_loss(model, tokenizer, rows, asked)
         print(
@@ -123,10 +126,13 @@ def load_for_evaluation(folder: Path, device: torch.device) -> tuple[Any, Any]:
         UserError: not loadable, or without a tokenizer.
     """
     try:
+        disable_progress_bar()  # of transformers, for the reading of shards
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"transformers cannot load model and tokenizer from {folder}: {error}") from None
+    finally:
+        enable_progress_bar()
     return model.to(device).eval(), tokenizer
 
 

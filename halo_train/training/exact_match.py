@@ -5,6 +5,7 @@ GSM8K's measure (arXiv 2110.14168) is ``pattern="####"``: the number after the m
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -64,6 +65,9 @@ class Score:
             "without_answer": sum(sample.answer is None for sample in self.samples),
             "samples": [asdict(sample) for sample in self.samples],
         }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
 
     def __str__(self) -> str:
         values = self.to_dict()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from .config import STDLIB, Config
 from .data import FixedBatches, Split, validation_rows
+from .exact_match import Question, questions
 from .formats import row_format
 from .loop import total_steps
 from .model import load_tokenizer
@@ -23,13 +25,15 @@ from .tokenised import read_rows, tokenised
 
 @dataclass(frozen=True)
 class Data:
-    """What both a run and its bf16 twin read."""
+    """What a run reads."""
 
     tokenizer: Any
     train: Split
     valid: FixedBatches
     steps: int
     """Optimiser steps of the run."""
+    questions: list[Question]
+    """That the model answers on the way, of the section ``eval``; none without it."""
 
     @property
     def pad_id(self) -> int:
@@ -82,4 +86,14 @@ def load_data(config: Config, folder: Path) -> Data:
     train, valid = arranged(store, train_rows, "data.train"), arranged(valid_store, valid_rows, "data.valid")
     steps = total_steps(config.train, len(train.rows))
     print(f"training data:   {train}\nvalidation data: {valid}\ntraining steps:  {steps}", flush=True)
-    return Data(tokenizer, train, FixedBatches(valid, config.train.micro_batch, pad_id(tokenizer)), steps)
+    valid_batches = FixedBatches(valid, config.train.micro_batch, pad_id(tokenizer))
+    return Data(tokenizer, train, valid_batches, steps, _load_questions(config, tokenizer))
+
+
+def _load_questions(config: Config, tokenizer: Any) -> list[Question]:
+    section = config.eval
+    if section.exact_match is None:
+        return []
+    source = open_source(section.exact_match, None, config.data.valid_split, "eval.exact_match")
+    rows = read_rows(source, row_format(source, config.data.format, config.data.rename))
+    return questions(list(islice(rows, section.limit)), tokenizer, section.pattern, source.name)

@@ -48,6 +48,8 @@ class Result:
     """Median over the steps: operations a second over the GPU's dense bfloat16 peak; None where that is not known."""
     peak_memory_gib: float | None
     """On the GPU; None on the CPU."""
+    exact_match: float | None
+    """Share of right answers at the last step; None without the section ``eval``."""
     errors: dict[str, dict[str, ProductError]]
     """Of the three products by layer, see :func:`halo_train.measure_products`."""
 
@@ -69,9 +71,11 @@ def summarise(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     valid = [line["valid_loss"] for line in metrics if "valid_loss" in line]
     steps = [line for line in metrics if "loss" in line]
     settled = steps[min(_WARM_UP, len(steps) - 1) :]
+    _, matches = points(metrics, "exact_match")
     return {
         "valid_before": valid[0],
         "valid_after": valid[-1],
+        "exact_match": matches[-1] if matches else None,
         "train_loss": fmean(line["loss"] for line in steps[-TAIL:]),
         "tokens_per_second": median(line["tokens_per_second"] for line in settled),
         "share_8bit": fmean(line["share_8bit"] for line in settled),
@@ -99,6 +103,8 @@ def run_table(result: Result, emulated: bool) -> Table:
     table.add_row("validation, before", f"{result.valid_before:.4f}")
     table.add_row("validation, after", f"{result.valid_after:.4f}")
     table.add_row(f"last {TAIL} steps", f"{result.train_loss:.4f}")
+    if result.exact_match is not None:
+        table.add_row("exact match", f"{100 * result.exact_match:.2f}%")
     table.add_section()
     table.add_row("tokens/s", f"{result.tokens_per_second:,.0f}{'*' if emulated else ''}")
     if result.peak_memory_gib is not None:
