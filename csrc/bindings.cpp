@@ -47,13 +47,13 @@ int64_t row_stride(const Tensor& x) {
   return stride < 0 ? sizes[last] : stride;
 }
 
-// The signs as the kernel reads them: x's dtype, dense, aligned, and long enough that a period is whole
-// vectors.
-Tensor prepare_signs(const Tensor& signs, const Tensor& x, int64_t repeats) {
-  Tensor cast = torch::stable::contiguous(torch::stable::to(signs, x.scalar_type()));
+// A vector over the axis as the kernel reads it: of the given type, dense, aligned, and long enough that a
+// period is whole vectors.
+Tensor prepare(const Tensor& vector, ScalarType dtype, int64_t repeats) {
+  Tensor cast = torch::stable::contiguous(torch::stable::to(vector, dtype));
   if (repeats == 1 && aligned(cast.data_ptr())) return cast;
   const int64_t n = cast.numel();
-  Tensor tiled = empty({repeats, n}, x);
+  Tensor tiled = empty({repeats, n}, cast);
   for (int64_t i = 0; i < repeats; ++i) {
     Tensor part = torch::stable::select(tiled, 0, i);
     torch::stable::copy_(part, cast);
@@ -76,27 +76,52 @@ struct Layout {
   bool rows;
 };
 
-halo_train::DType check_hadamard(const Tensor& x, int64_t block, const std::optional<Tensor>& signs) {
+// What the operators take beside x.
+struct Options {
+  int64_t block;
+  double scale;
+  const std::optional<Tensor>& signs;
+  const std::optional<Tensor>& out_scale;
+  const std::optional<Tensor>& matrix;
+};
+
+bool is_power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
+
+halo_train::DType check_hadamard(const Tensor& x, const Options& o) {
   const auto dtype = kernel_dtype(x.scalar_type());
   STD_TORCH_CHECK(dtype.has_value(),
                   "halo_train::hadamard: x must be bfloat16, float16, float32 or float64 on a GPU; "
                   "convert it first, e.g. x.float()");
   STD_TORCH_CHECK(x.dim() > 0, "halo_train::hadamard: x must have at least one dimension");
   const int64_t axis = x.sizes()[x.dim() - 1];
-  STD_TORCH_CHECK(
-      block > 0 && block <= 32768 && (block & (block - 1)) == 0 && axis % block == 0,
-      "halo_train::hadamard: block must be a power of two, at most 32768, that divides the last axis");
-  STD_TORCH_CHECK(
-      !signs ||
-          (signs->numel() == axis && signs->is_cuda() && signs->get_device_index() == x.get_device_index()),
-      "halo_train::hadamard: signs must have one value per index of the last axis, on the device of x");
+  if (!o.matrix) {
+    STD_TORCH_CHECK(
+        is_power_of_two(o.block) && o.block <= 32768 && axis % o.block == 0,
+        "halo_train::hadamard: block must be a power of two, at most 32768, that divides the last axis");
+  } else {
+    const Tensor& m = *o.matrix;
+    STD_TORCH_CHECK(
+        m.dim() == 2 && m.size(0) == m.size(1) && m.scalar_type() == x.scalar_type() && m.is_contiguous() &&
+            m.is_cuda() && m.get_device_index() == x.get_device_index(),
+        "halo_train::hadamard: matrix must be square, contiguous, of the dtype of x and on its device");
+    const int64_t order = m.size(0), power = order > 0 ? o.block / order : 0;
+    STD_TORCH_CHECK(
+        order % 4 == 0 && order <= 64 && order * power == o.block && is_power_of_two(power) && power >= 64 &&
+            power <= 512 && axis % o.block == 0 && x.element_size() == 2,
+        "halo_train::hadamard: with a matrix, x must be bfloat16 or float16 and block must divide the "
+        "last axis and be 64, 128, 256 or 512 times the order, a multiple of 4 up to 64");
+  }
+  for (const std::optional<Tensor>* v : {&o.signs, &o.out_scale}) {
+    STD_TORCH_CHECK(
+        !*v || ((*v)->numel() == axis && (*v)->is_cuda() && (*v)->get_device_index() == x.get_device_index()),
+        "halo_train::hadamard: signs and out_scale must have one value per index of the last axis, "
+        "on the device of x");
+  }
   return *dtype;
 }
 
-// y = scale * (x diag(signs)) (I kron H_block); x of a layout that the kernels read, not empty; y dense,
-// perhaps x.
-void transform(const Tensor& x, const Tensor& y, halo_train::DType dtype, int64_t block, double scale,
-               const std::optional<Tensor>& signs) {
+// x of a layout that the kernels read, not empty; y dense, perhaps x.
+void transform(const Tensor& x, const Tensor& y, halo_train::DType dtype, const Options& o) {
   const Layout layout(x);
   const int device = x.get_device_index();
   halo_train::HadamardArgs args{};
@@ -106,46 +131,66 @@ void transform(const Tensor& x, const Tensor& y, halo_train::DType dtype, int64_
   args.total = x.numel();
   args.axis = x.sizes()[x.dim() - 1];
   args.row_stride = layout.dense ? args.axis : layout.stride;
-  args.block = static_cast<int>(block);
-  args.scale = scale;
+  args.block = static_cast<int>(o.block);
+  args.order = 1;
+  args.scale = o.scale;
   args.device = device;
-  std::optional<Tensor> prepared;
-  if (signs) {
+  if (o.matrix) {
+    args.matrix = o.matrix->data_ptr();
+    args.order = static_cast<int>(o.matrix->size(0));
+  }
+  std::optional<Tensor> signs, out_scale;
+  if (o.signs || o.out_scale) {
     int64_t repeats = 1;
     while (args.axis * repeats % layout.vector != 0) repeats *= 2;
-    prepared = prepare_signs(*signs, x, repeats);
-    args.signs = prepared->data_ptr();
+    if (o.signs) {
+      signs = prepare(*o.signs, x.scalar_type(), repeats);
+      args.signs = signs->data_ptr();
+    }
+    if (o.out_scale) {
+      const bool wide = x.scalar_type() == ScalarType::Double;
+      out_scale = prepare(*o.out_scale, wide ? ScalarType::Double : ScalarType::Float, repeats);
+      args.out_scale = out_scale->data_ptr();
+    }
     // x is dense if repeats > 1: rows that are not whole vectors are read no other way.
     if (repeats > 1) args.axis = args.row_stride = args.axis * repeats;
   }
   check_launch("hadamard", halo_train::hadamard(args, halo_train::current_stream(device)), device);
 }
 
-Tensor hadamard(const Tensor& x, int64_t block, double scale, const std::optional<Tensor>& signs) {
-  const halo_train::DType dtype = check_hadamard(x, block, signs);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+Tensor out_of_place(const Tensor& x, halo_train::DType dtype, const Options& o) {
   const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   Tensor y = empty(sizes, x);
   if (x.numel() == 0) return y;
   const Layout layout(x);
   if (layout.dense || layout.rows) {
-    transform(x, y, dtype, block, scale, signs);
+    transform(x, y, dtype, o);
   } else {
     Tensor copy = empty(sizes, x);
     torch::stable::copy_(copy, x);
-    transform(copy, y, dtype, block, scale, signs);
+    transform(copy, y, dtype, o);
   }
   return y;
 }
 
-void hadamard_(Tensor x, int64_t block, double scale, const std::optional<Tensor>& signs) {
-  const halo_train::DType dtype = check_hadamard(x, block, signs);
+Tensor hadamard(const Tensor& x, int64_t block, double scale, const std::optional<Tensor>& signs,
+                const std::optional<Tensor>& out_scale, const std::optional<Tensor>& matrix) {
+  const Options options{block, scale, signs, out_scale, matrix};
+  const halo_train::DType dtype = check_hadamard(x, options);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  return out_of_place(x, dtype, options);
+}
+
+void hadamard_(Tensor x, int64_t block, double scale, const std::optional<Tensor>& signs,
+               const std::optional<Tensor>& out_scale, const std::optional<Tensor>& matrix) {
+  const Options options{block, scale, signs, out_scale, matrix};
+  const halo_train::DType dtype = check_hadamard(x, options);
   if (x.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   if (Layout(x).dense) {
-    transform(x, x, dtype, block, scale, signs);
+    transform(x, x, dtype, options);
   } else {
-    torch::stable::copy_(x, hadamard(x, block, scale, signs));
+    torch::stable::copy_(x, out_of_place(x, dtype, options));
   }
 }
 

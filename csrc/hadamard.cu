@@ -11,22 +11,23 @@ namespace halo_train {
 namespace {
 
 // One butterfly stage in global memory on pairs `half` apart; half = 0 only scales. With signs it is the
-// first stage.
-__global__ void hadamard_stage(const double* x, double* y, const double* signs, int64_t total, int64_t axis,
-                               int64_t half, double scale) {
+// first stage, with factors the last.
+__global__ void hadamard_stage(const double* x, double* y, const double* signs, const double* out_scale,
+                               int64_t total, int64_t axis, int64_t half, double scale) {
   const auto load = [&](int64_t i) { return signs != nullptr && signbit(signs[i % axis]) ? -x[i] : x[i]; };
+  const auto factor = [&](int64_t i) { return out_scale != nullptr ? scale * out_scale[i % axis] : scale; };
   const int64_t pairs = half > 0 ? total / 2 : total;
   for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < pairs;
        i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     if (half == 0) {
-      y[i] = load(i) * scale;
+      y[i] = load(i) * factor(i);
       continue;
     }
     const int64_t first = i / half * 2 * half + i % half;
     const double a = load(first);
     const double b = load(first + half);
-    y[first] = (a + b) * scale;
-    y[first + half] = (a - b) * scale;
+    y[first] = (a + b) * factor(first);
+    y[first + half] = (a - b) * factor(first + half);
   }
 }
 
@@ -35,11 +36,12 @@ cudaError_t hadamard_float64(const HadamardArgs& args, cudaStream_t stream) {
   const double* x = static_cast<const double*>(args.x);
   double* y = static_cast<double*>(args.y);
   const double* signs = static_cast<const double*>(args.signs);
+  const double* out_scale = static_cast<const double*>(args.out_scale);
   int64_t half = args.block > 1 ? 1 : 0;
   do {
     const bool last = half == 0 || 2 * half >= args.block;
-    hadamard_stage<<<grid, 256, 0, stream>>>(x, y, signs, args.total, args.axis, half,
-                                             last ? args.scale : 1.0);
+    hadamard_stage<<<grid, 256, 0, stream>>>(x, y, signs, last ? out_scale : nullptr, args.total, args.axis,
+                                             half, last ? args.scale : 1.0);
     x = y;
     signs = nullptr;
     half *= 2;
@@ -52,9 +54,11 @@ cudaError_t hadamard_float64(const HadamardArgs& args, cudaStream_t stream) {
 cudaError_t hadamard(const HadamardArgs& args, cudaStream_t stream) {
   switch (args.dtype) {
     case DType::kBFloat16:
-      return detail::launch_hadamard<__nv_bfloat16>(args, stream);
+      return args.matrix != nullptr ? detail::launch_hadamard_matrix<__nv_bfloat16>(args, stream)
+                                    : detail::launch_hadamard<__nv_bfloat16>(args, stream);
     case DType::kFloat16:
-      return detail::launch_hadamard<__half>(args, stream);
+      return args.matrix != nullptr ? detail::launch_hadamard_matrix<__half>(args, stream)
+                                    : detail::launch_hadamard<__half>(args, stream);
     case DType::kFloat32:
       return detail::launch_hadamard<float>(args, stream);
     case DType::kFloat64:

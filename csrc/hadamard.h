@@ -10,16 +10,22 @@ namespace halo_train {
 
 enum class DType { kBFloat16, kFloat16, kFloat32, kFloat64 };
 
-// y = scale * (x diag(signs)) (I kron H_block) over rows of `axis` elements.
+// y = scale * (x diag(signs)) (I kron H) diag(out_scale) over rows of `axis` elements. H is the Sylvester
+// matrix of order `block`, or matrix^T kron the one of order block / order.
 struct HadamardArgs {
   const void* x;      // 16-byte aligned, rows row_stride elements apart (a multiple of 16 bytes unless dense)
   void* y;            // 16-byte aligned, dense; may be x when x is dense
   const void* signs;  // [axis] of x's dtype, 16-byte aligned, or nullptr; only the sign bit is used
+  const void* out_scale;  // [axis] of float (double where x is), 16-byte aligned, or nullptr
   DType dtype;
   int64_t total;  // elements of x, not zero
-  int64_t axis;   // elements in a row; a multiple of 16 bytes when signs are given or x is not dense
+  // Elements in a row; a multiple of 16 bytes when signs or factors are given or x is not dense.
+  int64_t axis;
   int64_t row_stride;
-  int block;  // power of two that divides axis, at most 32768
+  // [order, order] of x's dtype, 16 bits, 8-byte aligned; nullptr where order is 1.
+  const void* matrix;
+  int order;
+  int block;  // order times a power of two: at most 32768, with a matrix 64 to 512
   double scale;
   int device;
 };
@@ -31,6 +37,9 @@ namespace detail {
 
 template <typename T>
 cudaError_t launch_hadamard(const HadamardArgs& args, cudaStream_t stream);
+
+template <typename T>
+cudaError_t launch_hadamard_matrix(const HadamardArgs& args, cudaStream_t stream);
 
 }  // namespace detail
 

@@ -1,5 +1,5 @@
-// The Hadamard kernel family: y = scale * (x diag(signs)) (I kron H_n), n = 2^kLogN, one read and one write
-// of memory.
+// The Hadamard kernel family: y = scale * (x diag(signs)) (I kron H_n) diag(out_scale), n = 2^kLogN, one read
+// and one write of memory.
 //
 // hadamard_tile.cuh does the arithmetic; here are the loads, the exchange between warps and the stores.
 
@@ -12,12 +12,13 @@ namespace halo_train {
 template <typename T>
 struct HadamardParams {
   const T* x;
-  T* y;                // contiguous
-  const T* signs;      // one value per position, of which only the sign bit is used, or nullptr
-  int64_t total;       // elements
-  int64_t row_stride;  // elements between rows of x
-  uint32_t axis;       // 16-byte vectors in a row; a multiple of the block except for blocks below one vector
-  bool split;          // vectors must be located by (row, column): x has gaps between rows or there are signs
+  T* y;                    // contiguous
+  const T* signs;          // one value per position, of which only the sign bit is used, or nullptr
+  const float* out_scale;  // one factor per position, for kernels with kFactors
+  int64_t total;           // elements
+  int64_t row_stride;      // elements between rows of x
+  uint32_t axis;  // 16-byte vectors in a row; a multiple of the block except for blocks below one vector
+  bool split;     // inputs must be located by (row, column): x has gaps between rows or there are signs
   float scale;
   int log_block;  // actual block, for the kernel that serves several small ones
 };
@@ -84,10 +85,67 @@ __device__ void store_tail(const HadamardParams<T>& p, int64_t index, const uint
   }
 }
 
+// v, in the layout of transform_tile, times the scale and the factors of its columns. `first` is the first
+// element of the tile, whose end may lie beyond that of the tensor.
+template <typename L>
+__device__ __forceinline__ void scale_tile(float (&v)[L::kValues], const HadamardParams<typename L::T>& p,
+                                           int64_t first) {
+  const int lane = threadIdx.x & 31;
+  const auto column = [&](int64_t index) {
+    int64_t row;
+    uint32_t vector;
+    locate(index >> L::kVectorBits, p.axis, row, vector);
+    return vector << L::kVectorBits;
+  };
+#pragma unroll
+  for (int j = 0; j < L::kLoads; ++j) {
+    if constexpr (L::kTensor) {
+      // Rows are whole blocks of at least 32, so only index bit 5 can lead into another one.
+      const int64_t index = first + ((lane & 3) << L::kLaneBit | (lane >> 3) << 3) + (j << L::kLineBit);
+      const uint32_t low = column(index);
+      const uint32_t high =
+          low + 32 < p.axis << L::kVectorBits ? low + 32 : low + 32 - (p.axis << L::kVectorBits);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (i & 2) continue;
+        const float2 f = __ldg(reinterpret_cast<const float2*>(p.out_scale + (i & 1 ? high : low) +
+                                                               ((lane >> 2 & 1) << 1 | (i >> 2) << 2)));
+        v[8 * j + i] *= p.scale * f.x;
+        v[8 * j + i + 2] *= p.scale * f.y;
+      }
+    } else {
+      const uint32_t start =
+          column(first + ((lane & 7) << L::kVectorBits | (lane >> 3) << L::kLaneBit) + (j << L::kLineBit));
+#pragma unroll
+      for (int i = 0; i < L::kVector; ++i) v[L::kVector * j + i] *= p.scale * __ldg(p.out_scale + start + i);
+    }
+  }
+}
+
+// Factors of kCount neighbouring columns, kCount of them aligned.
+template <int kCount>
+__device__ __forceinline__ void multiply_values(float* v, float scale, const float* factors) {
+  float f[kCount];
+  if constexpr (kCount >= 4) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 four = __ldg(reinterpret_cast<const float4*>(factors + i));
+      f[i] = four.x, f[i + 1] = four.y, f[i + 2] = four.z, f[i + 3] = four.w;
+    }
+  } else if constexpr (kCount == 2) {
+    const float2 two = __ldg(reinterpret_cast<const float2*>(factors));
+    f[0] = two.x, f[1] = two.y;
+  } else {
+    f[0] = __ldg(factors);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) v[i] *= scale * f[i];
+}
+
 }  // namespace detail
 
 // Blocks within one warp, one tile for a warp.
-template <typename L, int kThreads>
+template <typename L, int kThreads, bool kFactors>
 __global__ void __launch_bounds__(kThreads) hadamard_warp(const HadamardParams<typename L::T> p) {
   static_assert(L::kLogN <= L::kWarpBit, "larger blocks take hadamard_block");
   using T = typename L::T;
@@ -115,7 +173,13 @@ __global__ void __launch_bounds__(kThreads) hadamard_warp(const HadamardParams<t
   if constexpr (L::kTensor) detail::sign_matrix<T>(a);
   float v[L::kValues];
   transform_tile<L>(raw, a, v, false, p.log_block);
-  pack_tile<L>(v, p.scale, raw[0]);
+  if constexpr (kFactors) {
+    detail::scale_tile<L>(v, p, first);
+  } else {
+#pragma unroll
+    for (int i = 0; i < L::kValues; ++i) v[i] *= p.scale;
+  }
+  pack_tile<L>(v, raw[0]);
 #pragma unroll
   for (int j = 0; j < L::kLoads; ++j) {
     const int64_t index = first + out + (j << L::kLineBit);
@@ -157,7 +221,7 @@ __device__ __forceinline__ void group_barrier(int group) {
 // task `ahead` later into the L2 cache, for the memory to stay busy while everybody computes. Where only one
 // thread block fits on a multiprocessor (kStay), it strides over the tasks instead and loads the next one
 // while it computes.
-template <typename L, int kGroups, int kMinBlocks, bool kStay>
+template <typename L, int kGroups, int kMinBlocks, bool kStay, bool kFactors>
 __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
     hadamard_block(const HadamardParams<typename L::T> p, const int64_t ahead) {
   static_assert(L::kExchange, "smaller blocks take hadamard_warp");
@@ -185,6 +249,13 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
     detail::locate(block, p.axis >> (kLogBlock - L::kVectorBits), row, column);
     column <<= kLogBlock;
     return p.x + row * p.row_stride + column;
+  };
+  // Column of the first element of the result of a task.
+  const auto task_column = [&](int64_t index) {
+    int64_t row;
+    uint32_t first;
+    detail::locate(index, p.axis >> (L::kLogN - L::kVectorBits), row, first);
+    return first << L::kLogN;
   };
   const int in = (lane & 7) << L::kVectorBits | (lane >> 3) << L::kLaneBit | warp << L::kWarpBit;
   const int out = thread << L::kLowBits;
@@ -285,7 +356,17 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
     if constexpr (L::kHighBits > 5 && L::kHighBit + 4 >= L::kDone)
       detail::butterfly_registers<L::kLowBits + 4>(v);
     static_assert(L::kLogN - 1 >= L::kDone, "the top bit is left for the last butterfly");
-    detail::butterfly_registers_scaled<L::kLogValues - 1>(v, p.scale);
+    if constexpr (kFactors) {
+      detail::butterfly_registers<L::kLogValues - 1>(v);
+      const float* factors = p.out_scale + task_column(task) + out;
+#pragma unroll
+      for (int i = 0; i < L::kValues; i += 1 << L::kLowBits) {
+        detail::multiply_values<1 << L::kLowBits>(v + i, p.scale,
+                                                  factors + (i >> L::kLowBits << L::kHighBit));
+      }
+    } else {
+      detail::butterfly_registers_scaled<L::kLogValues - 1>(v, p.scale);
+    }
 
     T* y = p.y + (task << L::kLogN) + out;
 #pragma unroll

@@ -46,16 +46,25 @@ cudaError_t launch_warps(const HadamardParams<typename L::T>& p, cudaStream_t st
       128;  // 64 are limited by the rate at which thread blocks start, 256 by waiting for each other
   constexpr int64_t kElements = int64_t{kThreads / 32} << L::kWarpBit;
   const int64_t grid = (p.total + kElements - 1) / kElements;
-  hadamard_warp<L, kThreads><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p);
+  if (p.out_scale != nullptr) {
+    hadamard_warp<L, kThreads, true><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p);
+  } else {
+    hadamard_warp<L, kThreads, false><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p);
+  }
   return cudaGetLastError();
 }
 
 // kGroups tasks in a thread block; kMinBlocks thread blocks on a multiprocessor have to fit its registers
 // (ptxas ignores that, with a warning, on GPUs that allow fewer). kAhead: tasks for every ten multiprocessors
 // by which the L2 cache runs ahead of the loads.
-template <typename L, int kGroups, int kMinBlocks, int kAhead>
+template <typename L, int kGroups, int kMinBlocks, int kAhead, bool kFactors = false>
 cudaError_t launch_blocks(const HadamardParams<typename L::T>& p, int device, cudaStream_t stream) {
-  constexpr auto kKernel = hadamard_block<L, kGroups, kMinBlocks, false>;
+  if constexpr (!kFactors) {
+    if (p.out_scale != nullptr) return launch_blocks<L, kGroups, kMinBlocks, kAhead, true>(p, device, stream);
+  }
+  // Factors need registers of their own.
+  constexpr int kResident = kFactors && kMinBlocks >= 16 ? kMinBlocks * 3 / 4 : kMinBlocks;
+  constexpr auto kKernel = hadamard_block<L, kGroups, kResident, false, kFactors>;
   constexpr size_t kShared = L::kSharedBytes * kGroups;
   int count;
   cudaError_t error = multiprocessors(device, count);
@@ -68,9 +77,12 @@ cudaError_t launch_blocks(const HadamardParams<typename L::T>& p, int device, cu
 }
 
 // One thread block on a multiprocessor, which works through many tasks.
-template <typename L>
+template <typename L, bool kFactors = false>
 cudaError_t launch_staying(const HadamardParams<typename L::T>& p, int device, cudaStream_t stream) {
-  constexpr auto kKernel = hadamard_block<L, 1, 1, true>;
+  if constexpr (!kFactors) {
+    if (p.out_scale != nullptr) return launch_staying<L, true>(p, device, stream);
+  }
+  constexpr auto kKernel = hadamard_block<L, 1, 1, true, kFactors>;
   int count;
   cudaError_t error = multiprocessors(device, count);
   if (error == cudaSuccess) error = allow_shared<kKernel, L::kSharedBytes>(device);
@@ -178,6 +190,7 @@ cudaError_t launch_hadamard(const HadamardArgs& args, cudaStream_t stream) {
   p.x = static_cast<const T*>(args.x);
   p.y = static_cast<T*>(args.y);
   p.signs = static_cast<const T*>(args.signs);
+  p.out_scale = static_cast<const float*>(args.out_scale);
   p.total = args.total;
   p.row_stride = args.row_stride;
   p.axis = static_cast<uint32_t>(args.axis / kVector);

@@ -311,10 +311,9 @@ __device__ __forceinline__ void transform_tile(const uint4 (&raw)[L::kParts][L::
     detail::butterfly_lanes(v, L::kTensor ? 2 : 16);
 }
 
-// Step 4 for blocks within one warp: v in the layout of transform_tile to 16-byte vectors.
+// Step 4 for blocks within one warp: v, scaled and in the layout of transform_tile, to 16-byte vectors.
 template <typename L>
-__device__ __forceinline__ void pack_tile(const float (&v)[L::kValues], float scale,
-                                          uint4 (&out)[L::kLoads]) {
+__device__ __forceinline__ void pack_tile(const float (&v)[L::kValues], uint4 (&out)[L::kLoads]) {
   using T = typename L::T;
   const bool upper = threadIdx.x & 4;
 #pragma unroll
@@ -325,8 +324,8 @@ __device__ __forceinline__ void pack_tile(const float (&v)[L::kValues], float sc
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         const float* d = v + 8 * j + 4 * m;
-        const uint32_t p0 = detail::Pair<T>::pack(d[0] * scale, d[2] * scale);
-        const uint32_t p1 = detail::Pair<T>::pack(d[1] * scale, d[3] * scale);
+        const uint32_t p0 = detail::Pair<T>::pack(d[0], d[2]);
+        const uint32_t p1 = detail::Pair<T>::pack(d[1], d[3]);
         const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? p0 : p1, 4);
         u[2 * m] = upper ? other : p0;
         u[2 * m + 1] = upper ? p1 : other;
@@ -335,9 +334,9 @@ __device__ __forceinline__ void pack_tile(const float (&v)[L::kValues], float sc
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if constexpr (sizeof(T) == 2) {
-          u[i] = detail::Pair<T>::pack(v[8 * j + 2 * i] * scale, v[8 * j + 2 * i + 1] * scale);
+          u[i] = detail::Pair<T>::pack(v[8 * j + 2 * i], v[8 * j + 2 * i + 1]);
         } else {
-          u[i] = __float_as_uint(v[4 * j + i] * scale);
+          u[i] = __float_as_uint(v[4 * j + i]);
         }
       }
     }

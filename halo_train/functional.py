@@ -9,6 +9,7 @@ Symbols and equations: docs/numerics.md. In short, with (X D^-1) H = diag(s) Xq 
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -234,9 +235,11 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 def _undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
-    if block > 1:
-        grad = hadamard_transform(grad, block=block)
-    return grad if col_scale is None else grad * _pad_vector(col_scale, grad.shape[1]).to(grad.dtype)
+    """grad H^T diag(col_scale) for a product [rows, K'] that nothing else uses: in place, rounded once."""
+    if block > 1 or col_scale is not None:
+        factors = None if col_scale is None else _pad_vector(col_scale, grad.shape[1])
+        ops.hadamard_(grad, block, 1.0 / math.sqrt(block), None, factors)
+    return grad
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:

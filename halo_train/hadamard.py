@@ -34,8 +34,9 @@ def hadamard_transform(
     ``hadamard_transform(y, block=block, transpose=True) * signs``. Sums are in float32 (float64 for float64), rounded once.
     Differentiable in x.
 
-    A power of two is one pass over memory on a GPU. m 2^k is not one kernel yet: it takes a float32 pass and a matrix
-    product with H_m, for which torch.backends.cuda.matmul.allow_tf32 must be off.
+    A power of two is one pass over memory on a GPU, and so is m 2^k of 16-bit x with m up to 60, from 64 m to 512 m (12: to
+    2048 m; 20 and 28: to 1024 m). Other m 2^k take a float32 pass and a matrix product with H_m, for which
+    torch.backends.cuda.matmul.allow_tf32 must be off.
 
     Args:
         x: any shape, any real floating-point dtype, any strides.
@@ -68,17 +69,47 @@ def hadamard_transform(
     y = x.movedim(axis, -1)
     if order == 1:
         return ops.hadamard(y, block, scale, signs).movedim(-1, axis)
+    if not x.is_cuda:
+        fused = order
+    else:
+        fused = _kernel_order(order, block // order) if x.element_size() == 2 else 0
+    if fused:
+        # Row vectors: y = x H, so the matrix that acts on columns is H^T.
+        matrix = _matrix_on(order, fused // order, not transpose, x.device, x.dtype)
+        return ops.hadamard(y, block, scale, signs, matrix=matrix).movedim(-1, axis)
     wide = torch.promote_types(x.dtype, torch.float32)
     y = ops.hadamard(y.to(wide), block // order, scale, signs).unflatten(-1, (-1, order, block // order))
-    h = _matrix_on(order, x.device, wide)
-    # Row vectors: y_j = sum_i x_i H_ij.
-    y = (h if transpose else h.t()) @ y
+    y = _matrix_on(order, 1, not transpose, x.device, wide) @ y
     return y.flatten(-3).to(x.dtype).movedim(-1, axis)
 
 
 @functools.cache
-def _matrix_on(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return hadamard_matrix(order).to(device=device, dtype=dtype)
+def _build_matrix(
+    order: int, power: int, transpose: bool, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    h = hadamard_matrix(order)
+    h = (h.t() if transpose else h).contiguous()
+    while h.shape[0] < order * power:
+        h = torch.kron(h, torch.tensor([[1, 1], [1, -1]], dtype=torch.int8))
+    return h.to(device, dtype)
+
+
+def _matrix_on(order: int, power: int, transpose: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """H_order kron Sylvester(power), or its transpose."""
+    return _build_matrix(order, power, transpose, device, dtype)
+
+
+# torch.compile calls this function and takes what it returns as a constant, as under
+# torch.compiler.assume_constant_result, which would import the compiler here.
+_matrix_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _kernel_order(order: int, power: int) -> int:
+    """The order m 2^j for which the kernel does m 2^k in one pass; 0 if there is none."""
+    # The tensor cores take rows by 16: of 2 x 16, an order of 20 would leave much unused; of 3 x 16, 40 does not.
+    while power > ops.MATRIX_POWERS[-1] or (order == 20 and power > ops.MATRIX_POWERS[0]):
+        order, power = 2 * order, power // 2
+    return order if order <= ops.MAX_ORDER and power in ops.MATRIX_POWERS else 0
 
 
 def _matrix_order(block: int, n: int) -> int:

@@ -21,6 +21,12 @@ from . import int8_gemm, reference
 MAX_BLOCK = 32768
 """Largest Hadamard block of the CUDA kernel: one row of float32 has to fit the registers of one thread block."""
 
+MAX_ORDER = 64
+"""Largest order of a matrix that the CUDA kernel takes beside the power of two: its input has to fit the registers."""
+
+MATRIX_POWERS = (64, 128, 256, 512)
+"""Powers of two beside a matrix in the CUDA kernel: 64 columns for each warp, a row of float32 in shared memory."""
+
 KERNEL_OPS = {
     "hadamard": "hadamard.cu",
     "hadamard_": "hadamard.cu",
@@ -36,11 +42,11 @@ _TRITON_OPS: dict[str, Callable[..., Any]] = {"int8_matmul": int8_gemm.int8_matm
 
 _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "hadamard": (
-        "(Tensor x, int block, float scale, Tensor? signs) -> Tensor",
+        "(Tensor x, int block, float scale, Tensor? signs=None, Tensor? out_scale=None, Tensor? matrix=None) -> Tensor",
         reference.hadamard,
     ),
     "hadamard_": (
-        "(Tensor(a!) x, int block, float scale, Tensor? signs) -> ()",
+        "(Tensor(a!) x, int block, float scale, Tensor? signs=None, Tensor? out_scale=None, Tensor? matrix=None) -> ()",
         reference.hadamard_,
     ),
     "quantize_rows": (
@@ -72,35 +78,46 @@ _BUILD_FILE = Path(__file__).with_name("_kernels.json")
 _library = torch.library.Library("halo_train", "DEF")
 
 
-def hadamard(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> Tensor:
-    """scale * (x diag(signs)) (I kron H_block) over the last axis; see :func:`reference.hadamard`.
+def hadamard(
+    x: Tensor,
+    block: int,
+    scale: float,
+    signs: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    matrix: Tensor | None = None,
+) -> Tensor:
+    """scale * (x diag(signs)) (I kron H) diag(out_scale) over the last axis; see :func:`reference.hadamard`.
+
+    Differentiable in x, not in signs and out_scale. A matrix on a GPU: 16-bit x, an order up to :data:`MAX_ORDER`, and a
+    power of two in :data:`MATRIX_POWERS`.
 
     Raises:
-        ValueError: x is not real floating point, block is no power of two up to 32768 or does not divide the axis,
-            signs has the wrong shape or device.
-        RuntimeError: x is on a GPU and the kernels are not built for it.
+        ValueError: x is not real floating point, block is no power of two up to 32768 (times the order of the matrix) or
+            does not divide the axis, signs or out_scale has the wrong shape or device or requires grad.
+        RuntimeError: x is on a GPU and the kernels are not built for it, or not for this matrix.
     """
-    n = check_input("hadamard", x)
-    _check_block("hadamard", block, n)
-    if signs is not None:
-        _check_vector("hadamard", "signs", signs, n, x)
-    return torch.ops.halo_train.hadamard(x, block, scale, signs)
+    _check_hadamard("hadamard", x, block, signs, out_scale, matrix)
+    return torch.ops.halo_train.hadamard(x, block, scale, signs, out_scale, matrix)
 
 
-def hadamard_(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> None:
+def hadamard_(
+    x: Tensor,
+    block: int,
+    scale: float,
+    signs: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    matrix: Tensor | None = None,
+) -> None:
     """:func:`hadamard` in place, without a second tensor of x's size where x is contiguous. Not differentiable.
 
     Raises:
         ValueError: as hadamard; also if autograd would record the operation.
         RuntimeError: as hadamard.
     """
-    n = check_input("hadamard_", x)
-    _check_block("hadamard_", block, n)
-    if signs is not None:
-        _check_vector("hadamard_", "signs", signs, n, x)
+    _check_hadamard("hadamard_", x, block, signs, out_scale, matrix)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("hadamard_: x must not require grad, or be under torch.no_grad(); use hadamard()")
-    torch.ops.halo_train.hadamard_(x, block, scale, signs)
+    torch.ops.halo_train.hadamard_(x, block, scale, signs, out_scale, matrix)
 
 
 def quantize_rows(
@@ -204,6 +221,34 @@ def _check_matrix(op: str, x: Tensor, block: int, col_scale: Tensor | None) -> N
         _check_vector(op, "col_scale", col_scale, x.shape[1], x)
 
 
+def _check_hadamard(
+    op: str, x: Tensor, block: int, signs: Tensor | None, out_scale: Tensor | None, matrix: Tensor | None
+) -> None:
+    n = check_input(op, x)
+    if matrix is None:
+        _check_block(op, block, n)
+    else:
+        m = matrix.shape[0]
+        if matrix.dtype != x.dtype or matrix.shape != (m, m) or matrix.device != x.device:
+            raise ValueError(
+                f"{op}: matrix must be a square matrix of {x.dtype} on {x.device}; got shape {tuple(matrix.shape)}, {matrix.dtype} on "
+                f"{matrix.device}"
+            )
+        if block % m or n % block or block // m & (block // m - 1) or not m <= block <= m * MAX_BLOCK:
+            raise ValueError(
+                f"{op}: block must be {m}, the order of the matrix, times a power of two up to {MAX_BLOCK} and divide the axis "
+                f"of length {n}; got {block}"
+            )
+    for name, vector in (("signs", signs), ("out_scale", out_scale)):
+        if vector is None:
+            continue
+        _check_vector(op, name, vector, n, x)
+        if vector.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: {name} must not require grad: its gradient is not computed; use {name}.detach()"
+            )
+
+
 def _check_block(op: str, block: int, n: int) -> None:
     largest = min(n & -n, MAX_BLOCK) if n else MAX_BLOCK
     if block < 1 or block & (block - 1) or block > MAX_BLOCK or n % block:
@@ -254,11 +299,11 @@ def _like(x: Tensor, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     return dtype, wide
 
 
-def _fake_hadamard(x: Tensor, block: int, scale: float, signs: Tensor | None) -> Tensor:
+def _fake_hadamard(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_hadamard_(x: Tensor, block: int, scale: float, signs: Tensor | None) -> None:
+def _fake_hadamard_(*_: Any, **__: Any) -> None:
     return None
 
 
@@ -316,16 +361,23 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _setup_hadamard(ctx: Any, inputs: tuple[Tensor, int, float, Tensor | None], output: Tensor) -> None:
-    _, ctx.block, ctx.scale, signs = inputs
-    ctx.save_for_backward(signs)
+def _setup_hadamard(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.block, ctx.scale, signs, out_scale, matrix = inputs
+    ctx.save_for_backward(signs, out_scale, matrix)
 
 
 def _backward_hadamard(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # y = scale x diag(signs) H and H = H^T, so dx = scale (dy H) diag(signs).
-    (signs,) = ctx.saved_tensors
-    dx = hadamard(grad, ctx.block, ctx.scale)
-    return (dx if signs is None else dx * signs.to(dx.dtype)), None, None, None
+    # y = scale x diag(signs) H diag(out_scale), so dx = scale ((dy diag(out_scale)) H^T) diag(signs): the signs are factors
+    # of the result here.
+    signs, out_scale, matrix = ctx.saved_tensors
+    transposed = None if matrix is None else matrix.t().contiguous()
+    dtype = grad.dtype
+    if out_scale is not None:
+        # In the wider type, so that the gradient too is rounded once.
+        wide = torch.promote_types(dtype, torch.float32)
+        grad = grad.to(wide) * out_scale.to(wide)
+    dx = hadamard(grad, ctx.block, ctx.scale, signs=None, out_scale=signs, matrix=transposed).to(dtype)
+    return dx, None, None, None, None, None
 
 
 for _name, (_schema, _reference) in _SCHEMAS.items():

@@ -25,25 +25,50 @@ AMAX_FLOOR = 2.0**-100
 """amax below this is taken as this, so that QMAX / amax stays finite in float32."""
 
 
-def hadamard(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> Tensor:
-    """scale * (x diag(signs)) (I kron H) over the last axis, H the +-1 Sylvester matrix of order ``block``.
+def hadamard(
+    x: Tensor,
+    block: int,
+    scale: float,
+    signs: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    matrix: Tensor | None = None,
+) -> Tensor:
+    """scale * (x diag(signs)) (I kron H) diag(out_scale) over the last axis.
+
+    H is the +-1 Sylvester matrix of order ``block``, or matrix^T kron the Sylvester matrix of order block / m.
 
     Args:
-        x: [..., n], floating point; ``block`` divides n and is a power of two.
+        x: [..., n], floating point; ``block`` divides n and is a power of two times m.
         signs: [n], +1 or -1, any real dtype.
+        out_scale: [n], any real dtype; float32 is kept.
+        matrix: [m, m] of +-1 in the dtype of x.
 
     Returns:
-        Same shape and dtype, contiguous.
+        Same shape and dtype, contiguous; rounded once, after the factors.
     """
     y = x.to(_compute_dtype(x))
     if signs is not None:
         y = y * signs.to(y.dtype)
-    return (_butterflies(y, block) * scale).to(x.dtype).contiguous()
+    factor = scale if out_scale is None else out_scale.to(y.dtype) * scale
+    if matrix is None:
+        y = _butterflies(y, block)
+    else:
+        m = matrix.shape[0]
+        y = _butterflies(y, block // m).unflatten(-1, (-1, m, block // m))
+        y = (matrix.to(y.dtype) @ y).flatten(-3)
+    return (y * factor).to(x.dtype).contiguous()
 
 
-def hadamard_(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> None:
+def hadamard_(
+    x: Tensor,
+    block: int,
+    scale: float,
+    signs: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    matrix: Tensor | None = None,
+) -> None:
     """:func:`hadamard` in place."""
-    x.copy_(hadamard(x, block, scale, signs))
+    x.copy_(hadamard(x, block, scale, signs, out_scale, matrix))
 
 
 def quantize_rows(

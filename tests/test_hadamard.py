@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from halo_train import hadamard_transform
+from halo_train import hadamard_transform, ops
 from halo_train.hadamard import largest_block
 from halo_train.hadamard_matrices import ORDERS, hadamard_matrix
 
@@ -24,7 +24,7 @@ def oracle(
 @pytest.mark.parametrize("n", [1, 2, 4, 8, 64, 512, 4096])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_equals_the_dense_matrix_rounded_once(n, dtype):
-    x = torch.randn(3, n).to(dtype)
+    x = torch.randn(max(3, 4096 // n), n).to(dtype)  # enough elements for a share of 1e-3
     expected = oracle(x, n)
     y = hadamard_transform(x)
     assert y.dtype is dtype
@@ -75,6 +75,12 @@ def test_full_transforms_of_other_sizes(block):
     assert ((low - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
 
 
+def test_compiles_with_a_matrix_in_one_graph():
+    x = torch.randn(2, 40)
+    compiled = torch.compile(lambda t: hadamard_transform(t, block=40), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), hadamard_transform(x, block=40))
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
 def test_axis(axis):
     x = torch.randn(4, 8, 16, dtype=torch.float64)
@@ -109,6 +115,35 @@ def test_input_is_not_changed():
         y = hadamard_transform(x, **kwargs)
         y.zero_()
         assert torch.equal(x, before)
+
+
+def test_factors_after_the_rotation_and_one_rounding():
+    x, factors = torch.randn(5, 96).bfloat16(), torch.randn(96) * torch.logspace(-3, 3, 96)
+    signs = torch.where(torch.rand(96) < 0.5, -1.0, 1.0)
+    exact = oracle(x, 32, signs) * factors.double()
+    y = ops.hadamard(x, 32, 32**-0.5, signs, factors)
+    # Float32 arithmetic before the one rounding leaves next to no element that differs.
+    assert (y != exact.bfloat16()).double().mean() < 1e-2
+    torch.testing.assert_close(y.double(), exact, rtol=2.0**-8, atol=1e-5)
+    ops.hadamard_(x, 32, 32**-0.5, signs, factors)
+    assert torch.equal(x, y)
+
+
+def test_gradcheck_with_factors():
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    signs, factors = torch.tensor([1.0, -1, -1, 1] * 3), torch.randn(12, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda t: ops.hadamard(t, 4, 0.7, signs, factors), (x,))
+    assert torch.autograd.gradgradcheck(lambda t: ops.hadamard(t, 4, 0.7, signs, factors), (x,))
+
+
+@pytest.mark.parametrize("op", [ops.hadamard, ops.hadamard_])
+def test_bad_factors(op):
+    with pytest.raises(
+        ValueError, match=r"out_scale must be a real vector of shape \(8,\).*got shape \(4,\)"
+    ):
+        op(torch.ones(2, 8), 8, 1.0, None, torch.ones(4))
+    with pytest.raises(ValueError, match=r"out_scale must not require grad.*detach"):
+        op(torch.ones(2, 8), 8, 1.0, None, torch.ones(8, requires_grad=True))
 
 
 @pytest.mark.parametrize("signs", [None, "random"])

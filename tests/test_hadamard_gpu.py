@@ -6,63 +6,18 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from hadamard_oracle import DTYPES, HALF, assert_rounded_once, expected, randn
 
 from halo_train import hadamard_transform, ops
 
 pytestmark = pytest.mark.gpu
 
 SIZES = [2**k for k in range(16)]
-HALF = [torch.bfloat16, torch.float16]
-DTYPES = [*HALF, torch.float32]
-MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
-
-
-def expected(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> Tensor:
-    """Unrounded float64 result; butterflies from the top bit down, the reverse of the kernel's order."""
-    y = x.double() * (1.0 if signs is None else signs.double())
-    half = block // 2
-    while half:
-        y = y.reshape(-1, 2, half)
-        y = torch.stack((y[:, 0] + y[:, 1], y[:, 0] - y[:, 1]), dim=1)
-        half //= 2
-    return y.reshape(x.shape) * scale
-
-
-def assert_rounded_once(y: Tensor, exact: Tensor, block: int) -> None:
-    """At most one unit in the last place plus 1e-6 of the block's RMS; 16-bit results equal the rounded exact ones."""
-    assert y.shape == exact.shape
-    assert y.is_contiguous()
-    rms = (
-        exact.reshape(-1, block)
-        .square()
-        .mean(dim=1, keepdim=True)
-        .sqrt()
-        .expand(-1, block)
-        .reshape(exact.shape)
-    )
-    smallest = torch.finfo(y.dtype).tiny
-    exponent = torch.frexp(exact.abs().clamp(min=smallest)).exponent - 1
-    ulp = torch.ldexp(torch.ones_like(exact), exponent - MANTISSA[y.dtype])
-    excess = (y.double() - exact).abs() - ulp - 1e-6 * rms
-    worst = int(excess.argmax())
-    assert excess.max() <= 0, f"element {worst}: got {y.flatten()[worst]}, exact {exact.flatten()[worst]}"
-    if y.dtype in HALF:
-        mismatches = int((y != exact.to(y.dtype)).sum())
-        # A share of 1e-3. Below 4000 elements that is less than a handful, which says nothing about the share.
-        assert mismatches <= 1e-3 * max(y.numel(), 4000), (
-            f"{mismatches} of {y.numel()} elements are not correctly rounded"
-        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,6 +63,45 @@ def test_block_diagonal_with_signs(axis: int, block: int, dtype: torch.dtype) ->
     signs = (torch.randint(0, 2, (axis,), device="cuda") * 2 - 1).to(torch.int8)
     scale = 0.37
     assert_rounded_once(ops.hadamard(x, block, scale, signs), expected(x, block, scale, signs), block)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("n", SIZES)
+def test_factors_after_the_rotation(n: int, blocks: int, dtype: torch.dtype) -> None:
+    """Any float32 factor of each column, in the same rounding; with signs, in place, rows of several blocks."""
+    rows = max(3, min(137, (1 << 18) // n))
+    x = randn(rows, blocks * n, dtype=dtype)
+    factors = randn(blocks * n, dtype=torch.float32, seed=1) * torch.exp2(
+        torch.randint(-2, 3, (blocks * n,), device="cuda").float()
+    )
+    signs = torch.randint(0, 2, (blocks * n,), device="cuda") * 2 - 1
+    scale = 1 / math.sqrt(n)
+    for s in (None, signs):
+        y = ops.hadamard(x, n, scale, s, factors)
+        assert_rounded_once(y, expected(x, n, scale, s), n, factors)
+        assert torch.equal(ops.hadamard(x, n, scale, s, factors), y)
+        # Halves of a block of 32768 are not used in place, and add in another order.
+        z = x.clone()
+        ops.hadamard_(z, n, scale, s, factors)
+        if n < 32768:
+            assert torch.equal(z, y)
+        assert_rounded_once(z, expected(x, n, scale, s), n, factors)
+    ones = ops.hadamard(x, n, scale, None, torch.ones_like(factors))
+    torch.testing.assert_close(ones, ops.hadamard(x, n, scale))
+    if dtype in HALF and n > 1:
+        assert (ones != ops.hadamard(x, n, scale)).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [2, 64, 1024, 8192])
+def test_factors_of_any_layout(n: int, dtype: torch.dtype) -> None:
+    base = randn(9, n + 16, dtype=dtype)
+    factors = randn(2 * n + 2, dtype=torch.float32, seed=1)
+    for x in (base[:, :n], base[:, 3 : n + 3], base[:, 8 : n + 8], base[::2, :n]):
+        for f in (factors[:n], factors[1 : n + 1], factors[: 2 * n : 2], factors[:n].double()):
+            y = ops.hadamard(x, n, 0.3, None, f)
+            assert_rounded_once(y, expected(x.contiguous(), n, 0.3), n, f)
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -236,6 +230,9 @@ def test_float64(n: int) -> None:
     torch.testing.assert_close(
         ops.hadamard(x, n, 0.5, signs), expected(x, n, 0.5, signs), rtol=1e-13, atol=1e-12
     )
+    factors = randn(n, dtype=torch.float64, seed=1)
+    y, exact = ops.hadamard(x, n, 0.5, signs, factors), expected(x, n, 0.5, signs) * factors
+    torch.testing.assert_close(y, exact, rtol=1e-13, atol=1e-12)
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
