@@ -231,7 +231,10 @@ def _autocast_enabled(device: str) -> bool:
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if _autocast_enabled(device) else nullcontext()
+    # What is traced may run under another autocast than it is traced under.
+    needed = torch.compiler.is_compiling() or _autocast_enabled(device)
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if needed and available else nullcontext()
 
 
 def _undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
