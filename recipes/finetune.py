@@ -19,7 +19,9 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,7 @@ from halo_train.training.prepare import Data, load_data
 from halo_train.training.report import Result, plot_losses, run_table, summarise
 from halo_train.training.run_folder import check_run_folder, make_run_folder
 from halo_train.training.trackers import Trackers
+from halo_train.training.watchdog import locate_non_finite
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -207,7 +210,8 @@ def train(
             # The only wait for the GPU in a step.
             value, norm = torch.stack([total, grad_norm.to(total)]).tolist()
             if not (math.isfinite(value) and math.isfinite(norm)):
-                raise RunFailed(_not_finite(step, value, norm, checkpoints))
+                culprit = locate_non_finite(loss_of, partial(_repeat, loss_of, micro_batches, device))
+                raise RunFailed(_not_finite(step, value, norm, culprit, checkpoints))
 
             lr = learning_rate(step, data.steps, cfg)
             set_learning_rate(optimizer, lr)
@@ -381,10 +385,15 @@ def require_low_precision(recipe: HaloConfig, device: torch.device) -> None:
         raise UserError(f"quant.recipe={recipe.name} does not run on {device}: {error}") from error
 
 
-def _not_finite(step: int, loss: float, norm: float, checkpoints: Path) -> str:
+def _repeat(loss_of: TokenLoss, batches: Sequence[Batch], device: torch.device) -> None:
+    for batch in batches:
+        (loss_of(**batch.inputs(device)) / batch.trained).backward()
+
+
+def _not_finite(step: int, loss: float, norm: float, culprit: str, checkpoints: Path) -> str:
     last = latest_checkpoint(checkpoints)
     kept = f"the last checkpoint, {last}, is kept" if last else "no checkpoint was saved before it"
     return (
-        f"step {step}: loss {loss}, gradient norm {norm} is not finite; the weights were not updated with it and {kept}; "
+        f"step {step}: loss {loss}, gradient norm {norm} is not finite; first: {culprit}; the weights were not updated with it and {kept}; "
         "lower train.lr, lengthen train.warmup_steps, or compare with quant.recipe=bf16"
     )

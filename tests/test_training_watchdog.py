@@ -1,0 +1,136 @@
+"""Faults planted in one product of one layer are found there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from training_fixtures import write_run
+
+from halo_train import convert_to_halo_training, functional
+from halo_train.recipes import finetune
+from halo_train.training.blocks import checkpoint_activations, compile_blocks
+from halo_train.training.config import load_config
+from halo_train.training.errors import RunFailed
+from halo_train.training.loss import TokenLoss
+from halo_train.training.watchdog import locate_non_finite
+
+LLAMA = transformers.LlamaConfig(
+    vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+)
+IDS = torch.randint(1, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def loss() -> TokenLoss:
+    transformers.set_seed(0)
+    loss = TokenLoss(transformers.LlamaForCausalLM(copy.deepcopy(LLAMA))).train()
+    convert_to_halo_training(loss.model)
+    return loss
+
+
+def step(loss: TokenLoss) -> Callable[[], None]:
+    return lambda: loss(IDS, IDS).backward()
+
+
+def spoil_product(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The ``number``-th 8-bit product from now has one NaN; 14 layers, forward and then backward with two products each."""
+    matmul, calls = functional.matmul, 0
+
+    def spoiled(*args: object) -> Tensor:
+        nonlocal calls
+        product = matmul(*args)  # type: ignore[arg-type]
+        calls += 1
+        if calls == number:
+            product[1, 2] = torch.nan
+        return product
+
+    monkeypatch.setattr(functional, "matmul", spoiled)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (1, "fprop of model.layers.0.self_attn.q_proj"),
+        (14, "fprop of model.layers.1.mlp.down_proj"),
+        (15, "dgrad of model.layers.1.mlp.down_proj"),
+        (16, "wgrad of model.layers.1.mlp.down_proj"),
+        (41, "dgrad of model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_a_product(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch, number: int, expected: str) -> None:
+    spoil_product(monkeypatch, number)
+    assert locate_non_finite(loss, step(loss)) == expected
+    assert all(p.grad is None for p in loss.parameters())
+    assert locate_non_finite(loss, step(loss)).startswith("nothing when the step was repeated")
+
+
+@pytest.mark.parametrize("number", [1, 14])
+@pytest.mark.parametrize("how", ["full", "selective", "compiled"])
+def test_a_product_under_recomputation_and_compilation(
+    loss: TokenLoss, monkeypatch: pytest.MonkeyPatch, number: int, how: str
+) -> None:
+    step(loss)()
+    if how == "compiled":
+        monkeypatch.setattr(torch, "compile", lambda call, **_: torch._dynamo.optimize("eager")(call))
+        compile_blocks(loss.model)
+    else:
+        checkpoint_activations(loss.model, how)  # type: ignore[arg-type]
+    spoil_product(monkeypatch, number)
+    found = locate_non_finite(loss, step(loss))
+    layer = {1: "0.self_attn.q_proj", 14: "1.mlp.down_proj"}[number]
+    assert found == f"fprop of model.layers.{layer}"
+
+
+def test_an_overflow(loss: TokenLoss) -> None:
+    """bfloat16 reaches 3.4e38; the squares of its largest values are infinite in the norm."""
+    torch.nn.init.constant_(loss.model.model.layers[1].mlp.down_proj.weight, 3e38)
+    found = locate_non_finite(loss, step(loss))
+    assert found in ("fprop of model.layers.1.mlp.down_proj", "output of model.norm")
+
+
+def test_between_layers(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention(module: object, query: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+        return query.transpose(1, 2) * torch.inf, None
+
+    monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, "planted", attention)
+    loss.model.config._attn_implementation = "planted"
+    expected = "what comes before model.layers.0.self_attn.o_proj, its input"
+    assert locate_non_finite(loss, step(loss)) == expected
+
+
+def test_the_loss_and_a_weight(loss: TokenLoss) -> None:
+    torch.nn.init.constant_(loss.model.lm_head.weight, 3e38)
+    assert locate_non_finite(loss, step(loss)) == "output layer and loss"
+    loss.model.lm_head.weight.data[3, 4] = torch.nan
+    assert locate_non_finite(loss, step(loss)) == "the weight lm_head.weight, before the step"
+
+
+def test_a_run_names_the_product_and_keeps_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An infinite weight gradient in every step from the third on."""
+    matmul = functional.matmul
+    run = tmp_path / "runs" / "tiny"
+
+    def spoiled(*args: object) -> Tensor:
+        product = matmul(*args)  # type: ignore[arg-type]
+        if (
+            run / "checkpoints" / "step-2"
+        ).exists() and product.dtype == torch.float32:  # dW of float32 weights; the others are bfloat16
+            product[0, 0] = torch.inf
+        return product
+
+    monkeypatch.setattr(functional, "matmul", spoiled)
+    message = (
+        r"step 3: .*gradient norm (nan|inf) is not finite; first: wgrad of model\.layers\.1\.mlp\.down_proj; the weights "
+        r"were not updated.*step-2, is kept"
+    )
+    with pytest.raises(RunFailed, match=message):
+        finetune.run(load_config(write_run(tmp_path)))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
