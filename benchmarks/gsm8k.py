@@ -122,7 +122,12 @@ def pretrain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         run={"name": "pretrain", "dir": str(folder), "seed": args.seed},
         model={"path": "fresh"},
         quant={"recipe": "bf16"},
-        data={"train": "text.jsonl", "seq_len": args.seq_len, "valid_fraction": 0.005},
+        data={
+            "train": "text.jsonl",
+            "cache_dir": str(folder / "cache"),
+            "seq_len": args.seq_len,
+            "valid_fraction": 0.005,
+        },
         train={
             "steps": args.pretrain_steps,
             "micro_batch": args.micro_batch,
@@ -142,7 +147,12 @@ def compare(args: argparse.Namespace, folder: Path) -> tuple[list[Line], dict[st
         folder / "gsm8k.yaml",
         run={"name": "gsm8k", "dir": str(folder)},
         model={"path": "pretrain/export"},
-        data={"train": "train.jsonl", "valid": "test.jsonl", "seq_len": min(512, args.seq_len)},
+        data={
+            "train": "train.jsonl",
+            "valid": "test.jsonl",
+            "cache_dir": str(folder / "cache"),
+            "seq_len": min(512, args.seq_len),
+        },
         train={
             "steps": args.steps,
             "micro_batch": args.micro_batch,
@@ -191,8 +201,8 @@ def report(record: dict[str, Any]) -> str:
         f"{before['valid_before']:.3f} to {before['valid_after']:.3f}.",
         f"Then {settings['steps']} steps on GSM8K's training split; loss on its test split, exact match of greedy answers of the exported bf16 model.",
         "",
-        "| precision | test loss | gap | training loss | exact match | answered | tokens/s | speed | peak GiB | SQNR fprop/dgrad/wgrad |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| precision | test loss | gap | training loss | exact match | answered | tokens/s | speed | 8-bit | peak GiB | SQNR fprop/dgrad/wgrad |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in record["results"]:
         match = row["exact_match"]
@@ -202,13 +212,14 @@ def report(record: dict[str, Any]) -> str:
         lines.append(
             f"| {row['name']} | {row['valid_loss']:.4f} | {row['gap']:+.4f} | {row['train_loss']:.4f} | "
             f"{100 * match['exact_match']:.2f}% ± {100 * match['standard_error']:.2f} ({match['correct']}/{match['questions']}) | "
-            f"{100 * share:.0f}% | {row['tokens_per_second']:,.0f} | {speed} | {memory} | "
+            f"{100 * share:.0f}% | {row['tokens_per_second']:,.0f} | {speed} | {100 * row['share_8bit']:.0f}% | {memory} | "
             f"{'/'.join(f'{db:.0f}' for db in row['sqnr_db'].values())} |"
         )
     lines += [
         "",
         "gap: test loss minus that of the first precision, same weights, data, order and seed. ±: standard error of the exact match. answered: share of",
-        "the texts with a number after `####`. tokens/s: training, median step, padding not counted. SQNR in dB, median layer.",
+        "the texts with something after `####`. tokens/s: training, median step, padding not counted. 8-bit: share of the operations in matrix",
+        "products. SQNR in dB, median layer.",
     ]
     lines += [f"\n{name} failed with exit code {code}." for name, code in record["failed"].items()]
     return "\n".join(lines) + "\n"

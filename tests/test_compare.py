@@ -97,6 +97,7 @@ def test_compare_end_to_end(
         assert line["gap"] == summary["valid_after"] - bf16["valid_loss"]
     # Close, but not equal: equal losses would mean that the run was not in 8 bits at all.
     assert 0 < abs(int8["gap"]) < 0.1
+    assert (bf16["share_8bit"], int8["share_8bit"] > 0.3) == (0, True)
     assert min(bf16["sqnr_db"].values()) > 45 > max(int8["sqnr_db"].values())
     seen = [
         [(line["tokens"], line["trained_tokens"], line["lr"]) for line in metrics(folder / name) if "loss" in line]
@@ -152,6 +153,7 @@ def test_gaps_are_within_a_condition(tmp_path: Path, monkeypatch: pytest.MonkeyP
             "valid_after": losses[member.value][member.config.run.seed],
             "train_loss": 1.0,
             "tokens_per_second": 10.0,
+            "share_8bit": 0.5,
             "peak_memory_gib": None,
             "errors": {},
             "exact_match": None,

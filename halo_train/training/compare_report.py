@@ -47,6 +47,8 @@ class Line:
     tokens_per_second: float
     speed: float | None
     """tokens_per_second over that of the run it is compared with."""
+    share_8bit: float
+    """Of the operations in matrix products: that 8 bits were really on."""
     peak_memory_gib: float | None
     sqnr_db: dict[str, float]
     """Median layer, for each of the three products; empty when no layer was measured."""
@@ -73,6 +75,7 @@ def read_lines(comparison: Comparison) -> list[Line]:
                 speed=None
                 if reference is None
                 else summary["tokens_per_second"] / reference["tokens_per_second"],
+                share_8bit=summary["share_8bit"],
                 peak_memory_gib=summary["peak_memory_gib"],
                 sqnr_db=_median_layer(summary["errors"]),
                 exact_match=summary["exact_match"],
@@ -124,7 +127,7 @@ def _cells(
 ) -> tuple[list[str], list[list[str]]]:
     memory = any(line.peak_memory_gib is not None for line in lines)
     match = any(line.exact_match is not None for line in lines)
-    head = ["run", "valid. loss", "gap", "training loss", "tokens/s", "speed"]
+    head = ["run", "valid. loss", "gap", "training loss", "tokens/s", "speed", "8-bit"]
     head += ["peak GiB"] * memory + ["exact match"] * match + ["SQNR " + "/".join(PRODUCTS)]
     by_name = {line.name: line for line in lines}
     rows = []
@@ -142,6 +145,7 @@ def _cells(
             f"{line.train_loss:.4f}",
             f"{line.tokens_per_second:,.0f}{mark}",
             NOT_RUN if line.speed is None or line.emulated else f"{line.speed:.2f}",
+            f"{100 * line.share_8bit:.0f}%",
         ]
         if memory:
             row.append(NOT_RUN if line.peak_memory_gib is None else f"{line.peak_memory_gib:.2f}")
@@ -160,6 +164,7 @@ def _notes(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
             notes.append(
                 f"mean gap of {value} over {len(gaps)} conditions: {fmean(gaps):+.4f}, standard deviation {stdev(gaps):.4f}"
             )
+    notes.append("8-bit: share of the operations in matrix products that ran in 8 bits")
     notes.append("SQNR: signal over rounding noise of each product in dB, median layer; higher is better")
     if any(line.emulated for line in lines):
         notes.append(
