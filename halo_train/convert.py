@@ -127,7 +127,8 @@ def convert_to_halo_training(
             skipped.append(SkippedLayer(name, shape, "no pattern of the recipe matches its name"))
         else:
             converted.append(ConvertedLayer(name, shape, config.name))
-            replacements[id(layer)] = HaloLinear.from_linear(layer, config)
+            replacements[id(layer)] = new = HaloLinear.from_linear(layer, config)
+            new.fqn = name
     _replace(module, replacements)
     return ConversionReport(converted, skipped)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from .config import Format, HaloConfig, resolve_recipe
+from .fsdp import GatheredWeight, agreed_exponents, attach, regather
 from .functional import halo_linear, quantize_weight
 from .quantize import Equalizer, Quantized, equalizer_exponents
 from .weight_cache import WeightCache
@@ -20,6 +24,9 @@ _OWN_STATE = {
     "config",
     "equalizer_taken",
     "_weight_cache",
+    "_sharded_weight",
+    "fqn",
+    "ranks_agree",
 }
 """What from_linear and to_linear do not carry over as it is; hooks and everything else a user attached go along."""
 
@@ -36,6 +43,10 @@ class HaloLinear(nn.Linear):
 
     equalizer_exponent: Tensor
     """log2 d, [in_features] int8: an integer dtype survives model.half() and model.to(dtype)."""
+    fqn: str
+    """Name in the model that it was converted in, for messages."""
+    ranks_agree: bool
+    """Whether FSDP2's ranks have compared how they converted this layer."""
 
     def __init__(
         self,
@@ -50,23 +61,36 @@ class HaloLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.config = resolve_recipe(recipe)
         self.equalizer_taken = False
+        self.fqn = ""
+        self.ranks_agree = False
         self._weight_cache = WeightCache()
         zeros = torch.zeros(in_features, dtype=torch.int8, device=device)
         self.register_buffer("equalizer_exponent", zeros, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]; see :func:`halo_train.functional.halo_linear`."""
+        weight = self.weight
+        gathered = isinstance(weight, GatheredWeight)
+        if not gathered and not torch.compiler.is_compiling():
+            self._check_placement()
         if self.config.equalize and not self.equalizer_taken:
             self._take_equalizer(x)
         equalizer = Equalizer.of_exponents(self.equalizer_exponent) if self.equalizer_taken else None
-        return halo_linear(
-            x,
-            self.weight,
-            self.bias,
-            config=self.config,
-            equalizer=equalizer,
-            quantized_weight=self._kept_weight(equalizer),
+        rounded = weight.quantized() if isinstance(weight, GatheredWeight) else self._kept_weight(equalizer)
+        # A rank without tokens has a gradient too, of zeros: FSDP2 reduces it with those of the others.
+        empty = gathered and x.numel() == 0
+        tokens = F.pad(x.reshape(-1, self.in_features), (0, 0, 0, 1)) if empty else x
+        y = halo_linear(
+            tokens, weight, self.bias, config=self.config, equalizer=equalizer, quantized_weight=rounded
         )
+        return y[:0].reshape(*x.shape[:-1], self.out_features) if empty else y
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 swaps the sharded and the gathered parameter through here, fully_shard first of all.
+        if name == "weight" and _is_sharded(value):
+            self.__dict__["_sharded_weight"] = value  # not through nn.Module, which would register it
+            attach(self, value)
+        super().__setattr__(name, value)
 
     def equalizer(self) -> Tensor | None:
         """d [in_features] float32, or None while it is all ones."""
@@ -90,19 +114,57 @@ class HaloLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HaloLinear:
         self._weight_cache.clear()  # it would stay behind on the old device
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if _is_sharded(self.weight):
+            attach(self, self.weight)  # fn made a new shard
+        return self
 
     @torch.no_grad()
     def _take_equalizer(self, x: Tensor) -> None:
         usable = x.is_floating_point() and x.element_size() >= 2 and x.shape[-1] == self.in_features
-        if not usable or x.numel() == 0 or x.is_meta:  # halo_linear says what is wrong
+        if not usable or x.is_meta:  # halo_linear says what is wrong
             return
-        self.equalizer_exponent.copy_(equalizer_exponents(x.reshape(-1, self.in_features), self.weight))
+        tokens = x.reshape(-1, self.in_features)
+        if "_sharded_weight" in self.__dict__:
+            self._take_sharded_equalizer(tokens)
+        elif x.numel():
+            self.equalizer_exponent.copy_(equalizer_exponents(tokens, self.weight))
+            self.equalizer_taken = True
+
+    @_disable_dynamo  # torch.compiler.disable would import the compiler with this file
+    def _take_sharded_equalizer(self, tokens: Tensor) -> None:
+        sharded = self.__dict__["_sharded_weight"]
+        self.equalizer_exponent.copy_(agreed_exponents(tokens, sharded))
         self.equalizer_taken = True
+        if isinstance(self.weight, GatheredWeight):
+            regather(sharded, self.weight)
+
+    def _check_placement(self) -> None:
+        layer = f"HaloLinear {self.fqn!r}"
+        if _is_sharded(self.weight):
+            raise ValueError(
+                f"{layer}: the weight is a DTensor, of which this rank holds a part. With FSDP2 call the module that fully_shard "
+                "was called on, not a layer inside it; tensor parallelism is not supported: leave the layer out of the plan or "
+                "out of the conversion with module_filter_fn"
+            )
+        if _is_flattened_by_fsdp1(self.weight):
+            raise ValueError(
+                f"{layer}: FullyShardedDataParallel (FSDP1) is not supported: it cuts rows apart, and a rotation needs whole ones; "
+                "use torch.distributed.fsdp.fully_shard (FSDP2) on each block and then on the model"
+            )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: str | HaloConfig = "fp8") -> HaloLinear:
-        """A HaloLinear that shares the parameters, the hooks and the training flag of ``linear``."""
+        """A HaloLinear that shares the parameters, the hooks and the training flag of ``linear``.
+
+        Raises:
+            ValueError: the weight is sharded already.
+        """
+        if _is_sharded(linear.weight):
+            raise ValueError(
+                "HaloLinear: the weight must not be sharded yet; it is a DTensor with placements "
+                f"{getattr(linear.weight, 'placements', '?')}; convert the model first, then call fully_shard"
+            )
         new = cls(
             linear.in_features, linear.out_features, linear.bias is not None, device="meta", recipe=recipe
         )
@@ -149,10 +211,24 @@ def load_equalizer_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> 
             raise ValueError(
                 f"equalizer state of {name!r} must have shape ({layers[name].in_features},); got {tuple(exponent.shape)}"
             )
+        if isinstance(layers[name].weight, GatheredWeight):
+            raise ValueError(
+                f"equalizer state of {name!r}: its weight is gathered by FSDP2, rounded with the factors it has; call reshard() on "
+                "the model's FSDP modules first, or load the state before the first forward"
+            )
     for name, layer in layers.items():
         layer.equalizer_taken = name in state
         if name in state:
             layer.equalizer_exponent.copy_(state[name])
+
+
+def _is_sharded(weight: Any) -> bool:
+    """A DTensor; named by its attribute, because importing torch.distributed.tensor takes half a second."""
+    return hasattr(weight, "_local_tensor")
+
+
+def _is_flattened_by_fsdp1(weight: Tensor) -> bool:
+    return getattr(weight, "_fsdp_flattened", False) or type(weight._base).__name__ == "FlatParameter"
 
 
 def _share_state(source: nn.Linear, target: nn.Linear) -> None:

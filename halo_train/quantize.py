@@ -122,7 +122,17 @@ def equalizer_exponents(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [K] int8.
     """
-    ratio = x.abs().amax(dim=0).float() / weight.abs().amax(dim=0).float()
+    return exponents_of_amax(column_amax(x), column_amax(weight))
+
+
+def column_amax(x: Tensor) -> Tensor:
+    """[K] float32, the largest magnitude of each column of x [M, K]; zeros if there are no rows."""
+    return x.abs().amax(dim=0).float() if x.shape[0] else x.new_zeros(x.shape[1], dtype=torch.float32)
+
+
+def exponents_of_amax(x_amax: Tensor, w_amax: Tensor) -> Tensor:
+    """:func:`equalizer_exponents` from the column_amax of X and of W."""
+    ratio = x_amax / w_amax
     usable = torch.isfinite(ratio) & (ratio > 0)
     exponent = torch.where(usable, torch.round(0.5 * torch.log2(ratio)), torch.nan)
     centred = torch.nan_to_num(exponent - torch.nanmedian(exponent), nan=0.0)

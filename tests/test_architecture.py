@@ -22,6 +22,7 @@ LAYERS = [
     ["hadamard", "quantize"],
     ["gemm"],
     ["functional", "weight_cache"],
+    ["fsdp"],
     ["linear"],
     ["convert", "metrics"],
     ["calibrate"],

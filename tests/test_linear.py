@@ -199,6 +199,13 @@ def test_recompute_under_activation_checkpointing_is_bitwise_equal():
     assert torch.equal(dw, halo.weight.grad)
 
 
+def test_fsdp1_is_refused():
+    halo = HaloLinear(32, 16)
+    halo.weight._fsdp_flattened = True
+    with pytest.raises(ValueError, match=r"FSDP1.*use torch.distributed.fsdp.fully_shard"):
+        halo(torch.randn(4, 32))
+
+
 def test_unknown_recipe():
     with pytest.raises(ValueError, match="did you mean 'fp8'"):
         HaloLinear(8, 8, recipe="fp9")

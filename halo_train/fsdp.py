@@ -1,0 +1,292 @@
+"""FSDP2 with 8-bit weights on the wire: what ``fully_shard`` calls around its all-gather of a HaloLinear weight.
+
+FSDP2 shards rows, and rows are rotated and rounded one by one. So each rank rotates and rounds only its shard, the wire
+carries one byte a weight and four bytes a row, and what arrives is bitwise the weight that one GPU would have rounded::
+
+    HaloLinear.weight   Parameter [N, K]                          after convert_to_halo_training
+                        DTensor of ShardedWeight [N / ranks, K]   after fully_shard; between uses, and for the optimiser
+                        GatheredWeight [N, K]                     while FSDP2 has it gathered; what the gradient belongs to
+
+``HaloLinear`` turns its shard into a ShardedWeight when FSDP2 sets it (:func:`attach`); nothing is to be switched on. A weight
+that other modules share, and recipes with one scale for the whole tensor, are gathered in the dtype that FSDP2 would use
+and rounded by the layer: the shards of a tensor do not know its amax.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import Format, HaloConfig, Scaling, storage_dtype
+from .functional import quantize_weight
+from .gemm import MULTIPLE
+from .quantize import Quantized, column_amax, exponents_of_amax
+
+AGREEMENT_TIMEOUT = timedelta(minutes=10)
+"""How long ranks wait in fully_shard for one that has not come to the same layer; NCCL's own timeout is as long."""
+
+_SCALE_BYTES = 4
+
+
+class Layer(Protocol):
+    """What is used of a HaloLinear."""
+
+    config: HaloConfig
+    out_features: int
+    in_features: int
+    fqn: str
+    ranks_agree: bool
+
+    def equalizer(self) -> Tensor | None: ...
+
+
+class ShardedWeight(Tensor):
+    """The rows of a weight that this rank keeps: an ordinary tensor that also knows its layer. Operators return plain tensors.
+
+    FSDP2 moves and pads shards in Python and wants its hooks on what comes out; those few functions keep the class.
+    """
+
+    layer: Layer
+
+    @staticmethod
+    def wrap(shard: Tensor, layer: Layer) -> ShardedWeight:
+        """The same memory, of this class."""
+        new = shard.as_subclass(ShardedWeight)
+        new.layer = layer
+        return new
+
+    def plain(self) -> Tensor:
+        """The same memory, an ordinary tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+        if func in _KEEPING_THE_CLASS and isinstance(args[0], ShardedWeight) and type(out) is Tensor:
+            return cls.wrap(out, args[0].layer)
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.plain().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], None]:
+        """Rotates and rounds the shard: data [rows, K'] and scales [rows, 4] as bytes, rows being those of the longest shard.
+
+        The form with one argument: that with five accepts, when a shard is shorter than another, only inputs of the shape of
+        the weight, which scales never have.
+        """
+        quantized = self._quantize(mesh.size())
+        data, scale = quantized.data.view(torch.uint8), quantized.scale.view(torch.uint8)
+        if mesh.size() == 1:  # FSDP2 then copies one tensor and gathers none
+            return (torch.cat([data.view(-1), scale]),), None
+        return (data, scale.view(-1, _SCALE_BYTES)), None
+
+    def fsdp_post_all_gather(
+        self,
+        all_gather_outputs: tuple[Tensor, ...],
+        metadata: None,
+        param_dtype: torch.dtype,
+        *,
+        out: Tensor | None = None,
+    ) -> tuple[GatheredWeight, tuple[Tensor, ...]] | None:
+        """The gathered bytes as the layer's weight; they stay where FSDP2 put them, which frees and refills them itself."""
+        if out is not None:
+            return None
+        columns = self.layer.in_features + -self.layer.in_features % MULTIPLE
+        if len(all_gather_outputs) == 1:
+            packed = all_gather_outputs[0]
+            rows = packed.numel() // (columns + _SCALE_BYTES)
+            data, scale = packed[: rows * columns], packed[rows * columns :]
+        else:
+            data, scale = (output.view(-1) for output in all_gather_outputs)
+        shape = (self.layer.out_features, self.layer.in_features)
+        dtype = storage_dtype(self.layer.config.format, torch.float32)
+        gathered = GatheredWeight(
+            data.view(dtype).view(-1, columns), scale.view(torch.float32), shape, param_dtype
+        )
+        return gathered, ()
+
+    def _quantize(self, ranks: int) -> Quantized:
+        rows = -(-self.layer.out_features // ranks)
+        shard = self.plain()
+        # All ranks send the same size; a row of zeros rounds to zeros with scale 1, as padding does on one GPU.
+        shard = F.pad(shard, (0, 0, 0, rows - shard.shape[0]))
+        data, scale = quantize_weight(shard, self.layer.equalizer(), self.layer.config)
+        return Quantized(data[:rows], scale[:rows])
+
+
+_KEEPING_THE_CLASS = {Tensor.to, Tensor.cpu, Tensor.pin_memory, Tensor.new_zeros, Tensor.narrow}
+
+
+class GatheredWeight(Tensor):
+    """A weight [N, K] of which only the rounded form exists: data [rows, K'] in 8 bits and one scale a row, rows >= N.
+
+    Its dtype is that of the gradient. Only HaloLinear can use it; other operators raise.
+    """
+
+    rounded: Tensor
+    row_scale: Tensor
+
+    @staticmethod
+    def __new__(
+        cls, rounded: Tensor, row_scale: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> GatheredWeight:
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=rounded.device)
+
+    def __init__(
+        self, rounded: Tensor, row_scale: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        self.rounded, self.row_scale = rounded, row_scale
+
+    def quantized(self) -> Quantized:
+        """As :func:`halo_train.functional.quantize_weight` returns it: rows padded to a multiple of 16 with zeros and scale 1."""
+        rows = self.shape[0] + -self.shape[0] % MULTIPLE
+        missing = max(rows - self.rounded.shape[0], 0)
+        if not missing:
+            return Quantized(self.rounded[:rows], self.row_scale[:rows])
+        data = F.pad(self.rounded.view(torch.uint8), (0, 0, 0, missing)).view(self.rounded.dtype)
+        return Quantized(data, F.pad(self.row_scale, (0, missing), value=1.0))
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[tuple[int, ...], torch.dtype]]:
+        return ["rounded", "row_scale"], (tuple(self.shape), self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        tensors: dict[str, Tensor], context: tuple[tuple[int, ...], torch.dtype], shape: Any, stride: Any
+    ) -> GatheredWeight:
+        return GatheredWeight(tensors["rounded"], tensors["row_scale"], *context)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        return f"GatheredWeight({list(self.shape)}, {self.rounded.dtype}, one scale a row)"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        aten, weight = torch.ops.aten, args[0]
+        if func in (aten.detach.default, aten.alias.default, aten.as_strided.default):
+            return GatheredWeight(weight.rounded, weight.row_scale, tuple(weight.shape), weight.dtype)
+        if func is aten.zeros_like.default:  # FSDP2's gradient of a weight that was not used
+            return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+        raise RuntimeError(
+            f"{func}: the weight of a HaloLinear is gathered by FSDP2 in 8 bits, and only the layer itself can use it; read it "
+            "outside forward and backward from the sharded parameter (weight.full_tensor()), or leave the layer out with "
+            "convert_to_halo_training(module_filter_fn=...)"
+        )
+
+
+def attach(layer: Layer, weight: Any) -> None:
+    """Makes the shard of ``weight``, the DTensor that FSDP2 sets on ``layer``, one that is gathered in 8 bits.
+
+    Raises:
+        ValueError: what is sharded are not the rows of the weight, or the ranks did not convert the same layer alike.
+    """
+    shard, placements, mesh = weight._local_tensor, weight.placements, weight.device_mesh
+    if isinstance(shard, ShardedWeight):
+        if shard.layer is not layer:  # shared: each layer has its own equalizer
+            weight._local_tensor = shard.plain()
+        return
+    if layer.config.format not in _WIRE_FORMATS or layer.config.scaling is not Scaling.ROWWISE:
+        return
+    if all(placement.is_replicate() for placement in placements):
+        return
+    replicated = all(placement.is_replicate() for placement in placements[:-1])
+    if mesh.ndim > 2 or not replicated or not placements[-1].is_shard(0):
+        raise ValueError(
+            f"fully_shard: the weight of HaloLinear {layer.fqn!r} must be sharded along its rows, on a mesh of one dimension or on "
+            f"one of two that replicates along the first (HSDP); got placements {tuple(placements)}; drop shard_placement_fn "
+            "and tensor parallelism for this layer, or leave it out with convert_to_halo_training(module_filter_fn=...)"
+        )
+    if not layer.ranks_agree:
+        _check_agreement(layer, weight)
+        layer.ranks_agree = True
+    weight._local_tensor = ShardedWeight.wrap(shard, layer)
+
+
+_WIRE_FORMATS = (Format.E4M3, Format.E5M2, Format.INT8)
+
+
+def agreed_exponents(x: Tensor, weight: Any) -> Tensor:
+    """log2 d of a sharded layer from the batches of all ranks, [in_features] int8. Every rank must call it.
+
+    One all-reduce of 2 K floats over each dimension of the mesh. See :func:`halo_train.quantize.equalizer_exponents`.
+
+    Args:
+        x: [M, K], the tokens of this rank; M may be 0.
+        weight: the sharded parameter, a DTensor.
+    """
+    amax = torch.stack([column_amax(x), column_amax(weight._local_tensor.to(x.device))])
+    # Not finite on one rank must be the same on all; how a maximum treats nan depends on the backend.
+    amax = torch.nan_to_num(amax, nan=torch.inf, posinf=torch.inf)
+    for dim in range(weight.device_mesh.ndim):
+        dist.all_reduce(amax, dist.ReduceOp.MAX, group=weight.device_mesh.get_group(dim))
+    return exponents_of_amax(amax[0], amax[1])
+
+
+def regather(weight: Any, gathered: GatheredWeight) -> None:
+    """Gathers the weight again, in place, after the layer's equalizer has changed. Every rank must call it."""
+    mesh = weight.device_mesh
+    group = mesh.get_group(mesh.ndim - 1)
+    ranks = dist.get_world_size(group)
+    quantized = weight._local_tensor.to(gathered.device)._quantize(ranks)
+    for whole, part in zip((gathered.rounded, gathered.row_scale), quantized, strict=True):
+        out, part = whole.view(torch.uint8).view(-1), part.contiguous().view(torch.uint8).view(-1)
+        dist.all_gather(list(out.chunk(ranks)), part, group=group)
+    if gathered.is_cuda:
+        # Once a layer: its equalizer was written on this stream, FSDP2 will read it on another.
+        torch.cuda.current_stream(gathered.device).synchronize()
+
+
+def _check_agreement(layer: Layer, weight: Any) -> None:
+    """Compares this layer between the ranks of its mesh through the store: a collective would hang if one of them has it not.
+
+    Each rank writes what it is about to shard; the first reads all and writes the verdict for all.
+    """
+    ranks = weight.device_mesh.mesh.flatten().tolist()
+    if len(ranks) == 1 or dist.get_backend() == "fake":
+        return
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    _sharded_so_far[tuple(ranks)] += 1
+    key = f"halo_train/{'-'.join(map(str, ranks))}/{_sharded_so_far[tuple(ranks)]}"
+    mine = f"{layer.fqn or 'HaloLinear'} {layer.out_features}x{layer.in_features} {layer.config.name}"
+    store.set(f"{key}/{rank}", mine)
+    if rank == ranks[0]:
+        try:
+            store.wait([f"{key}/{r}" for r in ranks], AGREEMENT_TIMEOUT)
+            found = {r: store.get(f"{key}/{r}").decode() for r in ranks}
+        except dist.DistError:
+            found = {rank: mine}
+        same = len(found) == len(ranks) and len(set(found.values())) == 1
+        store.set(
+            f"{key}/verdict", "" if same else "; ".join(f"rank {r}: {what}" for r, what in found.items())
+        )
+    store.wait([f"{key}/verdict"], 2 * AGREEMENT_TIMEOUT)
+    if verdict := store.get(f"{key}/verdict").decode():
+        raise ValueError(
+            f"fully_shard: all ranks must have converted the same layers with the same recipe; layer number "
+            f"{_sharded_so_far[tuple(ranks)]} is {verdict}"
+            + (
+                ""
+                if ";" in verdict
+                else f", and others of the ranks {ranks} did not come to it within {AGREEMENT_TIMEOUT}"
+            )
+            + "; call convert_to_halo_training with the same arguments on every rank, before fully_shard"
+        )
+
+
+_sharded_so_far: Counter[tuple[int, ...]] = Counter()
+"""Layers sharded over a set of ranks; part of the key under which they compare notes."""
