@@ -68,7 +68,7 @@ from halo_train.training.loss import TokenLoss
 from halo_train.training.model import build_model, export_model
 from halo_train.training.optim import build_optimizer, learning_rate, set_learning_rate
 from halo_train.training.packing import require_isolation
-from halo_train.training.prepare import Data, load_data
+from halo_train.training.prepare import Data, load_data, require_same_data
 from halo_train.training.report import Result, plot_losses, run_table, summarise
 from halo_train.training.run_folder import check_run_folder, make_run_folder
 from halo_train.training.trackers import Trackers
@@ -94,6 +94,7 @@ def run(config: Config) -> dict[str, Any]:
     with StopSignals() as stop:
         data = load_data(config, folder)
         make_run_folder(folder, config)
+        require_same_data(folder, data)
         write_atomically(folder / "config.yaml", config.to_yaml())
         write_atomically(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
         if not Path(config.model.path).is_dir():

@@ -42,7 +42,15 @@ def _steps_saved(run: Path) -> int:
 
 
 def test_a_run_leaves_everything_promised(finished: Path) -> None:
-    files = {"config.yaml", "env.json", "conversion.json", "metrics.jsonl", "loss.png", "summary.json"}
+    files = {
+        "config.yaml",
+        "env.json",
+        "conversion.json",
+        "metrics.jsonl",
+        "loss.png",
+        "summary.json",
+        "data.json",
+    }
     folders = {"checkpoints", "export", "tokenizer"}
     assert {path.name for path in finished.iterdir()} == files | folders
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -156,6 +164,20 @@ def test_a_start_that_failed_leaves_no_directory_in_the_way(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"rows\.jsonl, line 25: the field 'completion' is missing"):
         finetune.run(load_config(file))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    file = write_run(tmp_path)
+    finetune.run(load_config(file, ["train.steps=2"]))
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(rows.replace("Add 3", "Add 4"))
+    with pytest.raises(
+        UserError, match=r"started with other tokens of data\.train and data\.valid.*put it back"
+    ):
+        finetune.run(load_config(file, ["train.steps=2"]))
+    # Written again, with another time but the same rows, it is the same data.
+    (tmp_path / "rows.jsonl").write_text(rows)
+    finetune.run(load_config(file, ["train.steps=2"]))
 
 
 def test_overwriting_starts_from_nothing(tmp_path: Path) -> None:

@@ -212,7 +212,6 @@ class BatchStream:
     Args:
         position: batches that all ranks took before, e.g. from a checkpoint; a multiple of the world size then.
         rank, world_size: of this process.
-        pin_memory: for a CUDA device.
 
     Raises:
         UserError: fewer rows than one batch.
@@ -228,7 +227,6 @@ class BatchStream:
         *,
         rank: int = 0,
         world_size: int = 1,
-        pin_memory: bool = False,
     ) -> None:
         self.position, self._world_size = position, world_size
         self._batches: Iterator[Batch] | None = iter(
@@ -239,7 +237,7 @@ class BatchStream:
                 num_workers=1,
                 prefetch_factor=_AHEAD,
                 worker_init_fn=_leave_signals_to_the_run,
-                pin_memory=pin_memory,
+                pin_memory=torch.cuda.is_available(),  # by a thread, so that taking a batch costs the loop nothing
                 # DataLoader draws a seed for its workers; from the global generator that would change the run's dropout.
                 generator=torch.Generator(),
             )

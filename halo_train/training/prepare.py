@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .checkpoint import latest_checkpoint
 from .config import STDLIB, Config
 from .data import FixedBatches, Split, validation_rows
+from .errors import UserError
 from .exact_match import Question, questions
 from .formats import row_format
+from .logging import write_atomically
 from .loop import total_steps
 from .model import load_tokenizer
 from .sources import open_source
@@ -34,6 +38,8 @@ class Data:
     """Optimiser steps of the run."""
     questions: list[Question]
     """That the model answers on the way, of the section ``eval``; none without it."""
+    digests: dict[str, str]
+    """Of the tokens, by config field."""
 
     @property
     def pad_id(self) -> int:
@@ -87,7 +93,29 @@ def load_data(config: Config, folder: Path) -> Data:
     steps = total_steps(config.train, len(train.rows))
     print(f"training data:   {train}\nvalidation data: {valid}\ntraining steps:  {steps}", flush=True)
     valid_batches = FixedBatches(valid, config.train.micro_batch, pad_id(tokenizer))
-    return Data(tokenizer, train, valid_batches, steps, _load_questions(config, tokenizer))
+    digests = {"data.train": store.digest, "data.valid": valid_store.digest}
+    return Data(tokenizer, train, valid_batches, steps, _load_questions(config, tokenizer), digests)
+
+
+def require_same_data(folder: Path, data: Data) -> None:
+    """That a run goes on with the tokens it started with; writes down which they are.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        UserError: a file, the tokenizer or its chat template has changed since the run was started.
+    """
+    file = folder / "data.json"
+    if file.is_file() and latest_checkpoint(folder / "checkpoints") is not None:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [field for field, digest in data.digests.items() if before[field] != digest]
+        if changed:
+            raise UserError(
+                f"{folder} was started with other tokens of {' and '.join(changed)}: the data, the tokenizer or its chat "
+                "template has changed; put it back to go on, or use another run.name, or run.overwrite=true"
+            )
+    write_atomically(file, json.dumps(data.digests, indent=2) + "\n")
 
 
 def _load_questions(config: Config, tokenizer: Any) -> list[Question]:

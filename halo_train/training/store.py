@@ -9,6 +9,7 @@ A store is a folder that appears whole or not at all::
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -79,26 +80,28 @@ class StoreWriter:
         self._folder = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent))
+        self._digest = hashlib.blake2b(digest_size=16)
         self._tokens = (self._temporary / "tokens.bin").open("wb")
         self._index = (self._temporary / "index.bin").open("wb")
-        self.rows = self.documents = self.tokens = self.trained_tokens = 0
+        self.rows = self.documents = self.tokens = 0
 
     def write(self, chunk: Chunk) -> None:
         index = chunk.index.copy()
         index["end"] += self.tokens
         index["row"] += self.rows
-        self._tokens.write(chunk.tokens.astype("<i4").tobytes())
-        self._index.write(index.tobytes())
+        for file, values in ((self._tokens, chunk.tokens.astype("<i4")), (self._index, index)):
+            file.write(values.tobytes())
+            self._digest.update(values.tobytes())
         self.rows += chunk.rows
         self.documents += len(index)
         self.tokens += len(chunk.tokens)
-        self.trained_tokens += int(index["trained"].sum())
 
     def finish(self, **meta: Any) -> None:
         """Puts the store in its place; where another process was faster, its store stays."""
         self._close()
         counts = {"rows": self.rows, "documents": self.documents, "tokens": self.tokens}
-        (self._temporary / "meta.json").write_text(json.dumps(meta | counts, indent=2), encoding="utf-8")
+        meta = meta | counts | {"digest": self._digest.hexdigest()}
+        (self._temporary / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
         try:
             os.rename(self._temporary, self._folder)
         except OSError:
@@ -153,9 +156,11 @@ class TokenStore(Documents):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        rows = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["rows"]
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.digest: str = meta["digest"]
+        """Of the tokens, their order and what of them is trained."""
         tokens, index = _map(folder / "tokens.bin", np.dtype("<i4")), _map(folder / "index.bin", INDEX)
-        super().__init__(Chunk(tokens, index, rows))
+        super().__init__(Chunk(tokens, index, meta["rows"]))
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
         return TokenStore, (self._folder,)
