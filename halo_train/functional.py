@@ -26,6 +26,11 @@ from .quantize import Equalizer, Quantized, quantize, quantize_grad, quantize_tr
 _MIN_TOKEN_BLOCK = 256
 """A rotation along M spreads an outlier token over at least this many tokens; shorter axes are padded with zeros."""
 
+_AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
+)
+"""Asked once: torch.compile cannot trace the question before torch 2.12."""
+
 
 def halo_linear(
     x: Tensor,
@@ -108,7 +113,7 @@ class HaloLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         equalizer = None if d is None or inverse is None else Equalizer(d, inverse)
         quantized_weight = None if w_data is None or w_scale is None else Quantized(w_data, w_scale)
-        n, tokens = weight.shape[0], x.reshape(-1, x.shape[-1])
+        n, tokens = weight.shape[0], _matrix(x)
         op = quantize_operands(tokens, weight, equalizer, config, quantized_weight)
         y = _crop(matmul(op.x, op.w, x.dtype, config.fast_accum), tokens.shape[0], n)
         if bias is not None:
@@ -132,7 +137,7 @@ class HaloLinearFunction(torch.autograd.Function):
         config, (n, k) = ctx.config, ctx.weight_shape
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         x, w = Quantized(x_data, x_scale), Quantized(w_data, w_scale)
-        e = e.reshape(-1, n)
+        e = _matrix(e)
         # A compiled backward is traced under the autocast of its forward; the products have their own dtypes.
         with _without_autocast(e.device.type):
             for_dx, for_dw = _round_grad(_pad(e, MULTIPLE, MULTIPLE), x, w, needs_dx, needs_dw, config)
@@ -227,14 +232,13 @@ def _contract_rows(q: Quantized, config: HaloConfig) -> Quantized:
 
 
 def _autocast_enabled(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     # What is traced may run under another autocast than it is traced under.
     needed = torch.compiler.is_compiling() or _autocast_enabled(device)
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if needed and available else nullcontext()
+    return torch.autocast(device, enabled=False) if needed and device in _AUTOCAST_DEVICES else nullcontext()
 
 
 def _undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
@@ -248,6 +252,10 @@ def _undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
     extra = (-x.shape[0] % rows, -x.shape[1] % columns)
     return F.pad(x, (0, extra[1], 0, extra[0])) if any(extra) else x
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _crop(x: Tensor, rows: int, columns: int) -> Tensor:

@@ -56,11 +56,12 @@ def quantize(
         ValueError: unknown format or scaling, integer or complex x, block or col_scale that do not fit.
     """
     dtype = storage_dtype(parse_choice(Format, "fmt", fmt), x.dtype)
-    if parse_choice(Scaling, "scaling", scaling) is Scaling.TENSORWISE:
-        data, scale = ops.quantize_tensor(_rows(x), dtype, block, col_scale)
-        return Quantized(data.reshape(x.shape), scale)
-    data, scale = ops.quantize_rows(_rows(x), dtype, block, col_scale)
-    return Quantized(data.reshape(x.shape), scale.reshape(x.shape[:-1]))
+    tensorwise = parse_choice(Scaling, "scaling", scaling) is Scaling.TENSORWISE
+    rounding = ops.quantize_tensor if tensorwise else ops.quantize_rows
+    data, scale = rounding(_rows(x), dtype, block, col_scale)
+    if x.dim() == 2:
+        return Quantized(data, scale)
+    return Quantized(data.reshape(x.shape), scale if tensorwise else scale.reshape(x.shape[:-1]))
 
 
 def quantize_transposed(x: Tensor, fmt: Format | str, row_scale: Tensor) -> Quantized:
