@@ -1,0 +1,337 @@
+"""A training step of a Llama under FSDP2: bf16, torchao.float8 and halo_train, time, memory and bytes on the wire.
+
+    torchrun --nproc-per-node 4 benchmarks/bench_fsdp.py                          # about 150 s on 4 H200s
+    torchrun --nproc-per-node 2 benchmarks/bench_fsdp.py --tiny --device cpu      # shows that it runs
+
+The shape is that of Llama-3-8B, cut to 8 blocks, vocabulary 128256, one sequence of 8192 tokens a GPU, weights and AdamW in
+float32, bfloat16 parameters in forward and backward, gradients reduced in float32, blocks and model sharded and blocks compiled
+one by one; the output layer stays in bfloat16 everywhere. Every variant starts from the same weights and sees the same tokens.
+Writes a dated JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from common import RESULTS, environment, save_json
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from halo_train import convert_to_halo_training
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Llama; one sequence of ``tokens`` on each rank."""
+
+    blocks: int = 8
+    hidden: int = 4096
+    heads: int = 32
+    kv_heads: int = 8
+    intermediate: int = 14336
+    vocabulary: int = 128256
+    tokens: int = 8192
+
+
+TINY = Shape(2, 64, 4, 2, 160, 128, 64)
+
+
+class Block(nn.Module):
+    """Grouped-query attention with rotary positions, and SwiGLU."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.head = shape.hidden // shape.heads
+        kv = shape.kv_heads * self.head
+        self.norm1, self.norm2 = nn.RMSNorm(shape.hidden, eps=1e-5), nn.RMSNorm(shape.hidden, eps=1e-5)
+        self.q = nn.Linear(shape.hidden, shape.hidden, bias=False)
+        self.k = nn.Linear(shape.hidden, kv, bias=False)
+        self.v = nn.Linear(shape.hidden, kv, bias=False)
+        self.o = nn.Linear(shape.hidden, shape.hidden, bias=False)
+        self.gate = nn.Linear(shape.hidden, shape.intermediate, bias=False)
+        self.up = nn.Linear(shape.hidden, shape.intermediate, bias=False)
+        self.down = nn.Linear(shape.intermediate, shape.hidden, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [1, tokens, hidden]; cos, sin [tokens, head]."""
+        h = self.norm1(x)
+        q, k, v = (
+            linear(h).unflatten(-1, (-1, self.head)).transpose(1, 2) for linear in (self.q, self.k, self.v)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(attended.transpose(1, 2).flatten(-2))
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Llama(nn.Module):
+    """Embedding, blocks, norm, output layer; returns the mean loss of the next token."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.vocabulary, shape.hidden)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.blocks))
+        self.norm = nn.RMSNorm(shape.hidden, eps=1e-5)
+        self.lm_head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [1, tokens + 1]."""
+        x = self.embedding(tokens[:, :-1])
+        head = self.shape.hidden // self.shape.heads
+        frequency = 500000.0 ** (-torch.arange(0, head, 2, device=x.device) / head)
+        angle = torch.outer(torch.arange(x.shape[1], device=x.device), frequency).repeat(1, 2)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return F.cross_entropy(self.lm_head(self.norm(x))[0], tokens[0, 1:])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run the linear layers of the blocks."""
+
+    name: str
+    convert: Callable[[nn.Module], Any]
+    compiled: bool = True
+    after_step: Callable[[nn.Module], None] | None = None
+
+
+def in_block(module: nn.Module, name: str) -> bool:
+    return "lm_head" not in name
+
+
+def variants(device: str) -> list[Variant]:
+    """bf16 first: it is what the others are compared with."""
+    found = [Variant("bf16", lambda model: None)]
+    if importlib.util.find_spec("torchao") is not None and device == "cuda":
+        from torchao.float8 import (
+            Float8LinearConfig,
+            convert_to_float8_training,
+            precompute_float8_dynamic_scale_for_fsdp,
+        )
+
+        tensorwise = Float8LinearConfig(enable_fsdp_float8_all_gather=True)
+        rowwise = Float8LinearConfig.from_recipe_name("rowwise")
+        for name, config, after in (
+            ("torchao tensorwise, float8 all-gather", tensorwise, precompute_float8_dynamic_scale_for_fsdp),
+            ("torchao rowwise", rowwise, None),
+        ):
+            found.append(
+                Variant(
+                    name,
+                    lambda model, config=config: convert_to_float8_training(
+                        model, config=config, module_filter_fn=in_block
+                    ),
+                    after_step=after,
+                )
+            )
+    halo = lambda model: convert_to_halo_training(model, recipe="fp8", module_filter_fn=in_block)  # noqa: E731
+    return [
+        *found,
+        Variant("halo_train fp8", halo),
+        Variant("halo_train fp8, eager", halo, compiled=False),
+        Variant("bf16, eager", lambda model: None, compiled=False),
+    ]
+
+
+COLLECTIVES = {
+    "all_gather": ("all_gather_single", "all_gather_into_tensor"),
+    "reduce_scatter": ("reduce_scatter_single", "reduce_scatter_tensor"),
+    "all_reduce": ("all_reduce",),
+}
+"""What FSDP2 calls, by kind; the first that this PyTorch has."""
+
+
+@contextlib.contextmanager
+def bytes_sent() -> Iterator[dict[str, int]]:
+    """Bytes that this rank puts into the collectives of torch.distributed."""
+    counts = dict.fromkeys(COLLECTIVES, 0)
+    originals: dict[str, Any] = {}
+
+    def counting(kind: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            position = 0 if kind == "all_reduce" else 1
+            sent = (
+                args[position]
+                if len(args) > position
+                else kwargs.get("input_tensor", kwargs.get("input", kwargs.get("tensor")))
+            )
+            counts[kind] += sent.numel() * sent.element_size()
+            return function(*args, **kwargs)
+
+        return call
+
+    for kind, names in COLLECTIVES.items():
+        name = next(name for name in names if hasattr(dist, name))
+        originals[name] = getattr(dist, name)
+        setattr(dist, name, counting(kind, originals[name]))
+    try:
+        yield counts
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)
+
+
+def measure(variant: Variant, shape: Shape, device: torch.device, steps: int) -> dict[str, Any]:
+    """Step time, memory, bytes, loss and gradient norm of one variant."""
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        model = Llama(shape)
+    variant.convert(model)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=device.type == "cuda")
+    generator = torch.Generator().manual_seed(dist.get_rank())
+
+    def step() -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(shape.vocabulary, (1, shape.tokens + 1), generator=generator).to(device)
+        loss = model(tokens)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if variant.after_step is not None:
+            variant.after_step(model)
+        return loss.detach(), norm
+
+    started = time.perf_counter()
+    with torch.compiler.set_stance("force_eager"):  # equalisation factors come from the first batch
+        step()
+    if variant.compiled:
+        for block in model.blocks:
+            block.compile(backend="inductor" if device.type == "cuda" else "aot_eager")
+    step()
+    synchronise(device)
+    warm_up = time.perf_counter() - started
+    with bytes_sent() as sent:
+        step()
+    synchronise(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(steps):
+        dist.barrier()
+        synchronise(device)
+        began = time.perf_counter()
+        loss, norm = step()
+        synchronise(device)
+        times.append(time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    mine = {"loss": loss.item(), "norm": norm.item(), "peak": peak, "ms": 1e3 * statistics.median(times)}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    return {
+        "name": variant.name,
+        "ms": max(r["ms"] for r in ranks),
+        "peak_gib": max(r["peak"] for r in ranks) / 2**30,
+        "bytes": sent,
+        "loss": statistics.fmean(r["loss"] for r in ranks),
+        "grad_norm": mine["norm"],
+        "grad_norm_equal_on_all_ranks": len({r["norm"] for r in ranks}) == 1,
+        "warm_up_s": round(warm_up, 1),
+    }
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Times beside bf16."""
+    lines = [
+        f"{'':<40}{'ms':>8}{'x bf16':>8}{'GiB':>7}{'all-gather':>12}{'red.-sc.':>10}{'all-red.':>10}{'loss':>9}{'norm':>8}"
+    ]
+    for row in rows:
+        gib = {kind: f"{n / 2**30:.3f}" for kind, n in row["bytes"].items()}
+        lines.append(
+            f"{row['name']:<40}{row['ms']:>8.1f}{rows[0]['ms'] / row['ms']:>8.3f}{row['peak_gib']:>7.1f}{gib['all_gather']:>12}"
+            f"{gib['reduce_scatter']:>10}{gib['all_reduce']:>10}{row['loss']:>9.4f}{row['grad_norm']:>8.3f}"
+            + ("" if row["grad_norm_equal_on_all_ranks"] else "  norms differ between ranks")
+        )
+    return "\n".join([*lines, "GiB of bytes: what one rank puts into the collectives of one step"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="a few thousand weights, to see that it runs")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument(
+        "--seconds", type=float, default=150, help="no further variant is started after this time"
+    )
+    parser.add_argument("--only", nargs="*", help="names of variants")
+    parser.add_argument("--commit", help="of the sources, where they are no git checkout")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--no-save", action="store_true")
+    args = parser.parse_args()
+    rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device(args.device, rank if args.device == "cuda" else None)
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+    shape = TINY if args.tiny else Shape()
+    started, rows = time.perf_counter(), []
+    for variant in variants(args.device):
+        late = torch.tensor(float(time.perf_counter() - started > args.seconds), device=device)
+        dist.all_reduce(late, dist.ReduceOp.MAX)
+        if late or (args.only and variant.name not in args.only):
+            continue
+        rows.append(measure(variant, shape, device, args.steps))
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        if dist.get_rank() == 0:
+            print(
+                table([*rows[:1], rows[-1]]).splitlines()[-2],
+                f"  {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
+    if dist.get_rank() == 0:
+        print(table(rows))
+        if not args.no_save:
+            record = {
+                "environment": environment(args.commit),
+                "command": f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/bench_fsdp.py",
+                "gpus": dist.get_world_size(),
+                "shape": asdict(shape),
+                "rows": rows,
+            }
+            print(save_json(f"fsdp-{dist.get_world_size()}gpus", record, args.out))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
