@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+# transformers imports torchao where it is installed, which complains about kernels of its own that nobody asked for.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 try:
     import numpy as np
     import typer
@@ -35,6 +39,7 @@ try:
     from halo_train.training.hf_export import ExportFormat, export
     from halo_train.training.listing import recipes_table, run_files_table
     from halo_train.training.loop import pick_device
+    from halo_train.training.precision import calibrate_layers
 except ModuleNotFoundError as _error:
     _package = (_error.name or "").partition(".")[0]
     if _package == "halo_train":
@@ -304,7 +309,7 @@ def calibrate(
     """
     if output.suffix != RECIPE_FILE:
         raise UserError(f"--output must end with {RECIPE_FILE}; got {output}")
-    result = finetune.calibrate_layers(load_config(file, overrides or ()), batches, prefer)
+    result = calibrate_layers(load_config(file, overrides or ()), batches, prefer)
     print(result)
     result.save(output)
     print(f"written: {output}; use it with quant.recipe={output}", file=sys.stderr)
@@ -339,9 +344,6 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: errors that the user can act on are one message and an exit code, not a traceback."""
-    # transformers imports torchao where it is installed, which complains about kernels of its own that nobody asked for.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except (UserError, RunFailed, Interrupted) as error:

@@ -19,9 +19,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +27,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from halo_train import (
-    Calibration,
-    HaloConfig,
-    HaloLinear,
-    ProductError,
-    QuantMetrics,
-    calibrate,
-    convert_to_halo_training,
-    load_recipe,
-    measure_products,
-    revert,
-)
-from halo_train.calibrate import Prefer
-from halo_train.metrics.collect import Sink
-from halo_train.metrics.records import JsonlSink
+from halo_train import HaloConfig, revert
 from halo_train.quant_report import write_report
 from halo_train.training.blocks import checkpoint_activations, compile_blocks
 from halo_train.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
-from halo_train.training.config import RECIPE_FILE, Config, EvalSection
-from halo_train.training.data import Batch, BatchStream, ShuffledBatches
-from halo_train.training.errors import Interrupted, RunFailed, UserError
+from halo_train.training.config import Config, EvalSection
+from halo_train.training.data import BatchStream, ShuffledBatches
+from halo_train.training.errors import Interrupted, RunFailed
 from halo_train.training.exact_match import Score, exact_match
 from halo_train.training.flops import FlopCounter, bf16_peak
 from halo_train.training.logging import (
@@ -64,10 +48,16 @@ from halo_train.training.loop import (
     evaluate,
     pick_device,
 )
-from halo_train.training.loss import TokenLoss
-from halo_train.training.model import build_model, export_model
+from halo_train.training.model import build_loss, export_model
 from halo_train.training.optim import build_optimizer, learning_rate, set_learning_rate
 from halo_train.training.packing import require_isolation
+from halo_train.training.precision import (
+    convert,
+    measure,
+    quant_metrics,
+    read_recipes,
+    require_low_precision,
+)
 from halo_train.training.prepare import Data, load_data, require_same_data
 from halo_train.training.report import Result, plot_losses, run_table, summarise
 from halo_train.training.run_folder import check_run_folder, make_run_folder
@@ -142,17 +132,7 @@ def train(
     checkpoint = latest_checkpoint(checkpoints)
     valid_before = None if checkpoint else evaluate(loss_of, data.valid, device)
 
-    try:
-        conversion = convert_to_halo_training(model, recipe=recipes)
-    except ValueError as error:
-        raise UserError(f"quant.recipe={label} cannot be applied to {config.model.path}: {error}") from error
-    write_atomically(folder / "conversion.json", json.dumps(conversion.to_dict(), indent=2) + "\n")
-    print(
-        f"{len(conversion.converted)} linear layers run {label}; {folder / 'conversion.json'} names them; left alone:"
-    )
-    for skip in conversion.skipped:
-        print(f"  {skip.name}: {skip.reason}", flush=True)
-
+    conversion = convert(model, recipes, config, folder)
     if loss_of.whole_logits:
         print(f"the logits of all tokens are in memory at once: {loss_of.whole_logits}", flush=True)
 
@@ -211,8 +191,16 @@ def train(
             # The only wait for the GPU in a step.
             value, norm = torch.stack([total, grad_norm.to(total)]).tolist()
             if not (math.isfinite(value) and math.isfinite(norm)):
-                culprit = locate_non_finite(loss_of, partial(_repeat, loss_of, micro_batches, device))
-                raise RunFailed(_not_finite(step, value, norm, culprit, checkpoints))
+                where = locate_non_finite(loss_of, micro_batches, device)
+                saved = latest_checkpoint(checkpoints)
+                kept = (
+                    f"the last checkpoint, {saved}, is kept" if saved else "no checkpoint was saved before it"
+                )
+                raise RunFailed(
+                    f"step {step}: loss {value}, gradient norm {norm} is not finite; first: {where}; the weights were not "
+                    f"updated with it and {kept}; lower train.lr, lengthen train.warmup_steps, or compare with "
+                    "quant.recipe=bf16"
+                )
 
             lr = learning_rate(step, data.steps, cfg)
             set_learning_rate(optimizer, lr)
@@ -276,125 +264,14 @@ def train(
     )
 
 
-def build_loss(config: Config, tokenizer: Any, device: torch.device) -> TokenLoss:
-    """The model of the run inside its loss, on the device. Errors as :func:`build_model`."""
-    dtype = getattr(torch, config.model.dtype)
-    path, seed = Path(config.model.path), config.run.seed
-    return TokenLoss(build_model(path, tokenizer, seed, config.data.seq_len, dtype, device))
-
-
 def answer(model: nn.Module, data: Data, section: EvalSection) -> Score:
     """Lets the model, as it trains, answer the questions of the section ``eval``."""
-    return exact_match(
-        model,
-        data.tokenizer,
-        data.questions,
-        section.pattern,
-        max_new_tokens=section.max_new_tokens,
-        batch=section.batch,
-    )
-
-
-def measure(loss_of: TokenLoss, data: Data, device: torch.device) -> dict[str, dict[str, ProductError]]:
-    """Errors of the three products by layer on the first validation batch."""
-    batch = data.valid[0]
-
-    def forward_and_backward() -> None:
-        (loss_of(**batch.inputs(device)) / batch.trained).backward()
-
-    errors = measure_products(loss_of.model, forward_and_backward)
-    loss_of.zero_grad()
-    return errors
-
-
-def quant_metrics(
-    config: Config, model: nn.Module, folder: Path, done: int, trackers: Trackers
-) -> QuantMetrics:
-    """Samples the quantisation error every ``log.quant_every`` steps.
-
-    Args:
-        done: steps before a resume.
-
-    Raises:
-        UserError: a pattern of log.quant_layers that matches no layer.
-    """
-    sinks: list[Sink] = [JsonlSink(folder / "quant.jsonl", done), *trackers.quant_sinks()]
-    try:
-        return QuantMetrics(
+    with torch.compiler.set_stance("force_eager"):  # every length would be compiled apart
+        return exact_match(
             model,
-            config.log.quant_every,
-            layers=config.log.quant_layers,
-            what_if=config.log.quant_what_if,
-            sinks=sinks,
-            seed=config.run.seed,
-            start_step=done,
+            data.tokenizer,
+            data.questions,
+            section.pattern,
+            max_new_tokens=section.max_new_tokens,
+            batch=section.batch,
         )
-    except ValueError as error:
-        raise UserError(f"log.quant_layers: {error}") from error
-
-
-def calibrate_layers(config: Config, batches: int, prefer: Prefer) -> Calibration:
-    """Chooses a recipe for each layer of the model of a run on its training data; nothing is trained.
-
-    Args:
-        batches: micro-batches that are measured; prefer: see :func:`halo_train.calibrate`.
-
-    Raises:
-        UserError: data, model or device that cannot work.
-    """
-    device = pick_device(config.train.device)
-    data = load_data(config, config.run.dir / config.run.name)
-    loss_of = build_loss(config, data.tokenizer, device).train()
-
-    def forward_and_backward(_: nn.Module, batch: Batch) -> None:
-        (loss_of(**batch.inputs(device)) / batch.trained).backward()
-
-    try:
-        with BatchStream(data.train, config.train.micro_batch, data.pad_id, config.run.seed) as stream:
-            first = (next(stream) for _ in range(batches))
-            return calibrate(loss_of.model, first, forward_and_backward, prefer=prefer)
-    except ValueError as error:
-        raise UserError(f"{config.model.path}: {error}") from error
-
-
-def read_recipes(recipe: str) -> dict[str, HaloConfig]:
-    """Recipes by layer pattern of ``quant.recipe``: those of a file, or the named one for all.
-
-    Raises:
-        UserError: a file that is missing or holds no recipe.
-    """
-    if not recipe.endswith(RECIPE_FILE):
-        return {"*": HaloConfig.from_recipe(recipe)}
-    try:
-        return load_recipe(recipe)
-    except (OSError, ValueError) as error:
-        raise UserError(f"quant.recipe: {error}") from error
-
-
-def require_low_precision(recipe: HaloConfig, device: torch.device) -> None:
-    """Tries the recipe on the device, so that a run that cannot compute in 8 bits ends before it starts.
-
-    Raises:
-        UserError: no kernels or no 8-bit tensor cores for this device.
-    """
-    layer = HaloLinear(32, 32, device=device, recipe=recipe)
-    x = torch.ones(32, 32, device=device, requires_grad=True)
-    try:
-        with torch.autocast(device.type, torch.bfloat16):
-            layer(x).sum().backward()
-    except RuntimeError as error:
-        raise UserError(f"quant.recipe={recipe.name} does not run on {device}: {error}") from error
-
-
-def _repeat(loss_of: TokenLoss, batches: Sequence[Batch], device: torch.device) -> None:
-    for batch in batches:
-        (loss_of(**batch.inputs(device)) / batch.trained).backward()
-
-
-def _not_finite(step: int, loss: float, norm: float, culprit: str, checkpoints: Path) -> str:
-    last = latest_checkpoint(checkpoints)
-    kept = f"the last checkpoint, {last}, is kept" if last else "no checkpoint was saved before it"
-    return (
-        f"step {step}: loss {loss}, gradient norm {norm} is not finite; first: {culprit}; the weights were not updated with it and {kept}; "
-        "lower train.lr, lengthen train.warmup_steps, or compare with quant.recipe=bf16"
-    )

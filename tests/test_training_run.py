@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from training_fixtures import LLAMA, metrics, run_in_two_parts, stop_after, write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from halo_train import HaloLinear
 from halo_train.recipes import finetune
 from halo_train.training.checkpoint import latest_checkpoint
 from halo_train.training.config import load_config
@@ -260,7 +261,7 @@ def test_a_device_that_cannot_run_the_recipe_ends_the_run_before_it_starts(
     def no_kernels(*_: object) -> None:
         raise RuntimeError("its kernel is not available: no nvcc")
 
-    monkeypatch.setattr(finetune.HaloLinear, "forward", no_kernels)
+    monkeypatch.setattr(HaloLinear, "forward", no_kernels)
     with pytest.raises(
         UserError, match=r"quant\.recipe=fp8 does not run on cpu: its kernel is not available"
     ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from halo_train import convert_to_halo_training, functional
 from halo_train.recipes import finetune
 from halo_train.training.blocks import checkpoint_activations, compile_blocks
 from halo_train.training.config import load_config
+from halo_train.training.data import Batch
 from halo_train.training.errors import RunFailed
 from halo_train.training.loss import TokenLoss
 from halo_train.training.watchdog import locate_non_finite
@@ -34,8 +34,8 @@ def loss() -> TokenLoss:
     return loss
 
 
-def step(loss: TokenLoss) -> Callable[[], None]:
-    return lambda: loss(IDS, IDS).backward()
+def locate(loss: TokenLoss) -> str:
+    return locate_non_finite(loss, [Batch(IDS, IDS, None, 32, 30)], torch.device("cpu"))
 
 
 def spoil_product(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -65,9 +65,9 @@ def spoil_product(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 )
 def test_a_product(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch, number: int, expected: str) -> None:
     spoil_product(monkeypatch, number)
-    assert locate_non_finite(loss, step(loss)) == expected
+    assert locate(loss) == expected
     assert all(p.grad is None for p in loss.parameters())
-    assert locate_non_finite(loss, step(loss)).startswith("nothing when the step was repeated")
+    assert locate(loss).startswith("nothing when the step was repeated")
 
 
 @pytest.mark.parametrize("number", [1, 14])
@@ -75,14 +75,14 @@ def test_a_product(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch, number: int
 def test_a_product_under_recomputation_and_compilation(
     loss: TokenLoss, monkeypatch: pytest.MonkeyPatch, number: int, how: str
 ) -> None:
-    step(loss)()
+    loss(IDS, IDS).backward()
     if how == "compiled":
         monkeypatch.setattr(torch, "compile", lambda call, **_: torch._dynamo.optimize("eager")(call))
         compile_blocks(loss.model)
     else:
         checkpoint_activations(loss.model, how)  # type: ignore[arg-type]
     spoil_product(monkeypatch, number)
-    found = locate_non_finite(loss, step(loss))
+    found = locate(loss)
     layer = {1: "0.self_attn.q_proj", 14: "1.mlp.down_proj"}[number]
     assert found == f"fprop of model.layers.{layer}"
 
@@ -90,7 +90,7 @@ def test_a_product_under_recomputation_and_compilation(
 def test_an_overflow(loss: TokenLoss) -> None:
     """bfloat16 reaches 3.4e38; the squares of its largest values are infinite in the norm."""
     torch.nn.init.constant_(loss.model.model.layers[1].mlp.down_proj.weight, 3e38)
-    found = locate_non_finite(loss, step(loss))
+    found = locate(loss)
     assert found in ("fprop of model.layers.1.mlp.down_proj", "output of model.norm")
 
 
@@ -101,14 +101,14 @@ def test_between_layers(loss: TokenLoss, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, "planted", attention)
     loss.model.config._attn_implementation = "planted"
     expected = "what comes before model.layers.0.self_attn.o_proj, its input"
-    assert locate_non_finite(loss, step(loss)) == expected
+    assert locate(loss) == expected
 
 
 def test_the_loss_and_a_weight(loss: TokenLoss) -> None:
     torch.nn.init.constant_(loss.model.lm_head.weight, 3e38)
-    assert locate_non_finite(loss, step(loss)) == "output layer and loss"
+    assert locate(loss) == "output layer and loss"
     loss.model.lm_head.weight.data[3, 4] = torch.nan
-    assert locate_non_finite(loss, step(loss)) == "the weight lm_head.weight, before the step"
+    assert locate(loss) == "the weight lm_head.weight, before the step"
 
 
 def test_a_run_names_the_product_and_keeps_the_checkpoint(

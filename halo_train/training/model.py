@@ -15,7 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+from .config import Config
 from .errors import UserError
+from .loss import TokenLoss
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -142,6 +144,13 @@ def build_model(
             f"data.seq_len must be at most the model's max_position_embeddings={longest}; got {seq_len}"
         )
     return model.to(device)
+
+
+def build_loss(config: Config, tokenizer: Any, device: torch.device) -> TokenLoss:
+    """The model of the run inside its loss, on the device. Errors as in :func:`build_model`."""
+    dtype = getattr(torch, config.model.dtype)
+    path, seed = Path(config.model.path), config.run.seed
+    return TokenLoss(build_model(path, tokenizer, seed, config.data.seq_len, dtype, device))
 
 
 def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:

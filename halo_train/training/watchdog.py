@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .data import Batch
 from .loss import TokenLoss
 
 
@@ -18,12 +19,12 @@ class _Found(Exception):
     """Ends the step at the first value that is not finite."""
 
 
-def locate_non_finite(loss: TokenLoss, step: Callable[[], None]) -> str:
+def locate_non_finite(loss: TokenLoss, batches: Iterable[Batch], device: torch.device) -> str:
     """Repeats a step while watching the inputs, outputs and gradients of every layer.
 
     Args:
         loss: with its model in the state that it had before the step; gradients are lost.
-        step: runs forward and backward, without the optimizer. Compiled parts run eagerly.
+        batches: of the step. Compiled parts run eagerly.
 
     Returns:
         What was not finite first, in the order of computation, e.g. ``dgrad of model.layers.3.mlp.down_proj``.
@@ -46,7 +47,8 @@ def locate_non_finite(loss: TokenLoss, step: Callable[[], None]) -> str:
         )  # of an embedding: it has dW only
         hooks.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            step()
+            for batch in batches:
+                (loss(**batch.inputs(device)) / batch.trained).backward()
         except _Found as found:
             return str(found)
         finally:
