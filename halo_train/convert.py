@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .config import HaloConfig, resolve_recipe
+from .cost import measured_rates, predicted_speedup
 from .linear import HaloLinear
 from .recipe_file import LayerRecipes, check_patterns, recipe_of_layer
 
@@ -69,6 +70,7 @@ def convert_to_halo_training(
     *,
     recipe: str | HaloConfig | LayerRecipes = "fp8",
     module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    tokens: int | None = None,
 ) -> ConversionReport:
     """Replaces the linear layers inside ``module`` by HaloLinear, in place, sharing their parameters.
 
@@ -81,6 +83,8 @@ def convert_to_halo_training(
             the first that matches decides; a layer that none matches is left alone. ``load_recipe`` reads one from a file.
         module_filter_fn: (layer, name) -> True to convert; replaces the default choice. It is asked only about layers
             that can be converted.
+        tokens: how many a layer sees at once (micro-batch times length). With it, layers that would be slower in 8 bits than
+            in bfloat16 are left alone, on GPUs whose rates are known (:mod:`halo_train.cost`).
 
     Returns:
         The report; print it.
@@ -125,10 +129,14 @@ def convert_to_halo_training(
         config = recipe_of_layer(recipes, name)
         if config is None:
             skipped.append(SkippedLayer(name, shape, "no pattern of the recipe matches its name"))
+        elif slower := _why_slower(layer, config, tokens):
+            skipped.append(SkippedLayer(name, shape, slower))
         else:
             converted.append(ConvertedLayer(name, shape, config.name))
             replacements[id(layer)] = new = HaloLinear.from_linear(layer, config)
             new.fqn = name
+    if not converted:
+        raise ValueError(_nothing_to_convert(module, skipped))
     _replace(module, replacements)
     return ConversionReport(converted, skipped)
 
@@ -188,6 +196,18 @@ class _Exclusion:
         return ""
 
 
+def _why_slower(layer: nn.Linear, config: HaloConfig, tokens: int | None) -> str:
+    rates = None if tokens is None else measured_rates(layer.weight.device)
+    if tokens is None or rates is None:
+        return ""
+    speedup = predicted_speedup(tokens, (layer.out_features, layer.in_features), config, rates)
+    return (
+        ""
+        if speedup >= 1
+        else f"{config.name} would run at {speedup:.2f} times the speed of bf16 with {tokens} tokens"
+    )
+
+
 def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
     # A layer can hang in several places; all of them get the same replacement.
     for parent in list(model.modules()):
@@ -204,8 +224,10 @@ def _nothing_to_convert(module: nn.Module, skipped: list[SkippedLayer]) -> str:
     lines = [f"  {s.name or '(root)'}: {s.reason}" for s in skipped[:8]]
     more = f"\n  ... and {len(skipped) - 8} more" if len(skipped) > 8 else ""
     return (
-        f"convert_to_halo_training: no layer of {kind} can be converted, so nothing would run in low precision; pass "
-        "module_filter_fn to choose layers yourself. Skipped:\n" + "\n".join(lines) + more
+        f"convert_to_halo_training: no layer of {kind} is converted, so nothing would run in low precision; pass "
+        "module_filter_fn, or leave out tokens, to choose layers yourself. Skipped:\n"
+        + "\n".join(lines)
+        + more
     )
 
 

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "halo_train"
 LAYERS = [
     ["config", "reference", "hadamard_matrices"],
     ["int8_gemm"],
-    ["ops", "recipe_file"],
+    ["ops", "recipe_file", "cost"],
     ["hadamard", "quantize"],
     ["gemm"],
     ["functional", "weight_cache"],

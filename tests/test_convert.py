@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from halo_train import HaloLinear, convert_to_halo_training, revert
+from halo_train import HaloLinear, convert, convert_to_halo_training, revert
+from halo_train.cost import Rates
 
 
 class Toy(nn.Module):
@@ -125,7 +126,7 @@ def test_revert_of_a_bare_layer_returns_its_linear():
         (
             nn.Sequential(nn.Embedding(8, 32)),
             {},
-            "(?s)no layer of Sequential can be converted.*0: an embedding",
+            "(?s)no layer of Sequential is converted.*0: an embedding",
         ),
         (nn.Sequential(nn.Linear(32, 2)), {}, "(?s)nothing would run in low precision.*fewer than 16"),
         (nn.Linear(32, 32), {}, "HaloLinear.from_linear"),
@@ -146,3 +147,18 @@ def test_refused(module, kwargs, message):
 def test_not_a_module():
     with pytest.raises(TypeError, match=r"must be an nn\.Module; got dict"):
         convert_to_halo_training({})  # type: ignore[arg-type]
+
+
+def test_layers_that_would_be_slower_are_left_alone(monkeypatch):
+    rates = Rates(bf16=1.0, float8=2.0, int8=2.0, bandwidth=1e9, host_bf16=0.0, host_8bit=6.0 * 10 * 32 * 64)
+    monkeypatch.setattr(convert, "measured_rates", lambda device: rates)
+    # 8 bits are twice as fast, but the host needs as long as bf16 with 10 tokens; down, of the same size, likewise.
+    report = convert_to_halo_training(Toy(), tokens=11)
+    assert len(report.converted) == 2
+    with pytest.raises(ValueError, match=r"0\.90 times the speed of bf16 with 9 tokens"):
+        convert_to_halo_training(Toy(), tokens=9)
+    assert len(convert_to_halo_training(Toy()).converted) == 2
+
+
+def test_nothing_is_predicted_for_a_device_that_was_not_measured():
+    assert len(convert_to_halo_training(Toy(), tokens=1).converted) == 2

@@ -1,0 +1,56 @@
+"""Whether 8 bits pay: a model of the time of a linear layer, forward and backward, for the GPUs that were measured.
+
+The larger of two times counts: that of the GPU (three products and the bytes that equalising, rotating, rounding and
+transposing move) and that of the host, which launches the kernels one by one. docs/numerics.md, section 8, shows the model
+beside measurements.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .config import Format, HaloConfig
+
+
+class Rates(NamedTuple):
+    """What a GPU and its host reach on layers of the sizes of a transformer."""
+
+    bf16: float
+    """FLOP/s of a bfloat16 product."""
+    float8: float
+    int8: float
+    bandwidth: float
+    """Bytes a second, read and written."""
+    host_bf16: float
+    """Seconds that the host takes for forward and backward of one nn.Linear in eager mode."""
+    host_8bit: float
+
+
+_RATES = {(9, 0): Rates(740e12, 1420e12, 1180e12, 3.6e12, 90e-6, 370e-6)}
+"""By compute capability: H200, torch 2.11 (benchmarks/results/, bench_linear)."""
+
+
+def measured_rates(device: torch.device) -> Rates | None:
+    """Of the GPU, or None for a device that was not measured."""
+    return _RATES.get(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+
+
+def predicted_speedup(tokens: int, shape: tuple[int, int], config: HaloConfig, rates: Rates) -> float:
+    """Time of nn.Linear in bfloat16 over that of the recipe, forward and backward in eager mode.
+
+    Args:
+        tokens: M, that the layer sees at once.
+        shape: (out_features, in_features).
+    """
+    n, k = shape
+    flops = 6.0 * tokens * n * k
+    bf16 = max(flops / rates.bf16, rates.host_bf16)
+    if config.format is Format.HIGH_PRECISION:
+        return 1.0
+    x, w, e = tokens * k, n * k, tokens * n
+    # X and W: read, written in 8 bits, transposed; E: read twice, written in both forms; dX and dW: read and written.
+    moved = 5 * (x + w) + 6 * e + (4 * (x + w) if config.rotate_k else 0)
+    products = flops / (rates.int8 if config.format is Format.INT8 else rates.float8)
+    return bf16 / max(products + moved / rates.bandwidth, rates.host_8bit)
