@@ -23,6 +23,8 @@ FORMATS = {
 AUTO = "auto"
 """Value of ``data.format`` that means the format of a file's first row."""
 
+_RENAME = "add fields, or rename them, e.g. data.rename.question=prompt data.rename.answer=completion"
+
 ROLES = ("system", "user", "assistant", "tool")
 
 _ALPACA = """Below is an instruction that describes a task. Write a response that appropriately completes the request.
@@ -144,7 +146,7 @@ def _format_of(row: Mapping[str, Any], where: str) -> str:
         )
     if not fitting:
         needed = ", or ".join(" and ".join(map(repr, fields)) for fields in FORMATS.values())
-        raise UserError(f"{where}: needs {needed}; {_has(row)}; add or rename fields")
+        raise UserError(f"{where}: needs {needed}; {_has(row)}; {_RENAME}")
     return fitting[0]
 
 
@@ -159,9 +161,7 @@ def _require_format(row: Mapping[str, Any], chosen: str, where: str, chosen_by: 
             "convert its rows, or split it and set data.format"
         )
     noun = "field {} is" if len(missing) == 1 else "fields {} are"
-    raise UserError(
-        f"{where}: the {noun.format(' and '.join(missing))} missing; {_has(row)}; add or rename fields"
-    )
+    raise UserError(f"{where}: the {noun.format(' and '.join(missing))} missing; {_has(row)}; {_RENAME}")
 
 
 def _has(row: Mapping[str, Any]) -> str:

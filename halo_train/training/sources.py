@@ -63,7 +63,7 @@ def open_source(value: str, subset: str | None, split: str, field: str) -> Sourc
         field: that ``value`` is from, for messages.
 
     Raises:
-        UserError: nothing there; the package that reads it is not installed.
+        UserError: nothing there, or a CSV file; the package that reads it is not installed.
     """
     path = Path(value)
     if value.startswith(HUB) or path.is_dir():
@@ -77,6 +77,11 @@ def open_source(value: str, subset: str | None, split: str, field: str) -> Sourc
     if path.suffix == ".parquet":
         _need("pyarrow", value)
         return ParquetSource(path)
+    if path.suffix in (".csv", ".tsv"):
+        raise UserError(
+            f"{path}: {path.suffix[1:].upper()} files are not read; write JSON lines, e.g. with pandas: "
+            f"pandas.read_csv({path.name!r}).to_json({path.stem + '.jsonl'!r}, orient='records', lines=True)"
+        )
     return GzipSource(path) if path.suffix == ".gz" else JsonlSource(path)
 
 
