@@ -44,7 +44,11 @@ ASSISTANT = {"role": "assistant", "content": "a"}
     ("good", "line", "message"),
     [
         (GOOD, '{"prompt": "p", "completion": "c"', "not valid JSON .*at column.*one complete JSON object"),
-        (GOOD, '{"prompt": "p"}', "the field 'completion' is missing; the row has 'prompt'; add or rename"),
+        (
+            GOOD,
+            '{"prompt": "p"}',
+            "the field 'completion' is missing; the row has 'prompt'; add fields, or rename",
+        ),
         (GOOD, '{"completion": "p"}', "the field 'prompt' is missing"),
         (GOOD, '{"question": "p"}', "the fields 'prompt' and 'completion' are missing; .*'question'"),
         (GOOD, "{}", ".*the row has no field"),

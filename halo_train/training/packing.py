@@ -42,12 +42,13 @@ def pack(documents: NDArray[np.int64], lengths: NDArray[np.int64], seq_len: int,
 
     Args:
         documents, lengths: numbers and tokens, at most ``seq_len``, of the documents.
-        seed: of the order among documents of one length.
+        seed: of the order among documents of one length, and of the rows.
 
     Returns:
         Rows of at most ``seq_len`` tokens. They stay the same over all epochs, whose order is that of the rows.
     """
-    shuffled = np.random.default_rng(seed).permutation(len(documents))
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(documents))
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
     row_of = np.empty(len(documents), np.int64)
     used: list[int] = []
@@ -69,8 +70,12 @@ def pack(documents: NDArray[np.int64], lengths: NDArray[np.int64], seq_len: int,
             by_room[room - length] = []
             insort(rooms, room - length)
         by_room[room - length].append(row)
+    mixed = generator.permutation(len(used))  # or the rows of long documents came first
+    row_of = mixed[row_of]
     by_row = np.argsort(row_of, kind="stable")
-    return Rows(documents[by_row], np.cumsum(np.bincount(row_of)), np.array(used, np.int64))
+    return Rows(
+        documents[by_row], np.cumsum(np.bincount(row_of)), np.array(used, np.int64)[np.argsort(mixed)]
+    )
 
 
 @torch.no_grad()
