@@ -59,6 +59,10 @@ def _trained(template: str, row: Conversation = ROW, seq_len: int = 512) -> list
         # As Qwen3's: what only the last turn has is trained there.
         (LAST_THINKS, [" yes\n<|im_end|>\n", "<think>\n\n</think>\n\ne<|im_end|>\n"]),
         (STARTS_A_THOUGHT, [" yes\n<|im_end|>\n", "e<|im_end|>\n"]),
+        (
+            CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+            [" yes\n<|im_end|>\n", "e<|im_end|>\n<|endoftext|>"],
+        ),
         (INSTRUCTION, ["  yes\n<|im_end|>", " e<|im_end|>"]),
         (MARKED, [" yes\n<|im_end|>", "e<|im_end|>"]),
         (MARKED_APART, [" yes\n<|im_end|>", "e<|im_end|>"]),
@@ -68,6 +72,7 @@ def _trained(template: str, row: Conversation = ROW, seq_len: int = 512) -> list
         "trimmed",
         "last turn thinks",
         "prompt thinks",
+        "eos at the end of all",
         "no generation prompt",
         "tags",
         "end tagged apart",

@@ -36,7 +36,7 @@ class ChatTemplate:
             self._with_tools = tokenizer.get_chat_template(tools=[])
         except ValueError as error:
             raise UserError(f"the chat template of model.path: {error}") from None
-        self._variables = tokenizer.special_tokens_map
+        self._variables, self._eos = tokenizer.special_tokens_map, tokenizer.eos_token
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
 
@@ -82,6 +82,8 @@ class ChatTemplate:
             if same > len(before) and text[same:].lstrip().startswith(content):
                 prompt = prompt[:same]
         answer = until[len(prompt) :]
+        if not text.startswith(until):
+            answer = answer.removesuffix(self._eos)  # Phi-3's, written once at the end of all
         # Without a prompt of the template's own the answer must start at once: else its header would be trained.
         prompted = prompt != before or (
             answer.lstrip().startswith(content) if content else self._starts_at_once(row, index, prompt)
