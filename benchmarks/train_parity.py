@@ -9,7 +9,8 @@ projection, 1/c times the columns that read them. Every scheme fine-tunes these 
 of the data, the same for all schemes. The figure is the gap of the validation loss to bf16 of the same seed; the spread of
 bf16 over its seeds is what it has to be read against.
 
-float32 weights, AdamW, bfloat16 autocast, as recipes/finetune.py trains. Writes JSON, a table and a picture of the curves.
+float32 weights, AdamW, bfloat16 autocast, as recipes/finetune.py trains; on a GPU a step is one CUDA graph. Writes JSON, a
+table and a picture of the curves.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from common import RESULTS, environment, save_json
+from llama import Llama, Shape
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from halo_train import RECIPES, HaloConfig, convert_to_halo_training
 from halo_train.config import Format, Scaling
@@ -67,8 +68,8 @@ class Size:
     layers: int = 14
     intermediate: int = 2048
     length: int = 1024
-    batch: int = 16
-    pretrain_steps: int = 1500
+    batch: int = 8
+    pretrain_steps: int = 2000
     steps: int = 300
     eval_batches: int = 16
     corpus_bytes: int = 150_000_000
@@ -110,28 +111,26 @@ class Text:
         self._size = size
 
     def batch(self, part: Tensor, generator: torch.Generator) -> Tensor:
-        """[batch, length] int64 of random places."""
-        starts = torch.randint(len(part) - self._size.length, (self._size.batch, 1), generator=generator)
-        return part[starts + torch.arange(self._size.length)].long()
+        """[batch, length + 1] int64 of random places."""
+        length = self._size.length + 1
+        starts = torch.randint(len(part) - length, (self._size.batch, 1), generator=generator)
+        return part[starts + torch.arange(length)].long()
 
 
-def build(size: Size, device: str) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=max(1, size.hidden // 64),
-        max_position_embeddings=size.length,
-        use_cache=False,
-    )
+def build(size: Size, device: str) -> Llama:
+    heads = max(1, size.hidden // 64)
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(device)
+    model = Llama(Shape(size.layers, size.hidden, heads, heads, size.intermediate, 256, size.length))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+    return model.to(device)
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.autocast(tokens.device.type, torch.bfloat16):
-        return model(input_ids=tokens, labels=tokens).loss
+    # The cache of autocast does not know that a captured step runs again with other weights.
+    with torch.autocast(tokens.device.type, torch.bfloat16, cache_enabled=False):
+        return model(tokens)
 
 
 @torch.no_grad()
@@ -144,43 +143,80 @@ def validate(model: nn.Module, text: Text, size: Size, device: str) -> float:
     return found
 
 
+class Step:
+    """One step of AdamW on a batch, clipped to a gradient norm of 1; from the fourth on a GPU replays a CUDA graph."""
+
+    def __init__(self, model: nn.Module, rate: float, batch: Tensor) -> None:
+        self._cuda = batch.is_cuda
+        self._model, self._tokens, self._graph, self._eager_steps = model, batch, None, 0
+        self._rate = torch.tensor(rate, device=batch.device)
+        self._optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=self._rate if self._cuda else rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            fused=self._cuda,
+            capturable=self._cuda,
+        )
+        self._stream = torch.cuda.Stream() if self._cuda else None
+
+    def __call__(self, tokens: Tensor, rate: float) -> None:
+        self._tokens.copy_(tokens)
+        if not self._cuda:
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._run()
+            return
+        self._rate.fill_(rate)
+        if self._graph is None and self._eager_steps < 3:
+            self._eager_steps += 1
+            assert self._stream is not None
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._run()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._run()
+        self._graph.replay()
+
+    def _run(self) -> None:
+        self._optimizer.zero_grad()
+        loss_of(self._model, self._tokens).backward()
+        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+
+
 def optimise(
     model: nn.Module, text: Text, size: Size, device: str, *, steps: int, rate: float, seed: int, cosine: bool
 ) -> list[tuple[int, float]]:
     """Trains; returns (step, validation loss) at EVAL_POINTS steps, the last included."""
-    fused = device != "cpu"
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=fused
-    )
     generator, curve = torch.Generator().manual_seed(seed), []
     warm_up = max(1, steps // 20)
+    run = Step(model, rate, torch.zeros(size.batch, size.length + 1, dtype=torch.long, device=device))
     for step in range(1, steps + 1):
         decay = 0.5 * (1 + math.cos(math.pi * step / steps)) if cosine else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, step / warm_up) * max(decay, 0.1)
-        loss_of(model, text.batch(text.train, generator).to(device)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        run(text.batch(text.train, generator), rate * min(1.0, step / warm_up) * max(decay, 0.1))
         if step % max(1, steps // EVAL_POINTS) == 0 or step == steps:
             curve.append((step, validate(model, text, size, device)))
     return curve
 
 
 @torch.no_grad()
-def plant_outliers(model: LlamaForCausalLM, c: int) -> None:
+def plant_outliers(model: Llama, c: int) -> None:
     """Multiplies some channels by c and what reads them by 1/c: the function stays, its activations grow outliers."""
     generator = torch.Generator().manual_seed(99)
 
     def channels(n: int) -> Tensor:
         return torch.randperm(n, generator=generator)[:OUTLIER_CHANNELS]
 
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
+    for block in model.blocks:
         readers = [
-            (layer.input_layernorm.weight, [attention.q_proj, attention.k_proj, attention.v_proj]),
-            (layer.post_attention_layernorm.weight, [mlp.gate_proj, mlp.up_proj]),
-            (mlp.up_proj.weight, [mlp.down_proj]),
+            (block.norm1.weight, [block.q, block.k, block.v]),
+            (block.norm2.weight, [block.gate, block.up]),
+            (block.up.weight, [block.down]),
         ]
         for written, reading in readers:
             chosen = channels(written.shape[0])
@@ -195,7 +231,7 @@ def fine_tune(run: Run, state: dict[str, Tensor], text: Text, size: Size, device
     plant_outliers(model, run.outlier)
     started = time.perf_counter()
     if run.scheme != "bf16":
-        convert_to_halo_training(model, recipe=SCHEMES[run.scheme])
+        convert_to_halo_training(model, recipe=SCHEMES[run.scheme])  # the output layer stays in bf16
     curve = optimise(
         model, text, size, device, steps=size.steps, rate=1e-4, seed=1000 + run.seed, cosine=False
     )
@@ -211,6 +247,8 @@ def fine_tune(run: Run, state: dict[str, Tensor], text: Text, size: Size, device
 
 def work(device: str, size: Size, state: dict[str, Tensor], todo: Any, done: Any) -> None:
     """One process: takes runs from a queue until None comes."""
+    if device != "cpu":
+        torch.cuda.set_device(device)
     text = Text(size)
     while (run := todo.get()) is not None:
         done.put(fine_tune(run, state, text, size, device))

@@ -1,0 +1,48 @@
+"""benchmarks/train_parity.py runs from end to end, and planting outliers leaves the function as it is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def train_parity(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import train_parity
+
+    yield train_parity
+    for name in ("train_parity", "llama", "common"):
+        sys.modules.pop(name, None)
+
+
+def test_every_run_is_in_the_record(train_parity, tmp_path):
+    schemes = ["fp8: equalised, rotated, folded", "HALO-0 int8"]
+    train_parity.main(["--smoke", "--outliers", "1", "64", "--schemes", *schemes, "--out", str(tmp_path)])
+    (record,) = tmp_path.glob("*.json")
+    runs = json.loads(record.read_text())["runs"]
+    assert {(r["scheme"], r["outlier"]) for r in runs} == {
+        (s, c) for s in ("bf16", *schemes) for c in (1, 64)
+    }
+    table = record.with_suffix(".md").read_text()
+    gap = next(r["loss"] for r in runs if (r["scheme"], r["outlier"]) == (schemes[1], 64))
+    gap -= next(r["loss"] for r in runs if (r["scheme"], r["outlier"]) == ("bf16", 64))
+    assert f"{gap:+.4f}" in table
+    assert record.with_suffix(".png").stat().st_size > 0
+
+
+def test_planted_outliers_leave_the_function(train_parity):
+    model = train_parity.build(train_parity.SMOKE, "cpu").double()
+    tokens = torch.randint(256, (2, 33), generator=torch.Generator().manual_seed(0))
+    inputs = []
+    model.blocks[0].q.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    before = model(tokens)
+    train_parity.plant_outliers(model, 512)
+    torch.testing.assert_close(model(tokens), before, rtol=1e-9, atol=0)
+    assert inputs[1].abs().max() > 100 * inputs[0].abs().max()
