@@ -1,0 +1,64 @@
+"""LoRA of the peft library around and inside converted models, in both orders."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from halo_train import HaloLinear, convert_to_halo_training, revert
+from halo_train.training.loss import TokenLoss
+
+peft = pytest.importorskip("peft")
+
+LLAMA = transformers.LlamaConfig(
+    vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+)
+IDS = torch.randint(1, 128, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+def build(order: str) -> torch.nn.Module:
+    transformers.set_seed(0)
+    model = transformers.LlamaForCausalLM(LLAMA)
+    # B is random, not zero: a change of the output that the merge has to keep, and a gradient for A.
+    lora = peft.LoraConfig(r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    if order == "convert first":
+        convert_to_halo_training(model)
+    model = peft.get_peft_model(model, lora)
+    if order == "peft first":
+        report = convert_to_halo_training(model)
+        assert {skip.reason for skip in report.skipped if "lora_" in skip.name} == {
+            "fewer than 16 in or out features: it would be mostly padding"
+        }
+    return model
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("order", ["peft first", "convert first"])
+def test_adapters_train_on_8_bit_layers_and_merge(order: str) -> None:
+    exact, model = gradients(build("no conversion")), build(order)
+    assert sum(isinstance(m, HaloLinear) for m in model.modules()) == 14
+    found = gradients(model)
+    assert found.keys() == exact.keys()
+    assert all("lora_" in name for name in found)  # frozen weights have no gradient, and no wgrad is computed
+    flat, expected = (torch.cat([g.flatten() for g in grads.values()]) for grads in (found, exact))
+    assert 0.99 < torch.nn.functional.cosine_similarity(flat, expected, dim=0) < 1
+
+    merged = revert(model).merge_and_unload()
+    assert not any(isinstance(m, HaloLinear) for m in merged.modules())
+    with torch.no_grad():
+        plain = build("no conversion").merge_and_unload()(IDS).logits
+        torch.testing.assert_close(merged(IDS).logits, plain)
+
+
+def test_the_loss_leaves_the_logits_to_a_wrapped_model() -> None:
+    model = build("no conversion").double().eval()
+    loss = TokenLoss(model)
+    assert loss.whole_logits == "its output layer does not get the last hidden states as they are"
+    with torch.no_grad():
+        assert loss(IDS, IDS) / 62 == pytest.approx(model(input_ids=IDS, labels=IDS).loss.item(), rel=1e-6)
