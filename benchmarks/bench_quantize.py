@@ -1,29 +1,49 @@
-"""Times the kernels that round to 8 bits beside a plain copy, in units of the bytes they have to move.
+"""Times the kernels that round to 8 bits beside a plain copy and torchao's cast, in units of the bytes they have to move.
 
     python benchmarks/bench_quantize.py
 
 Medians over replays of a CUDA graph whose launches take four input buffers in turn (512 MB at the default size). A figure
-is the time over that of 3 bytes an element for rows, 6 for both forms of a gradient and 2 for a transposition, at the
-bandwidth that `copy_` reaches on the same matrix in the same run.
+is the time over that of the bytes named in CASES, an element, at the bandwidth that `copy_` reaches on the same matrix in
+the same run. Where torchao is importable: its compiled cast with row scales, after this library's rotation.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from common import environment, save_json
+from torch import Tensor
 
 from halo_train import ops
 
 SHAPES = {2048: 2048, 4096: 4096, 6144: 2048, 8192: 8192, 11008: 256, 14336: 2048, 16384: 16384, 28672: 4096}
 """Columns and the block they are rotated in."""
 
+CASES = {
+    "copy": 4,
+    "rotated": 3,
+    "rotated, D": 3,
+    "rotated, int8": 3,
+    "rotated, float32": 5,
+    "not rotated": 3,
+    "gradient": 6,
+    "gradient, sums": 6,
+    "one scale": 5,
+    "one scale, rotated": 5,
+    "transposed bytes": 2,
+    "hadamard, then torchao": 3,
+}
+"""Bytes that a case has to move for an element: its input read, once or for both passes, and its output written."""
+
 BUFFERS = 4
 LAUNCHES = 12
+E4M3 = torch.float8_e4m3fn
 
 
 def time_us(launch: Callable[[int], Any], replays: int = 7) -> float:
@@ -46,26 +66,53 @@ def time_us(launch: Callable[[int], Any], replays: int = 7) -> float:
     return statistics.median(times)
 
 
-def measure(columns: int, block: int, elements: int) -> dict[str, Any]:
-    """Microseconds by kernel, and the same over the time of its bytes at copy speed."""
+def torchao_cast() -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """torchao's rounding to e4m3 with row scales, compiled; None without torchao."""
+    if importlib.util.find_spec("torchao") is None:
+        return None
+    from torchao.float8.config import ScalingGranularity
+    from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
+    from torchao.float8.float8_training_tensor import LinearMMConfig
+
+    @torch.compile(dynamic=False)
+    def cast(x: Tensor) -> tuple[Tensor, Tensor]:
+        q = hp_tensor_to_float8_dynamic(
+            x, E4M3, LinearMMConfig(), scaling_granularity=ScalingGranularity.AXISWISE, axiswise_dim=-1
+        )
+        return q._data, q._scale
+
+    return cast
+
+
+def measure(columns: int, block: int, elements: int, cast: Callable[[Tensor], Any] | None) -> dict[str, Any]:
+    """Microseconds by case, and the same over the time of its bytes at copy speed."""
     rows = elements // columns // 16 * 16
     xs = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) for _ in range(BUFFERS)]
+    wide = [x.float() for x in xs]
     y = torch.empty_like(xs[0])
     d = torch.exp2(torch.randint(-2, 3, (columns,), device="cuda").float())
     row_scale, col_scale = (torch.rand(n, device="cuda") + 0.5 for n in (rows, columns))
-    e4m3 = torch.float8_e4m3fn
-    q = ops.quantize_rows(xs[0], e4m3)[0]
-    calls: dict[str, tuple[int, Callable[[int], Any]]] = {
-        "copy": (4, lambda i: y.copy_(xs[i % BUFFERS])),
-        "rotated": (3, lambda i: ops.quantize_rows(xs[i % BUFFERS], e4m3, block)),
-        "rotated, D": (3, lambda i: ops.quantize_rows(xs[i % BUFFERS], e4m3, block, d)),
-        "not rotated": (3, lambda i: ops.quantize_rows(xs[i % BUFFERS], e4m3)),
-        "int8, rotated": (3, lambda i: ops.quantize_rows(xs[i % BUFFERS], torch.int8, block)),
-        "gradient": (6, lambda i: ops.quantize_grad(xs[i % BUFFERS], e4m3, col_scale, row_scale)),
-        "transposed bytes": (2, lambda i: ops.transpose_bytes(q)),
+    qs = [ops.quantize_rows(x, E4M3)[0] for x in xs]
+    norm = 1 / math.sqrt(block)
+    calls: dict[str, Callable[[int], Any]] = {
+        "copy": lambda i: y.copy_(xs[i % BUFFERS]),
+        "rotated": lambda i: ops.quantize_rows(xs[i % BUFFERS], E4M3, block),
+        "rotated, D": lambda i: ops.quantize_rows(xs[i % BUFFERS], E4M3, block, d),
+        "rotated, int8": lambda i: ops.quantize_rows(xs[i % BUFFERS], torch.int8, block),
+        "rotated, float32": lambda i: ops.quantize_rows(wide[i % BUFFERS], E4M3, block),
+        "not rotated": lambda i: ops.quantize_rows(xs[i % BUFFERS], E4M3),
+        "gradient": lambda i: ops.quantize_grad(xs[i % BUFFERS], E4M3, col_scale, row_scale),
+        "gradient, sums": lambda i: ops.quantize_grad(
+            xs[i % BUFFERS], E4M3, col_scale, row_scale, column_sums=True
+        ),
+        "one scale": lambda i: ops.quantize_tensor(xs[i % BUFFERS], E4M3),
+        "one scale, rotated": lambda i: ops.quantize_tensor(xs[i % BUFFERS], E4M3, block),
+        "transposed bytes": lambda i: ops.transpose_bytes(qs[i % BUFFERS]),
     }
-    times = {name: time_us(call) for name, (_, call) in calls.items()}
-    ratios = {name: times[name] / times["copy"] * 4 / size for name, (size, _) in calls.items()}
+    if cast is not None:
+        calls["hadamard, then torchao"] = lambda i: cast(ops.hadamard(xs[i % BUFFERS], block, norm))
+    times = {name: time_us(call) for name, call in calls.items()}
+    ratios = {name: us / times["copy"] * 4 / CASES[name] for name, us in times.items()}
     return {"rows": rows, "columns": columns, "block": block, "us": times, "ratio": ratios}
 
 
@@ -77,12 +124,15 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
+    cast = torchao_cast()
+    names = [name for name in CASES if cast is not None or name != "hadamard, then torchao"]
+    print("| K | block | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 2) + "|")
     results = []
     for columns, block in SHAPES.items():
-        result = measure(columns, block, 1 << args.log_elements)
+        result = measure(columns, block, 1 << args.log_elements, cast)
         results.append(result)
-        cells = [f"{name} {us:.0f} us ({result['ratio'][name]:.2f})" for name, us in result["us"].items()]
-        print(f"{columns} in blocks of {block}: " + " | ".join(cells), flush=True)
+        cells = [f"{result['us'][name]:.0f} ({result['ratio'][name]:.2f})" for name in names]
+        print(f"| {columns} | {block} | " + " | ".join(cells) + " |", flush=True)
     if not args.no_save:
         print(save_json("quantize", {"environment": environment(args.commit), "results": results}))
 

@@ -20,75 +20,9 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value, uint32_t* slot) {
 }
 
 template <typename T>
-__device__ __forceinline__ void store_partial(const RowsParams<T>& p, int64_t column,
-                                              const uint32_t (&amax)[8]) {
-  uint4* to = reinterpret_cast<uint4*>(p.partial_amax + blockIdx.x * p.cols + column);
-  to[0] = make_uint4(amax[0], amax[1], amax[2], amax[3]);
-  to[1] = make_uint4(amax[4], amax[5], amax[6], amax[7]);
-}
-
-// A thread block takes whole rows, thread t the columns 8 (t + i blockDim.x) + 0..7, i < kVectors, in
-// registers as they were loaded: converting them a second time costs less than the thread blocks that fp32
-// copies would displace. The next row is loaded before this one's largest magnitude is found.
-template <typename T, QType kType, int kVectors, bool kAmax>
-__global__ void __launch_bounds__(1024, 1) quantize_rows_kernel(RowsParams<T> p) {
-  __shared__ uint32_t warp_amax[2][32];
-  const auto column = [&](int i) { return 8 * (static_cast<int64_t>(threadIdx.x) + i * blockDim.x); };
-  const auto multiply = [&](float (&v)[8], int i) {
-    if (p.col_scale == nullptr) return;
-    float f[8];
-    load_factors<true>(f, p.col_scale, column(i), p.cols);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] *= f[j];
-  };
-  uint32_t col_amax[kAmax ? kVectors : 1][8] = {};
-  Eight<T> now[kVectors];
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) load_columns<T, true>(now[i], p, blockIdx.x, column(i));
-  int parity = 0;
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, parity ^= 1) {
-    Eight<T> next[kVectors];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) load_columns<T, true>(next[i], p, row + gridDim.x, column(i));
-    const float row_factor = kAmax ? __ldg(p.row_scale + row) : 0.0f;
-    uint32_t amax = 0;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (column(i) >= p.cols) continue;
-      float v[8];
-      now[i].floats(v);
-      if constexpr (kAmax) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) col_amax[i][j] = max(col_amax[i][j], magnitude(v[j] * row_factor));
-      }
-      multiply(v, i);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) amax = max(amax, magnitude(v[j]));
-    }
-    amax = block_max(amax, warp_amax[parity]);
-    if (threadIdx.x == 0) p.scale[row] = scale_of<kType>(amax);
-    float inverse = inverse_of<kType>(amax);
-    asm volatile("" : "+f"(inverse));  // divide once, not in each branch
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (column(i) >= p.cols) continue;
-      float v[8];
-      now[i].floats(v);
-      multiply(v, i);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] *= inverse;
-      const uint2 bytes = {round4<kType>(v[0], v[1], v[2], v[3]), round4<kType>(v[4], v[5], v[6], v[7])};
-      *reinterpret_cast<uint2*>(p.q + row * p.cols + column(i)) = bytes;
-    }
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) now[i] = next[i];
-  }
-  if constexpr (kAmax) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (column(i) < p.cols) store_partial(p, column(i), col_amax[i]);
-    }
-  }
+__device__ __forceinline__ void gather_tensor_amax(const RowsParams<T>& p, uint32_t largest) {
+  largest = __reduce_max_sync(0xffffffffu, largest);
+  if ((threadIdx.x & 31) == 0) atomicMax(p.tensor_amax, largest);
 }
 
 // Sixteen bytes from global to shared memory without passing through registers.
@@ -98,91 +32,145 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
                "l"(global));
 }
 
-// Rows in the ring, the one that is worked on included: 57 KB under way hide the latency of memory, and a
-// third row would take the L1 cache from the column factors.
-constexpr int kStages = 2;
+// Column factors stay in registers if a thread has this many vectors at most, else in shared memory.
+constexpr int kFactorVectors = 2;
 
-// The same for rows that leave no registers to load ahead: they wait in a ring in shared memory, of which
-// each thread reads only what it copied there itself.
-template <typename T, QType kType, int kVectors, bool kAmax>
-__global__ void __launch_bounds__(1024, 1) quantize_long_rows_kernel(RowsParams<T> p) {
-  extern __shared__ uint4 ring[];
+template <typename T>
+constexpr size_t rows_shared(int threads, int vectors, int stages, bool scaled) {
+  return sizeof(uint4) * threads * vectors *
+         (stages * sizeof(T) / 2 + (scaled && vectors > kFactorVectors ? 2 : 0));
+}
+
+// A thread block stays and takes whole rows, thread t the columns 8 (t + i blockDim.x) + 0..7, i < kVectors,
+// in registers as they were loaded: converting them a second time costs less than the thread blocks that fp32
+// copies would displace. The next kStages rows are on their way into a ring in shared memory, of which each
+// thread reads only what it copied there itself.
+template <typename T, QType kType, int kVectors, int kStages, bool kAmax, int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads, 1) quantize_rows_kernel(RowsParams<T> p) {
+  extern __shared__ uint4 shared[];
   __shared__ uint32_t warp_amax[2][32];
   constexpr int kQuads = Eight<T>::kWords / 4;  // 16-byte pieces of eight elements
-  const auto column = [&](int i) { return 8 * (static_cast<int64_t>(threadIdx.x) + i * blockDim.x); };
-  const auto slot = [&](int stage, int i) {
-    return ring + ((stage * kVectors + i) * blockDim.x + threadIdx.x) * kQuads;
+  constexpr bool kFactorsInRegisters = kVectors <= kFactorVectors;
+  uint4* const ring = shared + threadIdx.x;
+  float4* const factors =
+      reinterpret_cast<float4*>(shared + kStages * kVectors * kQuads * blockDim.x) + threadIdx.x;
+  const int cols = static_cast<int>(p.cols);
+  const auto column = [&](int i) { return 8 * static_cast<int>(threadIdx.x + i * blockDim.x); };
+  const auto slot = [&](int stage, int i, int k) {
+    return ring + ((stage * kVectors + i) * kQuads + k) * blockDim.x;
   };
   const auto prefetch = [&](int stage, int64_t row) {
+    const T* x = p.x + row * p.row_stride;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (row >= p.rows || column(i) >= p.cols) continue;
-      const auto* from = reinterpret_cast<const uint4*>(p.x + row * p.row_stride + column(i));
+      if (row >= p.rows || column(i) >= cols) continue;
 #pragma unroll
-      for (int k = 0; k < kQuads; ++k) copy_async(slot(stage, i) + k, from + k);
+      for (int k = 0; k < kQuads; ++k) {
+        copy_async(slot(stage, i, k), reinterpret_cast<const uint4*>(x + column(i)) + k);
+      }
     }
     asm volatile("cp.async.commit_group;");
   };
-  const auto fetch = [&](float (&v)[8], int stage, int i) {
-    Eight<T> x;
+  if (cols % (8 * kVectors * blockDim.x) != 0) {  // zeros where there is nothing to copy
 #pragma unroll
-    for (int k = 0; k < kQuads; ++k) {
-      const uint4 w = slot(stage, i)[k];
-      x.word[4 * k] = w.x, x.word[4 * k + 1] = w.y, x.word[4 * k + 2] = w.z, x.word[4 * k + 3] = w.w;
+    for (int s = 0; s < kStages * kVectors * kQuads; ++s) ring[s * blockDim.x] = make_uint4(0, 0, 0, 0);
+  }
+#pragma unroll
+  for (int s = 0; s < kStages; ++s) prefetch(s, blockIdx.x + s * static_cast<int64_t>(gridDim.x));
+
+  float t[kFactorsInRegisters ? kVectors : 1][8];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const bool inside = column(i) < cols;
+    if constexpr (kFactorsInRegisters) {
+      load_factors<true>(t[i], inside ? p.col_scale : nullptr, column(i), cols);
+    } else if (p.col_scale != nullptr && inside) {
+      const float4* from = reinterpret_cast<const float4*>(p.col_scale + column(i));
+      factors[2 * i * blockDim.x] = __ldg(from);
+      factors[(2 * i + 1) * blockDim.x] = __ldg(from + 1);
     }
-    x.floats(v);
-  };
+  }
   const auto multiply = [&](float (&v)[8], int i) {
-    if (p.col_scale == nullptr) return;
-    float f[8];
-    load_factors<true>(f, p.col_scale, column(i), p.cols);
+    if constexpr (kFactorsInRegisters) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] *= f[j];
+      for (int j = 0; j < 8; ++j) v[j] *= t[i][j];
+    } else if (p.col_scale != nullptr) {
+      const float4 lo = factors[2 * i * blockDim.x], hi = factors[(2 * i + 1) * blockDim.x];
+      v[0] *= lo.x, v[1] *= lo.y, v[2] *= lo.z, v[3] *= lo.w;
+      v[4] *= hi.x, v[5] *= hi.y, v[6] *= hi.z, v[7] *= hi.w;
+    }
   };
 
-  uint32_t col_amax[kAmax ? kVectors : 1][8] = {};
-#pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) prefetch(s, blockIdx.x + s * static_cast<int64_t>(gridDim.x));
-  int stage = 0, parity = 0;
+  float col_amax[kAmax ? kVectors : 1][8] = {};
+  float row_factors = 0.0f;  // of 32 rows, one in each lane: a load for every row would keep all waiting
+  uint32_t largest = 0;
+  int stage = 0, count = 0;
   for (int64_t row = blockIdx.x; row < p.rows;
-       row += gridDim.x, parity ^= 1, stage = stage + 1 == kStages ? 0 : stage + 1) {
-    prefetch(stage == 0 ? kStages - 1 : stage - 1, row + (kStages - 1) * static_cast<int64_t>(gridDim.x));
+       row += gridDim.x, ++count, stage = stage + 1 == kStages ? 0 : stage + 1) {
+    float row_factor = 0.0f;
+    if constexpr (kAmax) {
+      if (count % 32 == 0) {
+        const int64_t mine = row + static_cast<int64_t>(threadIdx.x & 31) * gridDim.x;
+        row_factors = mine < p.rows ? __ldg(p.row_scale + mine) : 0.0f;
+      }
+      row_factor = __shfl_sync(0xffffffffu, row_factors, count % 32);
+    }
     asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1));
-    const float row_factor = kAmax ? __ldg(p.row_scale + row) : 0.0f;
-    uint32_t amax = 0;
+    Eight<T> x[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (column(i) >= p.cols) continue;
+#pragma unroll
+      for (int k = 0; k < kQuads; ++k) {
+        const uint4 w = *slot(stage, i, k);
+        x[i].word[4 * k] = w.x, x[i].word[4 * k + 1] = w.y;
+        x[i].word[4 * k + 2] = w.z, x[i].word[4 * k + 3] = w.w;
+      }
+    }
+    float best = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (!kFactorsInRegisters && column(i) >= cols) continue;
       float v[8];
-      fetch(v, stage, i);
+      x[i].floats(v);
       if constexpr (kAmax) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) col_amax[i][j] = max(col_amax[i][j], magnitude(v[j] * row_factor));
+        for (int j = 0; j < 8; ++j) col_amax[i][j] = max_nan(col_amax[i][j], fabsf(v[j] * row_factor));
       }
       multiply(v, i);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) amax = max(amax, magnitude(v[j]));
+      for (int j = 0; j < 8; ++j) best = max_nan(best, fabsf(v[j]));
     }
-    amax = block_max(amax, warp_amax[parity]);
-    if (threadIdx.x == 0) p.scale[row] = scale_of<kType>(amax);
+    prefetch(stage, row + kStages * static_cast<int64_t>(gridDim.x));
+    if (p.q == nullptr) {
+      largest = max(largest, __float_as_uint(best));
+      continue;
+    }
+    const uint32_t amax = p.tensor_amax != nullptr ? __ldg(p.tensor_amax)
+                                                   : block_max(__float_as_uint(best), warp_amax[count & 1]);
     float inverse = inverse_of<kType>(amax);
     asm volatile("" : "+f"(inverse));  // divide once, not in each branch
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (column(i) >= p.cols) continue;
+      if (column(i) >= cols) continue;
       float v[8];
-      fetch(v, stage, i);
+      x[i].floats(v);
       multiply(v, i);
 #pragma unroll
       for (int j = 0; j < 8; ++j) v[j] *= inverse;
       const uint2 bytes = {round4<kType>(v[0], v[1], v[2], v[3]), round4<kType>(v[4], v[5], v[6], v[7])};
-      store8<true>(p.q + row * p.cols + column(i), bytes, 8);
+      *reinterpret_cast<uint2*>(p.q + row * p.cols + column(i)) = bytes;
     }
+    // Last, so that one warp's division keeps nobody waiting.
+    if (threadIdx.x == 0 && (p.tensor_amax == nullptr || row == 0)) p.scale[row] = scale_of<kType>(amax);
   }
+  if (p.q == nullptr) gather_tensor_amax(p, largest);
   if constexpr (kAmax) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (column(i) < p.cols) store_partial(p, column(i), col_amax[i]);
+      if (column(i) >= cols) continue;
+      float4* to = reinterpret_cast<float4*>(p.partial_amax + blockIdx.x * p.cols + column(i));
+      to[0] = make_float4(col_amax[i][0], col_amax[i][1], col_amax[i][2], col_amax[i][3]);
+      to[1] = make_float4(col_amax[i][4], col_amax[i][5], col_amax[i][6], col_amax[i][7]);
     }
   }
 }
@@ -213,6 +201,7 @@ __global__ void __launch_bounds__(32 * kReduceRows)
 template <typename T, QType kType, bool kVector>
 __global__ void __launch_bounds__(1024) quantize_wide_rows_kernel(RowsParams<T> p) {
   __shared__ uint32_t warp_amax[2][32];
+  uint32_t largest = 0;
   int parity = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, parity ^= 1) {
     uint32_t amax = 0;
@@ -225,8 +214,12 @@ __global__ void __launch_bounds__(1024) quantize_wide_rows_kernel(RowsParams<T> 
 #pragma unroll
       for (int j = 0; j < 8; ++j) amax = max(amax, magnitude(v[j] * f[j]));
     }
-    amax = block_max(amax, warp_amax[parity]);
-    if (threadIdx.x == 0) p.scale[row] = scale_of<kType>(amax);
+    if (p.q == nullptr) {
+      largest = max(largest, amax);
+      continue;
+    }
+    amax = p.tensor_amax != nullptr ? __ldg(p.tensor_amax) : block_max(amax, warp_amax[parity]);
+    if (threadIdx.x == 0 && (p.tensor_amax == nullptr || row == 0)) p.scale[row] = scale_of<kType>(amax);
     float inverse = inverse_of<kType>(amax);
     asm volatile("" : "+f"(inverse));  // divide once, not in each branch
     for (int64_t c = 8 * threadIdx.x; c < p.cols; c += 8 * blockDim.x) {
@@ -239,6 +232,7 @@ __global__ void __launch_bounds__(1024) quantize_wide_rows_kernel(RowsParams<T> 
       store8<kVector>(p.q + row * p.cols + c, bytes, p.cols - c);
     }
   }
+  if (p.q == nullptr) gather_tensor_amax(p, largest);
 }
 
 template <typename T, bool kVector>
@@ -256,43 +250,32 @@ __global__ void __launch_bounds__(256) widen_kernel(RowsParams<T> p, float* y) {
   }
 }
 
-constexpr int kVectors = 2, kLongVectors = 4;  // of eight columns in a thread
 constexpr int kMaxThreads = 1024;
-constexpr int kMaxBlocks = 16;  // on a multiprocessor
-constexpr int kMultiprocessorShared =
-    225280;  // bytes for rings; the static part and the system's come on top
 
 int threads_of_row(int64_t cols, int vectors) {
   return static_cast<int>(32 * ceil_div(cols, 32 * 8 * vectors));
 }
 
-// Thread blocks on a multiprocessor before registers and shared memory are asked about.
-int max_blocks(int64_t cols) {
-  return std::max(1, std::min(kMaxBlocks, 2048 / threads_of_row(cols, kVectors)));
+// Thread blocks that gather the largest magnitudes of columns, at most: each writes as many as there are
+// columns.
+int64_t gathering_blocks(int threads, int device) {
+  return int64_t{multiprocessors(device)} * std::max(1, kMaxThreads / threads);
 }
 
-template <auto kKernel>
-int registers_of() {
-  static const int registers = [] {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, kKernel) == cudaSuccess ? attributes.numRegs : 255;
-  }();
-  return registers;
-}
-
-template <auto kKernel, typename T>
-cudaError_t launch_rows(const RowsParams<T>& p, int threads, size_t shared, int device, cudaStream_t stream) {
-  if (shared > 40 * 1024) {  // 48 KB with the static part are there without asking
-    const cudaError_t error =
-        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMultiprocessorShared);
-    if (error != cudaSuccess) return error;
-  }
-  int blocks = std::min(max_blocks(p.cols), 65536 / (registers_of<kKernel>() * threads));
-  if (shared > 0) blocks = std::min(blocks, static_cast<int>(kMultiprocessorShared / (shared + 2048)));
-  const int64_t grid = std::min<int64_t>(p.rows, int64_t{multiprocessors(device)} * std::max(1, blocks));
+template <typename T, QType kType, int kVectors, int kStages, bool kAmax, int kThreads>
+cudaError_t launch_rows(const RowsParams<T>& p, int device, cudaStream_t stream) {
+  constexpr auto kKernel = quantize_rows_kernel<T, kType, kVectors, kStages, kAmax, kThreads>;
+  const int threads = threads_of_row(p.cols, kVectors);
+  const size_t shared = rows_shared<T>(threads, kVectors, kStages, p.col_scale != nullptr);
+  int blocks = 0;
+  cudaError_t error = resident_blocks<kKernel>(device, threads / 32,
+                                               rows_shared<T>(threads, kVectors, kStages, true), blocks);
+  if (error != cudaSuccess) return error;
+  int64_t grid = std::min<int64_t>(p.rows, blocks);
+  if (kAmax) grid = std::min(grid, gathering_blocks(threads, device));
   kKernel<<<static_cast<unsigned>(grid), threads, shared, stream>>>(p);
-  cudaError_t error = cudaGetLastError();
-  if (p.col_amax != nullptr && error == cudaSuccess) {
+  error = cudaGetLastError();
+  if (kAmax && error == cudaSuccess) {
     reduce_amax_kernel<<<static_cast<unsigned>(ceil_div(p.cols, 32)), dim3(32, kReduceRows), 0, stream>>>(
         p.partial_amax, p.col_amax, static_cast<int>(grid), p.cols);
     error = cudaGetLastError();
@@ -308,23 +291,35 @@ cudaError_t launch_wide_rows(const RowsParams<T>& p, int device, cudaStream_t st
   return error != cudaSuccess || p.col_amax == nullptr ? error : launch_column_amax<T, kVector>(p, stream);
 }
 
+// Rows of up to four vectors a thread; measured on an H200 (benchmarks/bench_quantize.py). Gathering columns
+// takes registers for each of a thread's columns, so it prefers two vectors.
 template <typename T, QType kType>
 cudaError_t rows_sized(const RowsParams<T>& p, int device, cudaStream_t stream) {
-  const bool amax = p.col_amax != nullptr;
   if (!vectorised(p)) return launch_wide_rows<T, kType, false>(p, device, stream);
-  const int threads = threads_of_row(p.cols, kVectors), long_threads = threads_of_row(p.cols, kLongVectors);
+  if (p.col_amax == nullptr) {
+    const cudaError_t error = threads_of_row(p.cols, 4) > kMaxThreads
+                                  ? cudaErrorLaunchOutOfResources
+                                  : launch_rows<T, kType, 4, 1, false, 1024>(p, device, stream);
+    return error == cudaErrorLaunchOutOfResources ? launch_wide_rows<T, kType, true>(p, device, stream)
+                                                  : error;
+  }
+  const int threads = threads_of_row(p.cols, 2);
   if (threads <= kMaxThreads) {
-    return amax ? launch_rows<quantize_rows_kernel<T, kType, kVectors, true>>(p, threads, 0, device, stream)
-                : launch_rows<quantize_rows_kernel<T, kType, kVectors, false>>(p, threads, 0, device, stream);
+    // 80 registers a thread for 768 of them, 64 where that makes room for a thread block more.
+    return threads <= 384 || (threads > 512 && threads <= 768)
+               ? launch_rows<T, kType, 2, 2, true, 768>(p, device, stream)
+               : launch_rows<T, kType, 2, 2, true, 1024>(p, device, stream);
   }
-  const size_t ring = sizeof(Eight<T>) * long_threads * kLongVectors * kStages;
-  if (long_threads <= kMaxThreads && ring <= kMultiprocessorShared) {
-    return amax ? launch_rows<quantize_long_rows_kernel<T, kType, kLongVectors, true>>(p, long_threads, ring,
-                                                                                       device, stream)
-                : launch_rows<quantize_long_rows_kernel<T, kType, kLongVectors, false>>(p, long_threads, ring,
-                                                                                        device, stream);
+  if constexpr (sizeof(T) == 2) {
+    if (threads_of_row(p.cols, 4) <= 896) {
+      const cudaError_t error = launch_rows<T, kType, 4, 1, true, 896>(p, device, stream);
+      if (error != cudaErrorLaunchOutOfResources) return error;
+    }
   }
-  return launch_wide_rows<T, kType, true>(p, device, stream);
+  RowsParams<T> rows = p;
+  rows.col_amax = nullptr;
+  const cudaError_t error = rows_sized<T, kType>(rows, device, stream);
+  return error != cudaSuccess ? error : launch_column_amax<T, true>(p, stream);
 }
 
 }  // namespace
@@ -341,6 +336,7 @@ cudaError_t quantize_rows(const QuantizeRowsArgs& a, cudaStream_t stream) {
                           a.row_scale,
                           a.col_amax,
                           a.partial_amax,
+                          a.tensor_amax,
                           static_cast<uint8_t*>(a.q),
                           a.scale};
     return rows_sized<T, kType>(p, a.device, stream);
@@ -348,7 +344,8 @@ cudaError_t quantize_rows(const QuantizeRowsArgs& a, cudaStream_t stream) {
 }
 
 int64_t quantize_rows_scratch(int64_t cols, int device) {
-  return int64_t{multiprocessors(device)} * max_blocks(cols) * cols;
+  const int vectors = threads_of_row(cols, 2) <= kMaxThreads ? 2 : 4;
+  return gathering_blocks(threads_of_row(cols, vectors), device) * cols;
 }
 
 cudaError_t widen(const void* x, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,

@@ -1,5 +1,5 @@
 // Interface between the quantising operators (quantize_bindings.cpp, which sees PyTorch) and their kernels
-// (quantize.cu, rotate_quantize.cu, transpose.cu, equalizer.cu).
+// (quantize*.cu, rotate_quantize*.cu, transpose.cu, equalizer.cu).
 
 #pragma once
 
@@ -27,6 +27,10 @@ struct QuantizeRowsArgs {
   const float* row_scale;  // [rows]
   uint32_t* col_amax;      // [cols]
   uint32_t* partial_amax;  // scratch, quantize_rows_scratch() words
+  // One scale for the whole matrix, when not nullptr: with q the largest magnitude that scale[0] is made
+  // from, without q where the largest magnitude of x is gathered, at least what is there. Not with row_scale.
+  // Bits of a float; what they are of is the kernels' own business.
+  uint32_t* tensor_amax;
   int device;
 };
 cudaError_t quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream);
@@ -35,7 +39,7 @@ cudaError_t quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream);
 int64_t quantize_rows_scratch(int64_t cols, int device);
 
 // The same after a rotation of the rows in blocks of `block`, in one pass, where can_rotate_quantize();
-// col_scale holds powers of two.
+// col_scale holds positive powers of two.
 bool can_rotate_quantize(const QuantizeRowsArgs& args, int block);
 cudaError_t rotate_quantize(const QuantizeRowsArgs& args, int block, cudaStream_t stream);
 
@@ -49,11 +53,16 @@ struct QuantizeTransposedArgs {
   uint32_t* col_amax;      // [cols], as in QuantizeRowsArgs
   bool gather_col_amax;    // fill col_amax first, with a pass over x of its own
   QType qtype;
-  void* q;       // [cols, rows] dense
-  float* scale;  // [cols]
+  void* q;              // [cols, rows] dense
+  float* scale;         // [cols]
+  float* sums;          // sums of the columns of x on the way, or nullptr
+  float* partial_sums;  // scratch for them, column_sums_scratch() floats
   int device;
 };
 cudaError_t quantize_rows_transposed(const QuantizeTransposedArgs& args, cudaStream_t stream);
+
+// The floats of QuantizeTransposedArgs::partial_sums.
+int64_t column_sums_scratch(int64_t rows, int64_t cols);
 
 // y = x diag(col_scale) in float32, dense, for a rotation that comes before the rounding.
 cudaError_t widen(const void* x, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,

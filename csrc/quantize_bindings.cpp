@@ -91,10 +91,8 @@ Tensor rotated(const char* op, const Tensor& x, int64_t block, const float* col_
   return y;
 }
 
-void quantize_rows_into(const char* op, const Tensor& x, QType qtype, const std::optional<Tensor>& col_scale,
-                        const std::optional<Tensor>& row_scale, Tensor& q, Tensor& scale,
-                        const std::optional<Tensor>& col_amax, int64_t block = 1) {
-  const int device = x.get_device_index();
+halo_train::QuantizeRowsArgs rows_args(const Tensor& x, QType qtype, const std::optional<Tensor>& col_scale,
+                                       const Tensor& q, const Tensor& scale) {
   halo_train::QuantizeRowsArgs args{};
   args.x = x.data_ptr();
   args.dtype = input_type(x);
@@ -105,31 +103,43 @@ void quantize_rows_into(const char* op, const Tensor& x, QType qtype, const std:
   args.qtype = qtype;
   args.q = q.data_ptr();
   args.scale = static_cast<float*>(scale.data_ptr());
-  args.device = device;
-  if (block > 1 && halo_train::can_rotate_quantize(args, static_cast<int>(block))) {
-    check_launch(op, halo_train::rotate_quantize(args, static_cast<int>(block), current_stream(device)),
-                 device);
-    return;
-  }
-  std::optional<Tensor> scratch, widened;
-  if (block > 1) {
+  args.device = x.get_device_index();
+  return args;
+}
+
+// Rounds x, rotated in blocks: with one scale a row, or, where tensor_amax (one word) is given, one for all.
+void quantize_blocks(const char* op, const Tensor& x, halo_train::QuantizeRowsArgs args, int64_t block,
+                     const std::optional<Tensor>& tensor_amax) {
+  const cudaStream_t stream = current_stream(args.device);
+  const bool fused = block > 1 && halo_train::can_rotate_quantize(args, static_cast<int>(block));
+  std::optional<Tensor> widened;
+  if (block > 1 && !fused) {
     widened = rotated(op, x, block, args.col_scale);
     args.x = widened->data_ptr();
     args.dtype = halo_train::DType::kFloat32;
     args.row_stride = args.cols;
     args.col_scale = nullptr;
   }
-  if (row_scale) {
-    scratch = empty_words(halo_train::quantize_rows_scratch(x.size(1), device), x);
-    args.row_scale = static_cast<const float*>(row_scale->data_ptr());
-    args.col_amax = static_cast<uint32_t*>(col_amax->data_ptr());
-    args.partial_amax = static_cast<uint32_t*>(scratch->data_ptr());
+  const auto launch = [&] {
+    check_launch(op,
+                 fused ? halo_train::rotate_quantize(args, static_cast<int>(block), stream)
+                       : halo_train::quantize_rows(args, stream),
+                 args.device);
+  };
+  if (tensor_amax) {
+    args.tensor_amax = static_cast<uint32_t*>(tensor_amax->data_ptr());
+    check_launch(op, cudaMemsetAsync(args.tensor_amax, 0, sizeof(uint32_t), stream), args.device);
+    void* const q = args.q;
+    args.q = nullptr;
+    launch();
+    args.q = q;
   }
-  check_launch(op, halo_train::quantize_rows(args, current_stream(device)), device);
+  launch();
 }
 
 void quantize_transposed_into(const char* op, const Tensor& x, QType qtype, const Tensor& row_scale,
-                              const Tensor& col_amax, bool gather, Tensor& q, Tensor& scale) {
+                              const Tensor& col_amax, bool gather, const Tensor& q, const Tensor& scale,
+                              const std::optional<Tensor>& sums = std::nullopt) {
   const int device = x.get_device_index();
   halo_train::QuantizeTransposedArgs args{};
   args.x = x.data_ptr();
@@ -144,29 +154,45 @@ void quantize_transposed_into(const char* op, const Tensor& x, QType qtype, cons
   args.q = q.data_ptr();
   args.scale = static_cast<float*>(scale.data_ptr());
   args.device = device;
+  std::optional<Tensor> scratch;
+  if (sums) {
+    scratch = empty_floats({halo_train::column_sums_scratch(args.rows, args.cols)}, x);
+    args.sums = static_cast<float*>(sums->data_ptr());
+    args.partial_sums = static_cast<float*>(scratch->data_ptr());
+  }
   check_launch(op, halo_train::quantize_rows_transposed(args, current_stream(device)), device);
 }
 
-std::tuple<Tensor, Tensor> quantize_rows(const Tensor& input, ScalarType dtype, int64_t block,
-                                         const std::optional<Tensor>& col_scale) {
+std::tuple<Tensor, Tensor> quantize(const char* op, const Tensor& input, ScalarType dtype, int64_t block,
+                                    const std::optional<Tensor>& col_scale, bool tensorwise) {
   const DeviceGuard guard(input.get_device_index());
   const Tensor x = with_dense_rows(input);
   const int64_t rows = x.size(0), cols = x.size(1);
-  STD_TORCH_CHECK(
-      block > 0 && block <= 32768 && (block & (block - 1)) == 0 && cols % block == 0,
-      "halo_train::quantize_rows: block must be a power of two, at most 32768, that divides the columns");
+  STD_TORCH_CHECK(block > 0 && block <= 32768 && (block & (block - 1)) == 0 && cols % block == 0,
+                  "halo_train::", op,
+                  ": block must be a power of two, at most 32768, that divides the columns");
   const Quantised quantised = quantised_type(dtype);
   Tensor q = halo_train::empty({rows, cols}, x, quantised.dtype_code);
-  Tensor scale = empty_floats({rows}, x);
-  std::optional<Tensor> factors;
+  Tensor scale = tensorwise ? empty_floats({}, x) : empty_floats({rows}, x);
+  std::optional<Tensor> factors, amax;
   if (col_scale) factors = factors_of(*col_scale, cols, x);
   if (x.numel() == 0) {
     torch::stable::fill_(scale, 1.0);  // rows of no elements
     return {q, scale};
   }
-  quantize_rows_into("quantize_rows", x, quantised.type, factors, std::nullopt, q, scale, std::nullopt,
-                     block);
+  if (tensorwise) amax = empty_words(1, x);
+  quantize_blocks(op, x, rows_args(x, quantised.type, factors, q, scale), block, amax);
   return {q, scale};
+}
+
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, ScalarType dtype, int64_t block,
+                                         const std::optional<Tensor>& col_scale) {
+  return quantize("quantize_rows", x, dtype, block, col_scale, false);
+}
+
+std::tuple<Tensor, Tensor> quantize_tensor(const Tensor& x, ScalarType dtype, int64_t block,
+                                           const std::optional<Tensor>& col_scale) {
+  return quantize("quantize_tensor", x, dtype, block, col_scale, true);
 }
 
 std::tuple<Tensor, Tensor> quantize_rows_transposed(const Tensor& input, ScalarType dtype,
@@ -187,9 +213,11 @@ std::tuple<Tensor, Tensor> quantize_rows_transposed(const Tensor& input, ScalarT
   return {q, scale};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& input, ScalarType dtype,
-                                                         const Tensor& col_scale, const Tensor& row_scale) {
-  const DeviceGuard guard(input.get_device_index());
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& input, ScalarType dtype,
+                                                                 const Tensor& col_scale,
+                                                                 const Tensor& row_scale, bool column_sums) {
+  const int device = input.get_device_index();
+  const DeviceGuard guard(device);
   const Tensor e = with_dense_rows(input);
   const int64_t rows = e.size(0), cols = e.size(1);
   const Quantised quantised = quantised_type(dtype);
@@ -197,16 +225,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& input, Sc
   Tensor u = empty_floats({rows}, e);
   Tensor b = halo_train::empty({cols, rows}, e, quantised.dtype_code);
   Tensor v = empty_floats({cols}, e);
+  Tensor sums = empty_floats({column_sums ? cols : 0}, e);
   const Tensor t = factors_of(col_scale, cols, e), s = factors_of(row_scale, rows, e);
   if (e.numel() == 0) {
     torch::stable::fill_(u, 1.0);  // rows of no elements
     torch::stable::fill_(v, 1.0);
-    return {a, u, b, v};
+    torch::stable::fill_(sums, 0.0);
+    return {a, u, b, v, sums};
   }
   const Tensor amax = empty_words(cols, e);
-  quantize_rows_into("quantize_grad", e, quantised.type, t, s, a, u, amax);
-  quantize_transposed_into("quantize_grad", e, quantised.type, s, amax, false, b, v);
-  return {a, u, b, v};
+  const Tensor scratch = empty_words(halo_train::quantize_rows_scratch(cols, device), e);
+  halo_train::QuantizeRowsArgs args = rows_args(e, quantised.type, t, a, u);
+  args.row_scale = static_cast<const float*>(s.data_ptr());
+  args.col_amax = static_cast<uint32_t*>(amax.data_ptr());
+  args.partial_amax = static_cast<uint32_t*>(scratch.data_ptr());
+  check_launch("quantize_grad", halo_train::quantize_rows(args, current_stream(device)), device);
+  quantize_transposed_into("quantize_grad", e, quantised.type, s, amax, false, b, v,
+                           column_sums ? std::optional(sums) : std::nullopt);
+  return {a, u, b, v, sums};
 }
 
 Tensor transpose_bytes(const Tensor& input) {
@@ -247,6 +283,7 @@ STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("quantize_rows_transposed", TORCH_BOX(&quantize_rows_transposed));
   m.impl("quantize_grad", TORCH_BOX(&quantize_grad));
+  m.impl("quantize_tensor", TORCH_BOX(&quantize_tensor));
   m.impl("transpose_bytes", TORCH_BOX(&transpose_bytes));
   m.impl("equalizer_factors", TORCH_BOX(&equalizer_factors));
 }

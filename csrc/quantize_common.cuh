@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "occupancy.cuh"
 #include "round.cuh"
 
 namespace halo_train::detail {
@@ -78,6 +79,7 @@ struct RowsParams {
   const float* row_scale;
   uint32_t* col_amax;
   uint32_t* partial_amax;  // [thread blocks, cols] of quantize_rows_kernel
+  uint32_t* tensor_amax;
   uint8_t* q;
   float* scale;
 };
@@ -94,6 +96,19 @@ __device__ __forceinline__ void load_columns(Eight<T>& v, const RowsParams<T>& p
   }
 }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Thread blocks over tiles of a matrix: x across the columns, y and z down the rows, of which a launch allows
+// 65535 each.
+inline dim3 tile_grid(int64_t across, int64_t down) {
+  const int64_t y = std::min<int64_t>(down, 65535);
+  return dim3(static_cast<unsigned>(across), static_cast<unsigned>(y),
+              static_cast<unsigned>(ceil_div(down, y)));
+}
+__device__ __forceinline__ int64_t block_down() {
+  return blockIdx.z * static_cast<int64_t>(gridDim.y) + blockIdx.y;
+}
+
 constexpr int kAmaxRows = 64;  // rows of one thread block: enough to make its atomics rare
 
 // col_amax[n] = max over m of |row_scale[m] x[m, n]|.
@@ -102,7 +117,7 @@ __global__ void __launch_bounds__(256) column_amax_kernel(RowsParams<T> p) {
   const int64_t c = 8 * (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x);
   if (c >= p.cols) return;
   uint32_t amax[8] = {};
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kAmaxRows;
+  const int64_t first = block_down() * kAmaxRows;
 #pragma unroll 4
   for (int64_t row = first; row < min(first + kAmaxRows, p.rows); ++row) {
     Eight<T> x;
@@ -116,8 +131,6 @@ __global__ void __launch_bounds__(256) column_amax_kernel(RowsParams<T> p) {
   for (int j = 0; j < 8 && c + j < p.cols; ++j) atomicMax(p.col_amax + c + j, amax[j]);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Eight columns are one 16-byte access to 16-bit values (two to 32-bit ones) and one 8-byte access to the
@@ -128,18 +141,11 @@ bool vectorised(const RowsParams<T>& p) {
          (p.col_scale == nullptr || aligned(p.col_scale));
 }
 
-inline int multiprocessors(int device) {
-  int count = 1;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 template <typename T, bool kVector>
 cudaError_t launch_column_amax(const RowsParams<T>& p, cudaStream_t stream) {
   cudaError_t error = cudaMemsetAsync(p.col_amax, 0, sizeof(uint32_t) * p.cols, stream);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.cols, 8 * 256)),
-                  static_cast<unsigned>(ceil_div(p.rows, kAmaxRows)));
+  const dim3 grid = tile_grid(ceil_div(p.cols, 8 * 256), ceil_div(p.rows, kAmaxRows));
   column_amax_kernel<T, kVector><<<grid, 256, 0, stream>>>(p);
   return cudaGetLastError();
 }

@@ -21,6 +21,13 @@ __host__ __device__ constexpr float qmax() {
 // Magnitudes are compared as the bits of floats: NaN is above infinity there, so it is not lost as in fmaxf.
 __device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
+// Largest of two, NaN if one is.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 __device__ __forceinline__ float floored(uint32_t amax_bits) {
   const float amax = __uint_as_float(amax_bits);
   return amax < kAmaxFloor ? kAmaxFloor : amax;  // keeps NaN
@@ -41,15 +48,20 @@ __device__ __forceinline__ float scale_of(uint32_t amax_bits) {
 template <QType kType>
 __device__ __forceinline__ uint32_t round4(float a, float b, float c, float d) {
   if constexpr (kType == QType::kInt8) {
-    uint32_t word = 0;
-    const float v[4] = {a, b, c, d};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      // |v| <= 127 up to rounding, so -128 does not occur; NaN becomes 0 and is told by the scale.
-      int32_t r;
-      asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(r) : "f"(v[i]));
-      word |= (static_cast<uint32_t>(r) & 0xffu) << (8 * i);
-    }
+    // |v| <= 127 up to rounding, so -128 does not occur; NaN becomes 0 and is told by the scale.
+    uint32_t word;
+    asm("{\n\t"
+        ".reg .s32 a, b, c, d;\n\t"
+        ".reg .b32 upper;\n\t"
+        "cvt.rni.s32.f32 a, %1;\n\t"
+        "cvt.rni.s32.f32 b, %2;\n\t"
+        "cvt.rni.s32.f32 c, %3;\n\t"
+        "cvt.rni.s32.f32 d, %4;\n\t"
+        "cvt.pack.sat.s8.s32.b32 upper, d, c, 0;\n\t"
+        "cvt.pack.sat.s8.s32.b32 %0, b, a, upper;\n\t"
+        "}"
+        : "=r"(word)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
     return word;
   } else {
     constexpr auto kInterpretation = kType == QType::kE4M3 ? __NV_E4M3 : __NV_E5M2;

@@ -34,6 +34,7 @@ KERNEL_OPS = {
     "quantize_rows_transposed": "transpose.cu",
     "quantize_grad": "quantize.cu",
     "transpose_bytes": "transpose.cu",
+    "quantize_tensor": "quantize.cu",
     "equalizer_factors": "equalizer.cu",
 }
 """Ops that have a CUDA kernel, and the file in ``csrc/`` that holds it."""
@@ -58,7 +59,8 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         reference.quantize_rows_transposed,
     ),
     "quantize_grad": (
-        "(Tensor e, ScalarType dtype, Tensor col_scale, Tensor row_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+        "(Tensor e, ScalarType dtype, Tensor col_scale, Tensor row_scale, bool column_sums) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference.quantize_grad,
     ),
     "transpose_bytes": ("(Tensor x) -> Tensor", reference.transpose_bytes),
@@ -140,14 +142,14 @@ def quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -
 
 
 def quantize_grad(
-    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both 8-bit forms of a gradient, E read twice instead of three times; see :func:`reference.quantize_grad`."""
+    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor, column_sums: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Both 8-bit forms of a gradient and its column sums in two reads; see :func:`reference.quantize_grad`."""
     _check_matrix("quantize_grad", e, 1, col_scale)
     _check_vector("quantize_grad", "row_scale", row_scale, e.shape[0], e)
     if not _has_kernel_types(e, dtype):
-        return reference.quantize_grad(e, dtype, col_scale, row_scale)
-    return torch.ops.halo_train.quantize_grad(e, dtype, col_scale, row_scale)
+        return reference.quantize_grad(e, dtype, col_scale, row_scale, column_sums)
+    return torch.ops.halo_train.quantize_grad(e, dtype, col_scale, row_scale, column_sums)
 
 
 def transpose_bytes(x: Tensor) -> Tensor:
@@ -173,6 +175,8 @@ def quantize_tensor(
 ) -> tuple[Tensor, Tensor]:
     """8-bit (x diag(col_scale)) H_block, one scale for the tensor; see :func:`reference.quantize_tensor`."""
     _check_matrix("quantize_tensor", x, block, col_scale)
+    if not _has_kernel_types(x, dtype):
+        return reference.quantize_tensor(x, dtype, block, col_scale)
     return torch.ops.halo_train.quantize_tensor(x, dtype, block, col_scale)
 
 
@@ -320,11 +324,11 @@ def _fake_quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Ten
 
 
 def _fake_quantize_grad(
-    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor, column_sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     a, u = _fake_quantize_rows(e, dtype, 1, col_scale)
     b, v = _fake_quantize_rows_transposed(e, dtype, row_scale)
-    return a, u, b, v
+    return a, u, b, v, e.new_empty(e.shape[1] if column_sums else 0, dtype=v.dtype)
 
 
 def _fake_transpose_bytes(x: Tensor) -> Tensor:

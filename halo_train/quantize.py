@@ -49,8 +49,8 @@ def quantize(
         fmt: number format of the result.
         scaling: one scale a row (the last axis) or one for the tensor.
         block: order of the orthonormal Hadamard rotation of the last axis; a power of two dividing K; 1 is none.
-        col_scale: [K] factors applied before the rotation, or None. With block > 1 powers of two: a GPU multiplies
-            bfloat16 values in bfloat16 there, which is exact for those only.
+        col_scale: [K] factors applied before the rotation, or None. With block > 1 positive powers of two: a GPU may look
+            at their exponents alone there, and multiplies bfloat16 values in bfloat16.
 
     Raises:
         ValueError: unknown format or scaling, integer or complex x, block or col_scale that do not fit.
@@ -89,7 +89,7 @@ def quantize_grad(
         The first with data [M, N], the second with data [N, M].
     """
     dtype = storage_dtype(parse_choice(Format, "fmt", fmt), e.dtype)
-    a, u, b, v = ops.quantize_grad(e, dtype, col_scale, row_scale)
+    a, u, b, v, _ = ops.quantize_grad(e, dtype, col_scale, row_scale)
     return Quantized(a, u), Quantized(b, v)
 
 

@@ -80,7 +80,7 @@ def quantize_rows(
         x: [M, K], floating point.
         dtype: float8_e4m3fn, float8_e5m2, int8, or float32/float64 for no rounding.
         block: order of the orthonormal rotation along K; 1 is none.
-        col_scale: [K] or None; powers of two before a rotation (the GPU multiplies in the dtype of x there).
+        col_scale: [K] or None; positive powers of two before a rotation (the GPU may look at their exponents alone there).
 
     Returns:
         q [M, K] of ``dtype`` and scale [M] float32 (float64 for float64 input), with y ~= q * scale[:, None].
@@ -105,17 +105,20 @@ def quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -
 
 
 def quantize_grad(
-    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both rounded forms of a gradient: rows of E diag(col_scale), and rows of (diag(row_scale) E)^T.
+    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor, column_sums: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Both rounded forms of a gradient, rows of E diag(col_scale) and rows of (diag(row_scale) E)^T, and its column sums.
 
     Args:
         e: [M, N]; col_scale: [N]; row_scale: [M].
+        column_sums: also sum the columns of E, which is a bias gradient; the order of the sum is the implementation's.
 
     Returns:
-        a [M, N], its scale [M], b [N, M], its scale [N].
+        a [M, N], its scale [M], b [N, M], its scale [N], sums [N] or [0] in float32 (float64 for float64 E).
     """
-    return (*quantize_rows(e, dtype, 1, col_scale), *quantize_rows_transposed(e, dtype, row_scale))
+    wide = _compute_dtype(e)
+    sums = e.sum(0, dtype=wide) if column_sums else e.new_empty(0, dtype=wide)
+    return (*quantize_rows(e, dtype, 1, col_scale), *quantize_rows_transposed(e, dtype, row_scale), sums)
 
 
 def transpose_bytes(x: Tensor) -> Tensor:

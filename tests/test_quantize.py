@@ -63,6 +63,15 @@ def test_both_forms_of_a_gradient():
         assert torch.equal(ours.scale, alone.scale)
 
 
+def test_column_sums_of_a_gradient():
+    e, t, s = torch.randn(40, 24).bfloat16(), torch.rand(24) + 0.1, torch.rand(40) + 0.1
+    *forms, sums = ops.quantize_grad(e, torch.int8, t, s, column_sums=True)
+    for ours, alone in zip(forms, ops.quantize_grad(e, torch.int8, t, s)[:4], strict=True):
+        assert torch.equal(ours, alone)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), e.double().sum(0), rtol=0, atol=1e-5)
+
+
 def test_transposed_data():
     q = quantize(torch.randn(5, 7), "int8")
     assert torch.equal(q.transposed_data(), q.data.t())
