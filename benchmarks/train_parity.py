@@ -245,48 +245,53 @@ def fine_tune(run: Run, state: dict[str, Tensor], text: Text, size: Size, device
     }
 
 
-def work(device: str, size: Size, state: dict[str, Tensor], todo: Any, done: Any) -> None:
-    """One process: takes runs from a queue until None comes."""
+def work(device: str, size: Size, state: dict[str, Tensor], deadline: float, todo: Any, done: Any) -> None:
+    """One process: takes runs from a queue until None comes; after the deadline it answers None instead of running them."""
     if device != "cpu":
         torch.cuda.set_device(device)
     text = Text(size)
     while (run := todo.get()) is not None:
-        done.put(fine_tune(run, state, text, size, device))
+        late = time.time() > deadline
+        done.put(None if late else fine_tune(run, state, text, size, device))
 
 
 def in_parallel(
-    runs: list[Run], state: dict[str, Tensor], size: Size, devices: list[str]
+    runs: list[Run], state: dict[str, Tensor], size: Size, devices: list[str], deadline: float
 ) -> list[dict[str, Any]]:
     context = mp.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
     for run in [*runs, *(None for _ in devices)]:
         todo.put(run)
-    workers = [context.Process(target=work, args=(d, size, state, todo, done)) for d in devices]
+    workers = [context.Process(target=work, args=(d, size, state, deadline, todo, done)) for d in devices]
     for worker in workers:
         worker.start()
-    results: list[dict[str, Any]] = []
-    while len(results) < len(runs):
+    answers: list[dict[str, Any] | None] = []
+    while len(answers) < len(runs):
         if not done.empty():
-            results.append(done.get())
-            r = results[-1]
-            print(
-                f"{len(results):3} of {len(runs)}  c={r['outlier']:<4} seed {r['seed']}  {r['loss']:.4f}  {r['seconds']:4.0f} s  "
-                f"{r['scheme']}",
-                flush=True,
-            )
+            answers.append(done.get())
+            if (r := answers[-1]) is not None:
+                print(
+                    f"{len(answers):3} of {len(runs)}  c={r['outlier']:<4} seed {r['seed']}  {r['loss']:.4f}  "
+                    f"{r['seconds']:4.0f} s  {r['scheme']}",
+                    flush=True,
+                )
         elif any(w.exitcode for w in workers):
             raise SystemExit("a worker failed; its traceback is above")
         else:
             time.sleep(0.05)
     for worker in workers:
         worker.join()
+    results = [answer for answer in answers if answer is not None]
+    if len(results) < len(runs):
+        print(f"{len(runs) - len(results)} of {len(runs)} runs were not started: --seconds is over")
     return results
 
 
 def gaps(results: list[dict[str, Any]], scheme: str, outlier: int) -> list[float]:
     """Final validation loss over that of bf16 with the same seed."""
     losses = {(r["scheme"], r["seed"]): r["loss"] for r in results if r["outlier"] == outlier}
-    return [loss - losses["bf16", seed] for (name, seed), loss in losses.items() if name == scheme]
+    pairs = [(loss, losses.get(("bf16", seed))) for (name, seed), loss in losses.items() if name == scheme]
+    return [loss - base for loss, base in pairs if base is not None]
 
 
 def table(results: list[dict[str, Any]], outliers: list[int]) -> str:
@@ -300,6 +305,9 @@ def table(results: list[dict[str, Any]], outliers: list[int]) -> str:
         for c in outliers:
             if scheme == "bf16":
                 losses = [r["loss"] for r in results if r["scheme"] == "bf16" and r["outlier"] == c]
+                if not losses:
+                    cells.append("")
+                    continue
                 spread = statistics.stdev(losses) if len(losses) > 1 else math.nan
                 cells.append(
                     f"loss {statistics.fmean(losses):.4f}, standard deviation over seeds {spread:.4f}"
@@ -344,6 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of bf16, fp8 and int8")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--per-gpu", type=int, default=2, help="processes that share a GPU")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no run is started after this time")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="of the sources, where they are no git checkout")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one seed, on the CPU")
@@ -353,6 +362,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("needs a CUDA GPU; --smoke runs on a CPU")
     count = 0 if args.smoke else torch.cuda.device_count()
     device = "cuda:0" if count else "cpu"
+    deadline = time.time() + args.seconds
 
     text, model = Text(size), build(size, device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -363,15 +373,18 @@ def main(argv: list[str] | None = None) -> None:
     state = {name: value.cpu() for name, value in copy.deepcopy(model.state_dict()).items()}
     del model
 
+    schemes = list(dict.fromkeys(["bf16", *args.schemes]))
+    # What matters most comes first, in case the time is short.
     runs = [
         Run(scheme, c, seed)
-        for scheme in dict.fromkeys(["bf16", *args.schemes])
+        for seed in range(seeds)
+        for scheme in schemes
         for c in args.outliers
-        for seed in range(seeds if scheme in MAIN else 1)
+        if seed == 0 or scheme in MAIN
     ]
     devices = [f"cuda:{i}" for i in range(count)] * args.per_gpu or ["cpu"]
     if count:
-        results = in_parallel(runs, state, size, devices)
+        results = in_parallel(runs, state, size, devices, deadline)
     else:
         results = [fine_tune(run, state, text, size, device) for run in runs]
     results.sort(key=lambda r: (list(SCHEMES).index(r["scheme"]), r["outlier"], r["seed"]))
