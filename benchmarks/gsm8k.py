@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import yaml
 from common import RESULTS, environment, save_json
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halo_train.recipes import finetune
@@ -38,6 +39,7 @@ from halo_train.training.compare import plan, run_members
 from halo_train.training.compare_report import Line, read_lines, write_comparison
 from halo_train.training.config import load_config
 from halo_train.training.evaluation import Evaluation, run_evaluation
+from halo_train.training.loop import pick_device
 from halo_train.training.model import export_model, train_tokenizer
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
@@ -167,7 +169,7 @@ def compare(args: argparse.Namespace, folder: Path) -> tuple[list[Line], dict[st
     comparison = plan(file, [f"quant.recipe={args.recipes}", f"run.seed={seeds}"], None)
     failed = run_members(comparison)
     table, _ = write_comparison(comparison, failed)
-    finetune.Console(width=140).print(table)
+    Console(width=140).print(table)
     return read_lines(comparison), failed, comparison.folder
 
 
@@ -184,8 +186,11 @@ def exact_match(args: argparse.Namespace, folder: Path, run: Path) -> dict[str, 
         seq_len=args.seq_len,
         batch=args.answers_at_once,
     )
-    file = run_evaluation(run, asked, finetune.pick_device(args.device), None)
-    return json.loads(file.read_text())["exact_match"]
+    file = run_evaluation(run, asked, pick_device(args.device), None)
+    found = json.loads(file.read_text())["exact_match"]
+    first = found.pop("samples")[0]
+    print(f"{first['prompt']!r}\n-> {first['generated']!r} (expected {first['expected']})", flush=True)
+    return found
 
 
 def report(record: dict[str, Any]) -> str:
@@ -206,13 +211,16 @@ def report(record: dict[str, Any]) -> str:
     ]
     for row in record["results"]:
         match = row["exact_match"]
-        share = 1 - match["without_answer"] / match["questions"]
+        score, answered = "-", "-"
+        if match is not None:
+            score = f"{100 * match['exact_match']:.2f}% ± {100 * match['standard_error']:.2f} ({match['correct']}/{match['questions']})"
+            answered = f"{100 * (1 - match['without_answer'] / match['questions']):.0f}%"
         memory = "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f}"
-        speed = "-" if row["emulated"] else f"{row['speed']:.2f}"
+        speed = "-" if row["emulated"] or row["speed"] is None else f"{row['speed']:.2f}"
+        gap = "-" if row["gap"] is None else f"{row['gap']:+.4f}"
         lines.append(
-            f"| {row['name']} | {row['valid_loss']:.4f} | {row['gap']:+.4f} | {row['train_loss']:.4f} | "
-            f"{100 * match['exact_match']:.2f}% ± {100 * match['standard_error']:.2f} ({match['correct']}/{match['questions']}) | "
-            f"{100 * share:.0f}% | {row['tokens_per_second']:,.0f} | {speed} | {100 * row['share_8bit']:.0f}% | {memory} | "
+            f"| {row['name']} | {row['valid_loss']:.4f} | {gap} | {row['train_loss']:.4f} | "
+            f"{score} | {answered} | {row['tokens_per_second']:,.0f} | {speed} | {100 * row['share_8bit']:.0f}% | {memory} | "
             f"{'/'.join(f'{db:.0f}' for db in row['sqnr_db'].values())} |"
         )
     lines += [
@@ -268,32 +276,26 @@ def main() -> None:
     before = pretrain(args, folder)
     stage("fine-tuning")
     lines, failed, compared = compare(args, folder)
-    results = []
-    for line in lines:
-        stage(f"answers of {line.name}")
-        results.append({**vars(line), "exact_match": exact_match(args, folder, compared / line.name)})
-
-    samples = [row["exact_match"].pop("samples") for row in results]
     record = {
         "environment": environment(args.commit),
         "command": shlex.join(["python", "benchmarks/gsm8k.py", *sys.argv[1:]]),
         "settings": {key: value for key, value in vars(args).items() if not isinstance(value, Path)},
-        "seconds": time.perf_counter() - started,
         "parameters": parameters,
         "text_megabytes": sum(map(len, texts)) / 1e6,
         "pretraining": {key: before[key] for key in ("valid_before", "valid_after", "tokens_per_second")},
-        "results": results,
+        "results": [{**vars(line), "exact_match": None} for line in lines],
         "failed": failed,
     }
-    file = save_json("gsm8k", record, args.out)
-    file.with_suffix(".md").write_text(report(record))
-    shutil.copyfile(compared / "compare.png", file.with_suffix(".png"))
+    # Written again after each model, so that a program that is stopped leaves what it had.
+    for row in [None, *record["results"]]:
+        if row is not None:
+            stage(f"answers of {row['name']}")
+            row["exact_match"] = exact_match(args, folder, compared / row["name"])
+        record["seconds"] = time.perf_counter() - started
+        file = save_json("gsm8k", record, args.out)
+        file.with_suffix(".md").write_text(report(record))
+        shutil.copyfile(compared / "compare.png", file.with_suffix(".png"))
     print(report(record))
-    for row, answers in zip(results, samples, strict=True):
-        first = answers[0]
-        print(
-            f"{row['name']}: {first['prompt']!r}\n  -> {first['generated']!r} (expected {first['expected']})"
-        )
     stage(f"written: {file}")
 
 
