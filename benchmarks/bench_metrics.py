@@ -1,6 +1,6 @@
 """What QuantMetrics costs on the linear layers of a Llama-3-8B: 200 steps with and without, and one sample of all 224.
 
-    python benchmarks/bench_metrics.py            # about 80 s on an H200; writes benchmarks/results/metrics_<date>.json
+    python benchmarks/bench_metrics.py            # about 80 s on an H200; writes benchmarks/results/<date>-metrics-<gpu>.json
 
 Only the linear layers and the products between gate and up run: no attention, norms, loss or optimiser, whose time would
 make the share of the metrics smaller. As many of the 32 blocks take part in the 200 steps as the time allows; then one plain
@@ -10,22 +10,18 @@ and one sampled step of all 32 blocks, without repetition of weights, are timed.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import RESULTS, environment, save_json
 from torch import nn
 
 from halo_train import QuantMetrics, convert_to_halo_training
 
-RESULTS = Path(__file__).parent / "results"
 BLOCKS = 32
 
 
@@ -156,25 +152,6 @@ def all_layers(args: argparse.Namespace, x: torch.Tensor) -> dict[str, float]:
     }
 
 
-def environment(args: argparse.Namespace) -> dict[str, object]:
-    def output(*command: str) -> str | None:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(sys.argv),
-        "arguments": vars(args),
-        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="fp8")
@@ -188,10 +165,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=80, help="for everything")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--commit", help="where the sources are no git checkout")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     x = torch.randn(args.tokens, args.hidden, device=args.device, dtype=torch.bfloat16, requires_grad=True)
     results = {
-        "environment": environment(args),
+        "environment": environment(args.commit),
+        "command": " ".join(["python", *sys.argv]),
+        "arguments": {name: str(value) for name, value in vars(args).items()},
         "steps": many_steps(args, x),
         "all_layers": all_layers(args, x),
     }
@@ -200,10 +181,7 @@ def main() -> None:
         for name, value in results[part].items():
             shown = ", ".join(f"{v:.2f}" for v in value) if isinstance(value, list) else f"{value:.2f}"
             print(f"  {name:<30} {shown}")
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"metrics_{results['environment']['date']}.json"
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {file}")
+    print(f"written: {save_json('metrics', results, args.out)}")
 
 
 if __name__ == "__main__":

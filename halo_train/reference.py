@@ -86,7 +86,7 @@ def quantize_rows(
         q [M, K] of ``dtype`` and scale [M] float32 (float64 for float64 input), with y ~= q * scale[:, None].
     """
     y = _prepare(x, block, col_scale)
-    return _round(y, y.abs().amax(dim=1) if y.shape[1] else y.new_zeros(y.shape[0]), dtype, dim=1)
+    return _round(y, y.abs().amax(dim=1) if y.shape[1] else y.new_zeros(y.shape[0]), dtype)
 
 
 def quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ def quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -
         q [N, M] contiguous of ``dtype`` and scale [N].
     """
     y = (x.to(_compute_dtype(x)) * row_scale.to(_compute_dtype(x))[:, None]).t()
-    q, scale = _round(y, y.abs().amax(dim=1) if y.shape[1] else y.new_zeros(y.shape[0]), dtype, dim=1)
+    q, scale = _round(y, y.abs().amax(dim=1) if y.shape[1] else y.new_zeros(y.shape[0]), dtype)
     return q.contiguous(), scale
 
 
@@ -143,7 +143,7 @@ def quantize_tensor(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`quantize_rows` with one scale for the whole tensor, shape []."""
     y = _prepare(x, block, col_scale)
-    return _round(y, y.abs().amax() if y.numel() else y.new_zeros(()), dtype, dim=None)
+    return _round(y, y.abs().amax() if y.numel() else y.new_zeros(()), dtype)
 
 
 def scaled_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -206,16 +206,25 @@ def _butterflies(y: Tensor, block: int) -> Tensor:
     return y.reshape(shape)
 
 
-def _round(y: Tensor, amax: Tensor, dtype: torch.dtype, dim: int | None) -> tuple[Tensor, Tensor]:
+def scales_of(amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The scales that map amax, of rows or of a tensor, to the largest value of ``dtype``, and what values are multiplied by."""
     # A tensor, not a number: PyTorch divides by a number through its reciprocal, which rounds twice.
     qmax = torch.full_like(amax, QMAX.get(dtype, 1.0))
     floored = amax.clamp(min=AMAX_FLOOR)
-    inverse = qmax / floored
-    scale = torch.where(amax == 0, torch.ones_like(amax), floored / qmax)
-    y = y * (inverse if dim is None else inverse[:, None])
+    return torch.where(amax == 0, torch.ones_like(amax), floored / qmax), qmax / floored
+
+
+def round_values(y: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
+    """y [M, K], in the dtype of arithmetic, times ``inverse`` of :func:`scales_of`, [M] or [], rounded to ``dtype``."""
+    y = y * (inverse[:, None] if inverse.dim() else inverse)
     if dtype == torch.int8:
         # NaN has no integer; its row is poisoned through the scale.
         y = torch.nan_to_num(y.round(), nan=0.0)
     if dtype in QMAX:
         y = y.clamp(-QMAX[dtype], QMAX[dtype])
-    return y.to(dtype), scale
+    return y.to(dtype)
+
+
+def _round(y: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale, inverse = scales_of(amax, dtype)
+    return round_values(y, inverse, dtype), scale

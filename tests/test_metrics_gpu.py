@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from halo_train import QuantMetrics, convert_to_halo_training
+from halo_train.metrics.statistics import WholeTensor, finish
 
 pytestmark = pytest.mark.gpu
 
@@ -22,25 +23,46 @@ def network(recipe: str, device: str) -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "int8", "fp8_plain", "halo0_fp8", "halo2_int8"])
+RECIPES = ["fp8", "int8", "fp8_plain", "halo0_fp8", "halo1_int8", "halo2_int8", "halo2_fp8"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_agrees_with_the_cpu(recipe):
-    x = torch.randn(300, 256, generator=torch.Generator().manual_seed(1))
+    """On the same X and E. Behind a layer that ran on either device X differs by 1e-3, the sums of a float8 GEMM, and so does
+    what is rounded up and what down: 0.3 dB of a product with a few large elements, 5 dB of its worst column."""
+    generator = torch.Generator().manual_seed(1)
+    x = nn.functional.gelu(torch.randn(300, 512, generator=generator))
     x[:, 7] *= 50
+    e = torch.randn(300, 272, generator=generator) * torch.exp(torch.randn(300, 1, generator=generator))
     found = []
     for device in ("cpu", "cuda"):
-        model = network(recipe, device)
-        metrics = QuantMetrics(model, sample_size=ALL, layers=["2"])
-        model(x.to(device)).square().mean().backward()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(512, 272)).to(device)
+        convert_to_halo_training(model, recipe=recipe)
+        metrics = QuantMetrics(model, sample_size=ALL)
+        model(x.to(device)).backward(e.to(device))
         metrics.step()
-        found.append(metrics.last.values["2"])
+        found.append(metrics.last)
         metrics.close()
-    for part, stats in found[0].items():
+    for part, stats in found[0].values["0"].items():
         for stat, value in stats.items():
-            # X of the second layer differs by the rounding of the first, and single values by ties.
-            tolerance = {"min_db": 3.0, "bias": 1e-3}.get(
-                stat, 0.3 if stat.endswith("db") else 0.05 * abs(value) + 1e-3
+            # Single values differ by ties; the rotation of columns is undone in float8 sums on the GPU.
+            tolerance = {"min_db": 0.5, "bias": 2e-4, "underflow": 1e-3, "saturation": 1e-3}.get(
+                stat, 0.1 if stat.endswith("db") else 1e-3 * abs(value)
             )
-            assert found[1][part][stat] == pytest.approx(value, abs=tolerance), (part, stat)
+            assert found[1].values["0"][part][stat] == pytest.approx(value, abs=tolerance), (part, stat)
+    for part, shares in found[0].histograms["0"].items():
+        assert found[1].histograms["0"][part] == pytest.approx(shares, abs=1e-3), part
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25])
+def test_whole_tensor_in_bfloat16(scale):
+    """Sums in float32 of a bfloat16 matrix, whatever its range, against float64."""
+    x = (torch.randn(1000, 520, device="cuda") * scale).bfloat16()
+    x[3] *= 100
+    found = [finish(WholeTensor.of(t).reductions()) for t in (x, x.double())]
+    for ours, expected in zip(*found, strict=True):
+        assert ours.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "int8", "halo2_fp8"])

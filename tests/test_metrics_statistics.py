@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from halo_train import RECIPES
+from halo_train import RECIPES, quantize
+from halo_train.config import Scaling
 from halo_train.functional import quantize_operands
-from halo_train.metrics.operands import RotatedOperand
+from halo_train.metrics.batches import Batches
+from halo_train.metrics.operands import SampledRows, round_operand
 from halo_train.metrics.statistics import (
     STATS_OF,
     Reduction,
     WholeTensor,
-    exponent_reduction,
+    exponent_reductions,
     finish,
     outlier_reductions,
     product_reductions,
@@ -86,13 +88,14 @@ def test_scaled_rms_is_that_of_the_scaled_tensor():
     x, rows, columns = (
         torch.randn(s, generator=generator(i)) for i, s in enumerate([(50, 30), (50,), (30,)])
     )
-    whole = WholeTensor.of(x * 1e-12)
-    assert whole.rms(row_scale=rows).item() == pytest.approx(
-        1e-12 * (x * rows[:, None]).square().mean().sqrt().item()
-    )
-    assert whole.rms(col_scale=columns).item() == pytest.approx(
-        1e-12 * (x * columns).square().mean().sqrt().item()
-    )
+    whole, amax = WholeTensor.of(x * 1e-12), torch.tensor(7e-12)
+    for norms, scaled in (
+        (whole.row_norm * rows, x * rows[:, None]),
+        (whole.col_norm * columns, x * columns),
+    ):
+        ours = finished([whole.scale(amax, norms)])
+        rms = 1e-12 * scaled.square().mean().sqrt().item()
+        assert ours == pytest.approx({"amax": 7e-12, "rms": rms, "crest": 7e-12 / rms})
 
 
 def test_not_finite_rows_are_counted_and_seen():
@@ -182,7 +185,7 @@ def test_broken_rows():
 
 
 def exponents(x: torch.Tensor) -> list[float]:
-    return finish([exponent_reduction(x.double())])[0].tolist()
+    return finish(exponent_reductions(x.double()[None]))[0].tolist()
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-100, 2.0**60])
@@ -198,7 +201,7 @@ def test_exponent_histogram(scale):
 def test_outliers_of_a_sampled_matrix():
     x = torch.randn(64, 48, generator=generator(), dtype=torch.float64)
     x[:, 5] *= 30
-    ours = finished(outlier_reductions(x))
+    ours = finished(outlier_reductions(x[None])[0])
     assert ours["row_outliers"] == pytest.approx(adahop(x.numpy().var(1, ddof=1), 48))
     assert ours["column_outliers"] == pytest.approx(adahop(x.numpy().var(0, ddof=1), 64))
     assert ours["column_outliers"] > 2 * ours["row_outliers"]
@@ -211,16 +214,66 @@ def test_layers_are_finished_in_batches_and_come_back_in_order():
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(together, alone, strict=True))
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "int8", "fp8_plain", "halo1_int8"])
+def test_exponents_of_several_tensors_stay_apart():
+    tensors = [torch.randn(128, 40, generator=generator(i)) * 10.0 ** (9 * i - 18) for i in range(5)]
+    tensors[2][:, 3] = 0
+    together = finish(exponent_reductions(torch.stack(tensors).double()))
+    for x, ours in zip(tensors, together, strict=True):
+        order = np.floor(np.log2(np.abs(x[::2][x[::2] != 0].double().numpy())))  # 64 of the 128 rows
+        near = np.minimum(order.max() - order, 31).astype(int)
+        assert ours.tolist() == pytest.approx(
+            (np.bincount(near, minlength=32) / near.size).tolist(), abs=1e-6
+        )
+
+
+def test_batches_of_samples():
+    """In one batch or one by one, and whichever is full first, each list gets what its own sample says."""
+    samples = [torch.randn(6, 40, generator=generator(i)) * (i + 1) for i in range(4)]
+    rounded = [quantize(x, "e4m3") for x in samples]
+    alone = []
+    for x, q in zip(samples, rounded, strict=True):
+        batches, tensor, operand = Batches(), [], []
+        batches.add_tensor(tensor, x, q, 33)
+        batches.add_operand(operand, x, q, 33)
+        batches.flush()
+        alone.append((finished(tensor), finished(operand)))
+        expected = quantiles_db(*(t[:, :33].double().numpy() for t in (x, q.dequantize())))
+        assert [alone[-1][0][k] for k in ("sqnr_db", "median_db", "p10_db", "min_db")] == pytest.approx(
+            expected
+        )
+        assert alone[-1][1]["row_outliers"] == pytest.approx(
+            adahop(x[:, :33].double().numpy().var(1, ddof=1), 33)
+        )
+    batches, found = Batches(), [([], []) for _ in samples]
+    for (tensor, operand), x, q in zip(found, samples, rounded, strict=True):
+        batches.add_tensor(tensor, x, q, 33)
+        batches.add_operand(operand, x, q, 33)
+    assert not any(tensor or operand for tensor, operand in found)
+    batches.flush()
+    assert [(finished(tensor), finished(operand)) for tensor, operand in found] == alone
+
+
+def test_full_batches_do_not_wait(monkeypatch):
+    monkeypatch.setattr("halo_train.metrics.batches.FULL", 2000)
+    batches, found = Batches(), [[], [], []]
+    for i, each in enumerate(found):
+        batches.add_product([each], torch.randn(2, 20, 30, dtype=torch.float64, generator=generator(i)))
+        assert [len(f) for f in found] == [[0, 0, 0], [1, 1, 0], [1, 1, 0]][i]
+    batches.flush()
+    assert [len(each) for each in found] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8", "fp8_plain", "halo0_fp8", "halo1_int8"])
 def test_operands_are_those_of_the_layer(recipe):
-    """Bit for bit what quantize_operands makes, though the rotation is shared by recipes and apart from the rounding."""
+    """Bit for bit what quantize_operands makes, whole or some rows only."""
     x, w = (torch.randn(s, generator=generator(i)).bfloat16() for i, s in enumerate([(30, 72), (20, 72)]))
     d = torch.exp2(torch.randint(-3, 4, (72,), generator=generator()).float())
     config = RECIPES[recipe]
     op = quantize_operands(x, w, Equalizer.of(d) if config.equalize else None, config)
-    x_operand, w_operand = RotatedOperand(x, 1 / d), RotatedOperand(w, d)
-    for other in RECIPES.values():  # what they share must not mix
-        if other != RECIPES["bf16"]:
-            x_operand.rounded(other)
-    for expected, ours in ((op.x, x_operand.rounded(config)), (op.w, w_operand.rounded(config))):
+    for expected, a, factor in ((op.x, x, 1 / d), (op.w, w, d)):
+        ours = round_operand(a, factor if config.equalize else None, config)
         assert torch.equal(ours.dequantize(), expected.dequantize())
+    if config.scaling is Scaling.ROWWISE:
+        x_rows, w_rows = SampledRows(x[[3, 17]], w[[8, 0, 19]], d).rounded(config)
+        assert torch.equal(x_rows.dequantize(), op.x.dequantize()[[3, 17]])
+        assert torch.equal(w_rows.dequantize(), op.w.dequantize()[[8, 0, 19]])

@@ -17,6 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import HaloConfig, did_you_mean, resolve_recipe
 from ..linear import HaloLinear, halo_linears
+from .batches import Batches
+from .operands import Draws
 from .probe import LayerProbe
 from .sample import STATS, QuantSample, SampleSize, Values
 from .statistics import STATS_OF, Reduction, finish
@@ -85,7 +87,7 @@ class QuantMetrics:
             ``quant/worst_layer/...`` and ``quant/median_layer/...``; ``{}`` after any other.
         """
         self.step_number += 1
-        results = self._results if self._handles else None
+        results, batches = (self._results if self._handles else None), self._batches
         self.close()
         self._begin_step()
         if results is None:
@@ -97,6 +99,7 @@ class QuantMetrics:
                 stacklevel=2,
             )
             return {}
+        batches.flush()
         self.last = self._read(results)
         for sink in self.sinks:
             sink(self.last)
@@ -120,7 +123,8 @@ class QuantMetrics:
     def _begin_step(self) -> None:
         self._pending: dict[str, LayerProbe] = {}
         self._results: dict[str, dict[str, list[Reduction]]] = {}
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._draws: dict[torch.device, Draws] = {}
+        self._batches = Batches()
         following = self.step_number + 1
         if following > 1 and following % self.every:
             return
@@ -140,9 +144,8 @@ class QuantMetrics:
             x = (args[0] if args else kwargs["x"]).detach().reshape(-1, layer.in_features).to(y.dtype)
             # Selective activation checkpointing is a mode that would take our ops for those of the layer.
             with _disable_current_modes(), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                self._pending[name] = LayerProbe(
-                    layer, x, self._what_if, self.size, self._generator(x.device)
-                )
+                draws = self._draws_on(x.device)
+                self._pending[name] = LayerProbe(layer, x, self._what_if, draws, self._batches)
 
         return hook
 
@@ -160,11 +163,11 @@ class QuantMetrics:
 
         return hook
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
+    def _draws_on(self, device: torch.device) -> Draws:
+        if device not in self._draws:
             generator = torch.Generator(device).manual_seed(self._seed + self.step_number)
-            self._generators[device] = generator
-        return self._generators[device]
+            self._draws[device] = Draws(self.size, generator)
+        return self._draws[device]
 
     def _read(self, results: dict[str, dict[str, list[Reduction]]]) -> QuantSample:
         """Finishes the statistics and brings everything over in one transfer from each device."""

@@ -8,44 +8,158 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import Format, HaloConfig, Scaling
+from ..config import Format, HaloConfig, Scaling, storage_dtype
 from ..functional import pad_tokens, quantize_grad_for_dgrad, quantize_grad_for_wgrad
-from ..gemm import MULTIPLE
+from ..gemm import MULTIPLE, matmul
 from ..hadamard import hadamard_transform, largest_block
 from ..quantize import Quantized, quantize
-from ..reference import QMAX
+from ..reference import QMAX, round_values, scales_of
+from .sample import SampleSize
 
 
-class RotatedOperand:
-    """X or W under several recipes: equalised and rotated once for all that share it, then rounded for each.
+class Draws:
+    """The tokens, output and input features that one step measures: one draw for every length of an axis.
 
-    What comes out is what ``quantize_operands`` rounds, which does both in one operator.
+    Args:
+        generator: on the device of the layers.
+    """
+
+    def __init__(self, size: SampleSize, generator: torch.Generator) -> None:
+        self._sizes = {"tokens": size.tokens, "outputs": size.out_features, "inputs": size.in_features}
+        self._generator = generator
+        self._drawn: dict[tuple[str, int], Tensor] = {}
+        self._signs: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def take(self, axis: str, n: int) -> Tensor:
+        """Different indices below n, all of them where the sample is not smaller.
+
+        Args:
+            axis: ``"tokens"``, ``"outputs"`` or ``"inputs"``.
+        """
+        if (axis, n) not in self._drawn:
+            device, size = self._generator.device, self._sizes[axis]
+            order = torch.rand(n, generator=self._generator, device=device).argsort() if size < n else None
+            self._drawn[axis, n] = torch.arange(n, device=device) if order is None else order[:size]
+        return self._drawn[axis, n]
+
+    def signs(self, n: int, dtype: torch.dtype) -> Tensor:
+        """Columns of the rotation of n input features, those drawn, as +1 and -1.
+
+        Returns:
+            [C', K'] in an 8-bit ``dtype``: one column a row, then rows of zeros; C' and K' are multiples of 16.
+        """
+        if (n, dtype) not in self._signs:
+            chosen = self.take("inputs", n)
+            count = len(chosen)
+            unit = torch.zeros(
+                count + -count % MULTIPLE, n + -n % MULTIPLE, dtype=torch.float32, device=chosen.device
+            )
+            unit[:count].scatter_(1, chosen[:, None], 1.0)
+            # +1 and -1 are exact in every 8-bit dtype, and e5m2 data multiplies e4m3 only.
+            stored = torch.float8_e4m3fn if dtype == torch.float8_e5m2 else dtype
+            self._signs[n, dtype] = hadamard_transform(unit, scale=1.0).to(stored)
+        return self._signs[n, dtype]
+
+
+class SampledRows:
+    """Rows of X and of W one below the other, so that one call rounds both; padded to K' columns, a multiple of 16.
+
+    Args:
+        x: [S, K]; w: [P, K]. d: what equalisation divides X by and multiplies W by, [K], or None.
+    """
+
+    def __init__(self, x: Tensor, w: Tensor, d: Tensor | None) -> None:
+        self._count, extra = len(x), -x.shape[1] % MULTIPLE
+        self._plain = _pad(torch.cat([x, w]), 0, extra)
+        self._equalized = None if d is None else _pad(torch.cat([x / d, w * d]), 0, extra)
+
+    def exact(self, config: HaloConfig | None) -> tuple[Tensor, Tensor]:
+        """Of X and of W what the recipe rounds; None: as they are."""
+        rows = self._plain if config is None else self._before_rotation(config)
+        if config is not None and config.rotate_k:
+            rows = hadamard_transform(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+        return rows[: self._count], rows[self._count :]
+
+    def rounded(self, config: HaloConfig) -> tuple[Quantized, Quantized]:
+        """The same rounded with row scales."""
+        rows = self._before_rotation(config)
+        q = quantize(rows, config.format, block=largest_block(rows.shape[1]) if config.rotate_k else 1)
+        return take_rows(q, slice(self._count)), take_rows(q, slice(self._count, None))
+
+    def _before_rotation(self, config: HaloConfig) -> Tensor:
+        return self._equalized if config.equalize and self._equalized is not None else self._plain
+
+
+def round_operand(a: Tensor, factor: Tensor | None, config: HaloConfig) -> Quantized:
+    """X or W as ``quantize_operands`` rounds it.
 
     Args:
         a: [R, K]. factor: what equalisation multiplies its columns by, [K], or None.
+
+    Returns:
+        [R', K'], padded to multiples of 16.
+    """
+    a = _pad(a, -a.shape[0] % MULTIPLE, -a.shape[1] % MULTIPLE)
+    width = a.shape[1]
+    if factor is not None and len(factor) < width:
+        factor = F.pad(factor, (0, width - len(factor)), value=1.0)
+    return quantize(
+        a,
+        config.format,
+        scaling=config.scaling,
+        block=largest_block(width) if config.rotate_k else 1,
+        col_scale=factor,
+    )
+
+
+def operand_columns(
+    q: Quantized, undo: Tensor | None, features: int, draws: Draws, *, rotated: bool
+) -> Tensor:
+    """The drawn input features of what a rounded operand stands for, rotation and equalisation undone.
+
+    A float8 GEMM sums in fewer bits than float32; 20 dB below what the rounding to float8 costs (numerics.md, section 5).
+
+    Args:
+        q: data [R', K'], see :func:`round_operand`.
+        undo: what takes the equalisation back, [features], or None.
+
+    Returns:
+        [R', C] in the dtype of the scale.
+    """
+    chosen = draws.take("inputs", features)
+    factor = q.scale.new_ones(len(chosen)) if undo is None else undo[chosen]
+    if not rotated:
+        return Quantized(_bytes(q.data)[:, chosen].view(q.data.dtype), q.scale).dequantize() * factor
+    signs = draws.signs(features, q.data.dtype)
+    factor = factor / math.sqrt(largest_block(signs.shape[1]))
+    if len(factor) < len(signs):
+        factor = F.pad(factor, (0, len(signs) - len(factor)))
+    return matmul(q, Quantized(signs, factor), q.scale.dtype)[:, : len(chosen)]
+
+
+class Unrotated:
+    """A matrix [R, K] rounded as it is, without rotation or fold, of which only slices are needed.
+
+    Args:
+        row_amax: [R]; amax: [] of all of it.
     """
 
-    def __init__(self, a: Tensor, factor: Tensor | None) -> None:
-        rows, width = a.shape
-        self._a = _pad(a, -rows % MULTIPLE, -width % MULTIPLE)
-        self._factor = None if factor is None else F.pad(factor, (0, -width % MULTIPLE), value=1.0)
-        self._rotated: dict[tuple[bool, bool], Tensor] = {}
+    def __init__(self, row_amax: Tensor, amax: Tensor) -> None:
+        self._amax = {Scaling.ROWWISE: row_amax, Scaling.TENSORWISE: amax}
+        self._scales: dict[tuple[Format, Scaling], tuple[Tensor, Tensor]] = {}
 
-    def exact(self, config: HaloConfig) -> Tensor:
-        """[R', K'], padded to multiples of 16: what the recipe rounds."""
-        factor = self._factor if config.equalize else None
-        key = (factor is not None, config.rotate_k)
-        if not any(key):
-            return self._a
-        if key not in self._rotated:
-            wide = torch.promote_types(self._a.dtype, torch.float32)
-            # One pass: a bfloat16 matrix times a float32 vector is float32.
-            y = self._a.to(wide) if factor is None else self._a * factor.to(wide)
-            self._rotated[key] = hadamard_transform(y) if config.rotate_k else y
-        return self._rotated[key]
+    def columns(self, values: Tensor, fmt: Format, scaling: Scaling) -> Quantized:
+        """Some of its columns, [R, C]; or some rows [S, K], with one scale for all."""
+        dtype = storage_dtype(fmt, values.dtype)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        if (fmt, scaling) not in self._scales:
+            self._scales[fmt, scaling] = scales_of(self._amax[scaling].to(wide), dtype)
+        scale, inverse = self._scales[fmt, scaling]
+        return Quantized(round_values(values.to(wide), inverse, dtype), scale)
 
-    def rounded(self, config: HaloConfig) -> Quantized:
-        return quantize(self.exact(config), config.format, scaling=config.scaling)
+    def rows(self, values: Tensor, fmt: Format, scaling: Scaling) -> Quantized:
+        """Some of its rows, [S, K]."""
+        return quantize(values, fmt) if scaling is Scaling.ROWWISE else self.columns(values, fmt, scaling)
 
 
 def take_rows(q: Quantized, rows: Tensor | slice) -> Quantized:
@@ -55,122 +169,55 @@ def take_rows(q: Quantized, rows: Tensor | slice) -> Quantized:
     return Quantized(data, q.scale[rows] if q.scale.dim() else q.scale)
 
 
-def rotation_columns(width: int, chosen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Columns of the rotation of an axis of ``width``, as +1 and -1: [width, C]."""
-    unit = torch.zeros(len(chosen), width, dtype=dtype, device=chosen.device)
-    unit.scatter_(1, chosen[:, None], 1.0)
-    return hadamard_transform(unit, scale=1.0).t()
-
-
-def unrotated_columns(q: Quantized, signs: Tensor) -> Tensor:
-    """Columns of what a rotated and rounded matrix stands for, its rotation undone: (diag(scale) q H)[:, chosen].
-
-    Args:
-        q: data [R, K'].
-        signs: [K', C], see :func:`rotation_columns`.
-
-    Returns:
-        [R, C] in the dtype of the scale.
-    """
-    scale = q.scale / math.sqrt(largest_block(q.data.shape[1]))
-    if q.data.is_cuda and q.data.element_size() == 1:
-        # 8-bit values and signs are exact in bfloat16, and the products are summed in float32.
-        picked = torch.mm(q.data.bfloat16(), signs.bfloat16(), out_dtype=torch.float32)
-    else:
-        picked = q.data.to(scale.dtype) @ signs
-    return picked * (scale[:, None] if scale.dim() else scale)
-
-
-def unrotated(rows: Tensor, amax: Tensor, fmt: Format, scaling: Scaling) -> Quantized:
-    """Some rows of a matrix rounded as they are in the whole matrix, without rotation or fold.
-
-    Args:
-        rows: [R, Q]. amax: of the whole matrix.
-    """
-    if scaling is Scaling.ROWWISE:
-        return quantize(rows, fmt)
-    q = quantize(_with_row(rows, amax), fmt, scaling=scaling)
-    return take_rows(q, slice(rows.shape[0]))
-
-
-def unrotated_slice(columns: Tensor, row_amax: Tensor, fmt: Format, scaling: Scaling) -> Quantized:
-    """Some columns of a matrix rounded as they are in the whole matrix, without rotation or fold.
-
-    Args:
-        columns: [R, C]. row_amax: [R], of the whole rows.
-    """
-    # A row keeps its scale when it holds its largest value, and the matrix its own.
-    wider = torch.cat([columns, row_amax[:, None].to(columns.dtype)], 1)
-    q = quantize(wider, fmt, scaling=scaling)
-    return Quantized(q.data[:, : columns.shape[1]], q.scale)
-
-
 def grad_rows(
-    e: Tensor, amax: Tensor, tokens: Tensor, w_scale: Tensor, config: HaloConfig
+    e: Tensor, rows: Tensor, unrotated: Unrotated, tokens: Tensor, w_scale: Tensor, config: HaloConfig
 ) -> tuple[Quantized, Tensor]:
     """Rows of E as they are rounded for dgrad.
 
     Args:
-        e: [M, N]; amax: of all of it; tokens: [S] indices; w_scale: scales of the rounded W, at least [N], or [].
+        e: [M, N]; tokens: [S] indices; rows: E[tokens]; unrotated: of E; w_scale: scales of the rounded W, [N] or [].
 
     Returns:
-        The rounded rows [S, N], and the values that they contribute to dX: rotation and fold undone, float64.
+        The rounded rows [S, N], and the values that they contribute to dX: rotation and fold undone.
     """
-    if w_scale.dim():
-        w_scale = w_scale[: e.shape[1]]
     if config.rotate_m_dgrad:
         # Every token is mixed into every row.
-        whole = pad_tokens(_pad(e, -e.shape[0] % MULTIPLE, 0))
-        q = quantize_grad_for_dgrad(whole, w_scale, config)
-        values = hadamard_transform(q.dequantize(), axis=0)[tokens].double()
-        q = take_rows(q, tokens)
+        whole = quantize_grad_for_dgrad(pad_tokens(_pad(e, -e.shape[0] % MULTIPLE, 0)), w_scale, config)
+        values = hadamard_transform(whole.dequantize(), axis=0)[tokens]
+        return take_rows(whole, tokens), _unfold(values, w_scale)
+    if config.scaling is Scaling.ROWWISE:
+        q = quantize_grad_for_dgrad(rows, w_scale, config)
     else:
-        rows = e[tokens] if config.scaling is Scaling.ROWWISE else _with_row(e[tokens], amax)
-        q = take_rows(quantize_grad_for_dgrad(rows, w_scale, config), slice(len(tokens)))
-        values = values_of(q)
-    return q, unfold(values, w_scale)
+        q = unrotated.rows(rows, config.grad_format, config.scaling)
+    return q, _unfold(q.dequantize(), w_scale)
 
 
 def grad_columns(
-    e: Tensor, amax: Tensor, outputs: Tensor, x_scale: Tensor, config: HaloConfig
+    columns: Tensor, unrotated: Unrotated, x_scale: Tensor, config: HaloConfig
 ) -> tuple[Quantized, Tensor]:
     """Columns of E as they are rounded for wgrad: rows of its transpose.
 
     Args:
-        e: [M, N]; amax: of all of it; outputs: [S] indices; x_scale: scales of the rounded X, [M'] or [].
+        columns: [M, S] of E; unrotated: of E; x_scale: scales of the rounded X, [M] or [].
 
     Returns:
-        The rounded rows [S, M], and the values that they contribute to dW: fold undone, float64.
+        The rounded rows [S, M], and the values that they contribute to dW: fold undone.
     """
-    tokens = e.shape[0]
-    chosen = e[:, outputs]
-    if config.scaling is Scaling.TENSORWISE:
-        chosen = _with_row(chosen.t(), amax).t().contiguous()
+    if config.scaling is Scaling.ROWWISE:
+        q = quantize_grad_for_wgrad(columns, x_scale, config)
     else:
-        x_scale = x_scale[:tokens]
-    q = take_rows(quantize_grad_for_wgrad(chosen, x_scale, config), slice(len(outputs)))
-    return q, unfold(values_of(q), x_scale)
+        q = unrotated.rows(columns.t(), config.grad_format, config.scaling)
+    return q, _unfold(q.dequantize(), x_scale)
 
 
-def values_of(q: Quantized) -> Tensor:
-    """The values that rounded data stands for, in float64."""
-    return q.data.double() * (q.scale[:, None] if q.scale.dim() else q.scale)
+def largest_value(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """amax of the values that were rounded to ``dtype`` with these scales; zero rows are the caller's to exclude."""
+    return scale * QMAX.get(dtype, 1.0)
 
 
-def unfold(values: Tensor, scale: Tensor) -> Tensor:
-    """values diag(scale)^-1; one scale for all is not folded."""
+def _unfold(values: Tensor, scale: Tensor) -> Tensor:
+    # One scale for all is not folded.
     return values / scale if scale.dim() else values
-
-
-def largest_value(q: Quantized) -> Tensor:
-    """amax of the values that a rounded tensor was made from, from its scales; zero rows are the caller's to exclude."""
-    return q.scale.double() * QMAX.get(q.data.dtype, 1.0)
-
-
-def _with_row(rows: Tensor, amax: Tensor) -> Tensor:
-    # One scale for all is that of the whole tensor when the sample holds its largest value.
-    extra = F.pad(amax.to(rows.dtype).reshape(1, 1), (0, rows.shape[1] - 1))
-    return torch.cat([rows, extra])
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:

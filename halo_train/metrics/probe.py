@@ -12,294 +12,259 @@ The contracted axis is never sampled. Between forward and backward a layer keeps
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import Format, HaloConfig, Scaling
+from ..gemm import MULTIPLE
 from ..linear import HaloLinear
 from ..quantize import Quantized, equalizer_exponents
-from ..reference import QMAX
+from .batches import Batches
 from .operands import (
-    RotatedOperand,
+    Draws,
+    SampledRows,
+    Unrotated,
     grad_columns,
     grad_rows,
     largest_value,
-    rotation_columns,
+    operand_columns,
+    round_operand,
     take_rows,
-    unrotated,
-    unrotated_columns,
-    unrotated_slice,
-    values_of,
 )
-from .sample import SampleSize
-from .statistics import (
-    Reduction,
-    WholeTensor,
-    exponent_reduction,
-    outlier_reductions,
-    product_reductions,
-    rounding_reductions,
-)
-
-_Sampled = tuple[Tensor, Tensor, Tensor]
-"""Rows before and after rounding in float64, and where they are saturated."""
-
-
-class _Operand(NamedTuple):
-    part: str
-    sampled: _Sampled
-    amax: Tensor
-    """Of the whole operand, as is the RMS."""
-    rms: Tensor
-
-
-class _Forward(NamedTuple):
-    """What backward needs of one recipe's forward."""
-
-    config: HaloConfig
-    x_scale: Tensor
-    x_error: Tensor
-    """[M, inputs] bfloat16: rounded minus exact. Of the error alone, 8 bits of mantissa are plenty."""
+from .statistics import Reduction, WholeTensor
 
 
 class LayerProbe:
-    """One layer in one sampled step: made in forward, completed by :meth:`backward`.
+    """One layer in one sampled step: made in forward, completed by :meth:`backward` and ``batches.flush()``.
 
     Args:
         layer: its parameters unsharded.
         x: [M, K], what the layer multiplies, M at least 1.
         what_if: recipes by label.
-        size: of the sample.
-        generator: on the device of x; draws the sample.
+        draws: the sample.
+        batches: reduces samples of equal shape, of whatever layers.
 
     Attributes:
         results: ``{tensor or product: reductions}``; the names are in docs/metrics.md.
     """
 
     def __init__(
-        self,
-        layer: HaloLinear,
-        x: Tensor,
-        what_if: Mapping[str, HaloConfig],
-        size: SampleSize,
-        generator: torch.Generator,
+        self, layer: HaloLinear, x: Tensor, what_if: Mapping[str, HaloConfig], draws: Draws, batches: Batches
     ) -> None:
-        self.results: dict[str, list[Reduction]] = {}
-        self._layer = layer
+        self._layer, self._draws, self._batches = layer, draws, batches
         self._own = None if layer.config.format is Format.HIGH_PRECISION else layer.config
         labels = {"": self._own, **{f"@{label}": config for label, config in what_if.items()}}
         self._labels = {
             label: c for label, c in labels.items() if c is not None and c.format is not Format.HIGH_PRECISION
         }
+        # A what-if recipe that the layer runs anyway is not computed twice.
+        self._configs = list(dict.fromkeys(self._labels.values()))
         weight = layer.weight.detach()
-        self._tokens = _draw(x.shape[0], size.tokens, generator)
-        self._outputs = _draw(weight.shape[0], size.out_features, generator)
-        self._inputs = _draw(weight.shape[1], size.in_features, generator)
+        self._tokens = draws.take("tokens", x.shape[0])
+        self._outputs = draws.take("outputs", weight.shape[0])
+        self._inputs = draws.take("inputs", weight.shape[1])
+        self._d = self._take_equalizer(x, weight)
+        self._inverse = None if self._d is None else 1 / self._d
+        x_whole, self._w_whole = WholeTensor.of(x), WholeTensor.of(weight)
+        self._w_unrotated = Unrotated(self._w_whole.row_amax, self._w_whole.amax)
+        self.results: dict[str, list[Reduction]] = {}
+        self._found("x").extend(x_whole.reductions())
+        self._found("w").extend(self._w_whole.reductions())
         self._x_columns = x[:, self._inputs]
-        self._equalizer = self._take_equalizer(x, weight)
-        self._inverse = None if self._equalizer is None else 1 / self._equalizer
-        self._signs: Tensor | None = None
-        self._forward: list[_Forward] = []
-        self._measure_forward(x, weight)
+        self._x_errors: Tensor | None = None
+        """[recipes, M, inputs] bfloat16, rounded minus exact: of the error alone, 8 bits of mantissa are plenty."""
+        self._x_scales: list[Tensor] = []
+        if self._configs:
+            self._measure_forward(x, x_whole, weight)
 
-    def _measure_forward(self, x: Tensor, weight: Tensor) -> None:
-        whole, x_rows, w_rows = WholeTensor.of(x), x[self._tokens], weight[self._outputs]
-        x_operand, w_sample = RotatedOperand(x, self._inverse), RotatedOperand(w_rows, self._equalizer)
-        w_amax = torch.linalg.vector_norm(weight, math.inf)
-        products = []
-        # dict.fromkeys: a what-if recipe that the layer runs anyway is not computed twice.
-        for config in dict.fromkeys(self._labels.values()):
-            d = self._equalizer if config.equalize else None
-            if config.rotate_k or d is not None:
-                q = x_operand.rounded(config)
-                x_q = take_rows(q, self._tokens)
-                scale, columns = q.scale, self._columns(q, config, d)[: x.shape[0]]
-                # Row scales of W do not depend on its other rows; one scale for all does.
-                if config.scaling is Scaling.ROWWISE:
-                    w_q = take_rows(w_sample.rounded(config), slice(len(w_rows)))
-                else:
-                    w_q = take_rows(RotatedOperand(weight, d).rounded(config), self._outputs)
-            else:
-                x_q = unrotated(x_rows, whole.amax(), config.format, config.scaling)
-                w_q = unrotated(w_rows, w_amax, config.format, config.scaling)
-                part = unrotated_slice(self._x_columns, whole.row_amax, config.format, config.scaling)
-                scale, columns = part.scale, part.dequantize()
-            products.append(values_of(x_q) @ values_of(w_q).t())
-            self._forward.append(_Forward(config, scale, (columns - self._x_columns).bfloat16()))
+    def _measure_forward(self, x: Tensor, x_whole: WholeTensor, weight: Tensor) -> None:
+        rows = SampledRows(x[self._tokens], weight[self._outputs], self._d)
+        unrotated = Unrotated(x_whole.row_amax, x_whole.amax)
+        x_hat, w_hat, columns = [], [], []
+        for config in self._configs:
+            whole, picked = self._columns(x, unrotated, self._x_columns, config, self._inverse, self._d)
+            x_q, w_q = self._round_rows(rows, config, unrotated, whole)
+            x_hat.append(x_q.dequantize())
+            w_hat.append(w_q.dequantize())
+            columns.append(picked)
+            self._x_scales.append(_of_rows(whole.scale, len(x)))
             if config == self._own:
-                operand = self._operand("x", x_operand, whole, x_q, scale, self._tokens, self._inverse)
-                self._tensor("x", x_rows, whole, config.format, [operand])
-        if self._own is None:
-            self.results["x"] = whole.reductions()
-        self._products("fprop", x_rows.double() @ w_rows.double().t(), products)
+                self._operand_scale("x", x_whole, whole, self._inverse)
+                x_exact, w_exact = rows.exact(config)
+                # A rotation fills the padded columns too.
+                width = x_exact.shape[1] if config.rotate_k else x.shape[1]
+                for name, exact, rounded in (("x", x_exact, x_q), ("w", w_exact, w_q)):
+                    self._batches.add_operand(self._found(f"{name}_operand"), exact, rounded, width)
+        self._x_errors = (torch.stack(columns) - self._x_columns).bfloat16()
+        x_rows, w_rows = rows.exact(None)
+        self._products("fprop", _float64(x_rows, *x_hat) @ _float64(w_rows, *w_hat).mT)
+        if self._own is not None:
+            plain = dataclasses.replace(self._own, rotate_k=False, equalize=False)
+            x_q, w_q = self._round_rows(rows, plain, unrotated)
+            for name, exact, rounded in (("x", x_rows, x_q), ("w", w_rows, w_q)):
+                self._batches.add_tensor(self._found(name), exact, rounded, x.shape[1])
 
     def backward(self, e: Tensor) -> None:
         """e: [M, N] = dL/dY of the same call."""
+        e_whole = WholeTensor.of(e)
+        unrotated = Unrotated(e_whole.row_amax, e_whole.amax)
+        self._found("e").extend(e_whole.reductions())
+        if self._x_errors is None:
+            return
         weight = self._layer.weight.detach()
-        e_whole, w_whole = WholeTensor.of(e), WholeTensor.of(weight)
-        e_amax, w_operand, w_columns = (
-            e_whole.amax(),
-            RotatedOperand(weight, self._equalizer),
-            weight[:, self._inputs],
-        )
-        dgrad, wgrad = [], []
-        x_columns = self._x_columns.double()
-        for config, x_scale, x_error in self._forward:
-            inverse = self._inverse if config.equalize else None
-            if config.rotate_k or inverse is not None:
-                w = w_operand.rounded(config)
-                w_q, w_scale, columns = (
-                    take_rows(w, self._outputs),
-                    w.scale,
-                    self._columns(w, config, inverse),
-                )
-            else:
-                part = unrotated_slice(w_columns, w_whole.row_amax, config.format, config.scaling)
-                w_q = unrotated(weight[self._outputs], w_whole.amax(), config.format, config.scaling)
-                w_scale, columns = part.scale, part.dequantize()
-            rows, row_values = grad_rows(e, e_amax, self._tokens, w_scale, config)
-            cols, col_values = grad_columns(e, e_amax, self._outputs, x_scale, config)
-            dgrad.append(row_values @ columns[: row_values.shape[1]].double())
-            wgrad.append((col_values @ (x_columns + x_error.double())).t())
+        e_rows, e_columns, w_columns = e[self._tokens], e[:, self._outputs], weight[:, self._inputs]
+        row_hat, column_hat, w_hat = [], [], []
+        for config, x_scale in zip(self._configs, self._x_scales, strict=True):
+            whole, picked = self._columns(
+                weight, self._w_unrotated, w_columns, config, self._d, self._inverse
+            )
+            w_scale = _of_rows(whole.scale, len(weight))
+            rows, values = grad_rows(e, e_rows, unrotated, self._tokens, w_scale, config)
+            row_hat.append(values)
+            columns, values = grad_columns(e_columns, unrotated, x_scale, config)
+            column_hat.append(values)
+            w_hat.append(picked)
             if config == self._own:
-                operand = self._operand("w", w_operand, w_whole, w_q, w_scale, self._outputs, self._equalizer)
-                self._tensor("w", weight[self._outputs], w_whole, config.format, [operand])
-                self._grad_stats(e, e_whole, w_scale, x_scale, rows, cols)
-        if self._own is None:
-            self.results["w"], self.results["e"] = w_whole.reductions(), e_whole.reductions()
-        self._products("dgrad", e[self._tokens].double() @ w_columns.double(), dgrad)
+                self._operand_scale("w", self._w_whole, whole, self._d)
+                self._dgrad_operand(e, e_rows, e_whole, unrotated, w_scale, rows)
+                self._wgrad_operand(e_columns, e_whole, x_scale, columns)
+                plain = unrotated.rows(e_rows, config.grad_format, config.scaling)
+                self._batches.add_tensor(self._found("e"), e_rows, plain, e.shape[1])
+        self._products("dgrad", _float64(e_rows, *row_hat) @ _float64(w_columns, *w_hat))
+        x_columns = self._x_columns.to(torch.promote_types(self._x_columns.dtype, torch.float32))
+        x_hat = torch.cat([x_columns[None], x_columns + self._x_errors]).double()
         # Columns of dW stand where the other products have tokens.
-        self._products("wgrad", x_columns.t() @ e[:, self._outputs].double(), wgrad)
+        self._products("wgrad", (_float64(e_columns.t(), *column_hat) @ x_hat).mT)
 
-    def _columns(self, q: Quantized, config: HaloConfig, factor: Tensor | None) -> Tensor:
-        """The sampled input features of a rounded X or W, rotation and equalisation undone."""
-        if not config.rotate_k:
-            picked = Quantized(q.data.to(q.scale.dtype)[:, self._inputs], q.scale).dequantize()
-        else:
-            if self._signs is None:
-                self._signs = rotation_columns(q.data.shape[1], self._inputs, q.scale.dtype)
-            picked = unrotated_columns(q, self._signs)
-        return picked if factor is None else picked * factor[self._inputs]
-
-    def _operand(
+    def _round_rows(
         self,
-        name: str,
-        source: RotatedOperand,
-        whole: WholeTensor,
-        rounded: Quantized,
-        scale: Tensor,
-        rows: Tensor,
+        rows: SampledRows,
+        config: HaloConfig,
+        x_unrotated: Unrotated,
+        x_operand: Quantized | None = None,
+    ) -> tuple[Quantized, Quantized]:
+        """The sampled rows of X and W as a recipe rounds them; x_operand is the whole of X, where it changes X first."""
+        if config.scaling is Scaling.ROWWISE:
+            return rows.rounded(config)
+        if x_operand is None or not _changes(config):
+            x_rows, w_rows = rows.exact(config)
+            return (
+                x_unrotated.rows(x_rows, config.format, config.scaling),
+                self._w_unrotated.rows(w_rows, config.format, config.scaling),
+            )
+        # One scale for all of the operand: every row of W has a part in it.
+        w_operand = round_operand(self._layer.weight.detach(), self._d if config.equalize else None, config)
+        return take_rows(x_operand, self._tokens), take_rows(w_operand, self._outputs)
+
+    def _columns(
+        self,
+        a: Tensor,
+        unrotated: Unrotated,
+        columns: Tensor,
+        config: HaloConfig,
         factor: Tensor | None,
-    ) -> _Operand:
-        """X or W as the layer's recipe rounds it.
+        undo: Tensor | None,
+    ) -> tuple[Quantized, Tensor]:
+        """X or W [R, K] as a recipe rounds it.
 
         Args:
-            rounded: sampled rows; scale: of all rows.
-            factor: what equalisation multiplies the columns by.
-        """
-        assert self._own is not None
-        exact = source.exact(self._own)[rows]
-        # A rotation fills the padded columns too.
-        count = len(whole.col_norm)
-        width = exact.shape[1] if self._own.rotate_k else count
-        rms = whole.rms(col_scale=factor if self._own.equalize else None) * math.sqrt(count / width)
-        return _Operand(f"{name}_operand", _sampled(exact, rounded, width), _amax(rounded, scale, whole), rms)
+            columns: [R, C], those sampled.
+            factor, undo: what equalisation multiplies the columns of a by, and what takes that back.
 
-    def _grad_stats(
+        Returns:
+            The rounded operand, or its sampled columns only where the recipe rounds them as they are; and the values [R, C]
+            that stand in the sampled columns, rotation and equalisation undone.
+        """
+        if not _changes(config):
+            part = unrotated.columns(columns, config.format, config.scaling)
+            return part, part.dequantize()
+        if not config.equalize:
+            factor = undo = None
+        operand = round_operand(a, factor, config)
+        values = operand_columns(operand, undo, a.shape[1], self._draws, rotated=config.rotate_k)
+        return operand, values[: len(a)]
+
+    def _operand_scale(
+        self, name: str, whole: WholeTensor, rounded: Quantized, factor: Tensor | None
+    ) -> None:
+        """amax and RMS of X or W as the layer's recipe rounds it, from its scales and the norms of its columns."""
+        assert self._own is not None
+        largest = largest_value(_of_rows(rounded.scale, len(whole.row_norm)), rounded.data.dtype)
+        # A row of zeros has scale 1.
+        amax = torch.where(whole.row_norm == 0, 0.0, largest).max()
+        norms = whole.col_norm * factor if factor is not None and self._own.equalize else whole.col_norm
+        # A rotation fills the padded columns too.
+        width = len(norms) + (-len(norms) % MULTIPLE if self._own.rotate_k else 0)
+        self._found(f"{name}_operand").append(whole.scale(amax, norms, width))
+
+    def _dgrad_operand(
         self,
         e: Tensor,
+        e_rows: Tensor,
         whole: WholeTensor,
+        unrotated: Unrotated,
         w_scale: Tensor,
-        x_scale: Tensor,
-        rows: Quantized,
-        cols: Quantized,
+        rounded: Quantized,
     ) -> None:
+        """Rows of E diag(t), rotated along M for HALO-2."""
         assert self._own is not None
-        unrounded, (m, n) = self._own.without_rounding(), e.shape
-        exact_rows, _ = grad_rows(e, whole.amax(), self._tokens, w_scale, unrounded)
-        exact_cols, _ = grad_columns(e, whole.amax(), self._outputs, x_scale, unrounded)
-        t: Tensor | None = None
-        s: Tensor | None = None
-        amax_rows, amax_cols = largest_value(rows).max(), whole.amax().double()
-        if self._own.scaling is Scaling.ROWWISE:
-            t, s = w_scale[:n], x_scale[:m]
-            amax_cols = (whole.row_amax * s).max().double()
-            if not self._own.rotate_m_dgrad:
-                amax_rows = (torch.linalg.vector_norm(e, math.inf, dim=0) * t).max().double()
-        dgrad = _sampled(exact_rows.dequantize(), rows, n)
-        wgrad = _sampled(exact_cols.dequantize(), cols, m)
-        operands = [
-            _Operand("e_dgrad_operand", dgrad, amax_rows, whole.rms(col_scale=t)),
-            _Operand("e_wgrad_operand", wgrad, amax_cols, whole.rms(row_scale=s)),
-        ]
-        self._tensor("e", e[self._tokens], whole, self._own.grad_format, operands)
+        exact, norms, amax = e_rows, whole.col_norm, whole.amax
+        if w_scale.dim():
+            norms = norms * w_scale
+        if self._own.rotate_m_dgrad:
+            unrounded = self._own.without_rounding()
+            exact = grad_rows(e, e_rows, unrotated, self._tokens, w_scale, unrounded)[0].dequantize()
+            amax = largest_value(rounded.scale, rounded.data.dtype).max()
+        elif w_scale.dim():
+            exact = e_rows * w_scale
+            amax = (torch.linalg.vector_norm(e, math.inf, dim=0) * w_scale).max()
+        self._found("e_dgrad_operand").append(whole.scale(amax, norms))
+        self._batches.add_operand(self._found("e_dgrad_operand"), exact, rounded, e.shape[1])
 
-    def _tensor(
-        self, part: str, rows: Tensor, whole: WholeTensor, fmt: Format, operands: list[_Operand]
+    def _wgrad_operand(
+        self, e_columns: Tensor, whole: WholeTensor, x_scale: Tensor, rounded: Quantized
     ) -> None:
-        """Statistics of a tensor rounded as it is, and of the operands that the recipe makes of it."""
-        assert self._own is not None
-        plain = unrotated(rows, whole.amax(), fmt, self._own.scaling)
-        raw = _sampled(rows, plain, rows.shape[1])
-        rounding = _rounding([raw, *(operand.sampled for operand in operands)])
-        self.results[part] = [*whole.reductions(), rounding[0], exponent_reduction(raw[0])]
-        for operand, stats in zip(operands, rounding[1:], strict=True):
-            scale, before = Reduction("scale", (operand.amax, operand.rms)), operand.sampled[0]
-            self.results[operand.part] = [
-                scale,
-                stats,
-                *outlier_reductions(before),
-                exponent_reduction(before),
-            ]
+        """Rows of (diag(s) E)^T."""
+        exact, norms, amax = e_columns.t(), whole.row_norm, whole.amax
+        if x_scale.dim():
+            exact, norms, amax = exact * x_scale, norms * x_scale, (whole.row_amax * x_scale).max()
+        self._found("e_wgrad_operand").append(whole.scale(amax, norms))
+        self._batches.add_operand(self._found("e_wgrad_operand"), exact, rounded, exact.shape[1])
 
-    def _products(self, product: str, exact: Tensor, approximate: list[Tensor]) -> None:
-        if not approximate:
-            return
-        reductions = product_reductions(exact, torch.stack(approximate))
-        configs = [forward.config for forward in self._forward]
+    def _products(self, product: str, blocks: Tensor) -> None:
+        """blocks: [1 + recipes, R, Q], the exact product first."""
+        found: list[list[Reduction]] = [[] for _ in self._configs]
         for label, config in self._labels.items():
-            self.results[product + label] = [reductions[configs.index(config)]]
+            self.results[product + label] = found[self._configs.index(config)]
+        self._batches.add_product(found, blocks)
+
+    def _found(self, part: str) -> list[Reduction]:
+        return self.results.setdefault(part, [])
 
     def _take_equalizer(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """The layer's own d, or that which an equalising what-if recipe would take from this batch."""
-        if not any(config.equalize for config in self._labels.values()):
+        if not any(config.equalize for config in self._configs):
             return None
         if self._layer.config.equalize:
             return self._layer.equalizer()
         return torch.exp2(equalizer_exponents(x, weight).float())
 
 
-def _draw(n: int, size: int, generator: torch.Generator) -> Tensor:
-    """``size`` different indices below n, all of them where n is not larger."""
-    if size >= n:
-        return torch.arange(n, device=generator.device)
-    return torch.rand(n, generator=generator, device=generator.device).argsort()[:size]
+def _changes(config: HaloConfig) -> bool:
+    """Whether a recipe rounds something else than X and W as they are."""
+    return config.rotate_k or config.equalize
 
 
-def _sampled(exact: Tensor, rounded: Quantized, width: int) -> _Sampled:
-    """Without the columns that padding added."""
-    data = rounded.data[:, :width].double()
-    after = data * (rounded.scale[:, None] if rounded.scale.dim() else rounded.scale)
-    return exact[:, :width].double(), after, data.abs() >= QMAX.get(rounded.data.dtype, 1.0)
+def _of_rows(scale: Tensor, rows: int) -> Tensor:
+    """Scales without those of padded rows; one scale for all as it is."""
+    return scale[:rows] if scale.dim() else scale
 
 
-def _amax(rounded: Quantized, scale: Tensor, whole: WholeTensor) -> Tensor:
-    """Of the whole operand, from its scales; a row of zeros has scale 1."""
-    largest = largest_value(Quantized(rounded.data, scale))
-    if scale.dim():
-        largest = largest[: len(whole.row_norm)]
-    return torch.where(whole.row_norm == 0, 0.0, largest).max()
-
-
-def _rounding(samples: list[_Sampled]) -> list[Reduction]:
-    """Samples of one shape are reduced in one batch."""
-    found: list[Reduction] = []
-    for _, group in itertools.groupby(samples, key=lambda sample: sample[0].shape):
-        before, after, at_limit = (torch.stack(part) for part in zip(*group, strict=True))
-        found += rounding_reductions(before, after, at_limit)
-    return found
+def _float64(*parts: Tensor) -> Tensor:
+    """Tensors of one shape, stacked."""
+    wide = torch.promote_types(parts[-1].dtype, torch.float32)
+    return torch.stack([part.to(wide) for part in parts]).double()

@@ -23,6 +23,9 @@ DB_LIMIT = 300.0
 HISTOGRAM_BINS = 32
 """Binary orders of magnitude below the largest value; the last bin holds all that is smaller still."""
 
+HISTOGRAM_ROWS = 64
+"""Of the sampled rows."""
+
 _EXPONENTS = (-149, 128)
 """Of the smallest and the largest float32: range of the histogram before it is shifted to the largest value."""
 
@@ -41,12 +44,13 @@ class Reduction(NamedTuple):
 
 
 class WholeTensor(NamedTuple):
-    """Reductions of a matrix [R, Q], each one pass over its own dtype; all but the first of the matrix times ``unit``."""
+    """Reductions of a matrix [R, Q], each one pass over its own dtype; the norms and sums of the matrix times ``unit``."""
 
     row_amax: Tensor
-    """In the dtype of the matrix."""
+    """In the dtype of the matrix, as amax."""
+    amax: Tensor
     unit: Tensor
-    """Power of two that brings amax into [0.5, 1), so that squares stay inside float32; float64."""
+    """Power of two that brings amax near 1, so that squares stay inside float32."""
     row_norm: Tensor
     row_sum: Tensor
     col_norm: Tensor
@@ -56,14 +60,16 @@ class WholeTensor(NamedTuple):
     def of(x: Tensor) -> WholeTensor:
         """x: [R, Q], any floating-point dtype, both dimensions at least 1."""
         row_amax = torch.linalg.vector_norm(x, math.inf, dim=1)
-        amax = row_amax.max().double()
-        exponent = torch.where(torch.isfinite(amax), torch.frexp(amax).exponent, 0)
-        unit = torch.exp2(-exponent.double())
+        amax = row_amax.max()
         # On a GPU bfloat16 is summed in float32 without a copy in it; in float64 there would be one of four times the size.
         wide = torch.promote_types(x.dtype, torch.float32)
-        z = (x if x.dtype == torch.bfloat16 else x.to(wide)) * unit.to(wide)
+        z = x if x.dtype == torch.bfloat16 else x.to(wide)
+        unit = torch.exp2(-torch.log2(amax.to(z.dtype)).round().nan_to_num(0.0, 0.0, 0.0))
+        # z * unit would not be vectorised on a GPU, where unit is a scalar in device memory.
+        (z,) = torch._foreach_mul([z], unit)
         return WholeTensor(
             row_amax,
+            amax,
             unit,
             torch.linalg.vector_norm(z, dim=1, dtype=wide),
             z.sum(1, dtype=wide),
@@ -71,39 +77,52 @@ class WholeTensor(NamedTuple):
             z.sum(0, dtype=wide),
         )
 
-    def amax(self) -> Tensor:
-        return self.row_amax.max()
+    def scale(self, amax: Tensor, norms: Tensor, width: int | None = None) -> Reduction:
+        """For amax, rms and crest of the matrix with its rows or columns scaled.
 
-    def rms(self, row_scale: Tensor | None = None, col_scale: Tensor | None = None) -> Tensor:
-        """Of x, of diag(row_scale) x or of x diag(col_scale); float64."""
-        norms, scale = (self.row_norm, row_scale) if col_scale is None else (self.col_norm, col_scale)
-        norms = norms.double() if scale is None else norms.double() * scale
-        count = len(self.row_norm) * len(self.col_norm)
-        return torch.linalg.vector_norm(norms) / self.unit / math.sqrt(count)
+        Args:
+            amax: [] of the scaled matrix.
+            norms: its row or column norms: ``row_norm`` or ``col_norm`` times the factors.
+            width: its columns, where a rotation along padded rows made more of them.
+        """
+        count = len(self.row_norm) * (width or len(self.col_norm))
+        return Reduction("scale", (amax, norms, self.unit), count)
 
     def reductions(self) -> list[Reduction]:
         """For amax, rms, crest, nonfinite and both outlier statistics."""
         rows, columns = len(self.row_norm), len(self.col_norm)
         return [
-            Reduction("scale", (self.amax().double(), self.rms())),
+            self.scale(self.amax, self.col_norm),
             Reduction("rows", (self.row_norm, self.row_sum), columns),
             Reduction("columns", (self.col_norm, self.col_sum), rows),
         ]
 
 
-def outlier_reductions(rows: Tensor) -> list[Reduction]:
-    """For nonfinite and both outlier statistics of sampled rows [R, Q], float64."""
-    norm, (count, length) = torch.linalg.vector_norm, rows.shape
+# Below, T tensors of one shape are reduced together.
+
+
+def outlier_reductions(rows: Tensor) -> list[list[Reduction]]:
+    """For nonfinite and both outlier statistics of sampled rows [T, R, Q], float64."""
+    norm, (_, count, length) = torch.linalg.vector_norm, rows.shape
+    by_row = zip(norm(rows, dim=2).unbind(), rows.sum(2).unbind(), strict=True)
+    by_column = zip(norm(rows, dim=1).unbind(), rows.sum(1).unbind(), strict=True)
     return [
-        Reduction("rows", (norm(rows, dim=1), rows.sum(1)), length),
-        Reduction("columns", (norm(rows, dim=0), rows.sum(0)), count),
+        [Reduction("rows", row, length), Reduction("columns", column, count)]
+        for row, column in zip(by_row, by_column, strict=True)
     ]
 
 
-def exponent_reduction(rows: Tensor) -> Reduction:
-    """For the histogram of exponents of sampled rows [R, Q], float64."""
+def exponent_reductions(rows: Tensor) -> list[Reduction]:
+    """For the histograms of exponents of sampled rows [T, R, Q]: of about HISTOGRAM_ROWS of them."""
     low, high = _EXPONENTS
-    return Reduction("exponents", (torch.histc(rows.abs().log2(), high - low, low, high),))
+    bins, few = high - low, rows[:, :: max(1, rows.shape[1] // HISTOGRAM_ROWS)]
+    exponents = few.float().abs().log2().floor()
+    # The bins of all tensors side by side; zeros (-inf), inf and NaN are in none.
+    first = bins * torch.arange(len(rows), device=rows.device)
+    middles = exponents + (first[:, None, None] - low + 0.5)
+    total = bins * len(rows)
+    counts = torch.histc(middles, total, 0, total).view(len(rows), bins)
+    return [Reduction("exponents", (each,)) for each in counts.unbind()]
 
 
 def rounding_reductions(before: Tensor, after: Tensor, saturated: Tensor) -> list[Reduction]:
@@ -118,33 +137,35 @@ def rounding_reductions(before: Tensor, after: Tensor, saturated: Tensor) -> lis
         torch.linalg.vector_norm(before, dim=-1),
         torch.linalg.vector_norm(after - before, dim=-1),
         torch.linalg.vector_norm(before, 4, dim=(-2, -1)),
-        (before != 0).sum((-2, -1), dtype=before.dtype),
-        (after != 0).sum((-2, -1), dtype=before.dtype),
+        torch.linalg.vector_norm(before, 0, dim=(-2, -1)),  # the number of elements that are not zero
+        torch.linalg.vector_norm(after, 0, dim=(-2, -1)),
         saturated.sum((-2, -1), dtype=before.dtype),
     )
     return [Reduction("rounding", part, count) for part in zip(*(s.unbind() for s in sums), strict=True)]
 
 
 def product_reductions(exact: Tensor, approximate: Tensor) -> list[Reduction]:
-    """One for each of T roundings.
+    """One for each rounding of each product.
 
     Args:
-        exact: [R, Q] float64. approximate: [T, R, Q] float64.
+        exact: [..., R, Q] float64. approximate: [..., R, Q] float64, several for one exact where that is broadcast.
     """
-    signal = torch.linalg.vector_norm(exact, dim=-1)
-    sums = (
-        torch.linalg.vector_norm(approximate - exact, dim=-1),
-        (approximate * exact).sum((-2, -1)),
-        torch.linalg.vector_norm(approximate, dim=(-2, -1)),
+    noise = torch.linalg.vector_norm(approximate - exact, dim=-1)
+    signal = torch.linalg.vector_norm(exact, dim=-1).expand_as(noise)
+    overlap = (approximate * exact).sum((-2, -1))
+    own = torch.linalg.vector_norm(approximate, dim=(-2, -1))
+    by_rounding = (
+        *(rows.flatten(0, -2).unbind() for rows in (signal, noise)),
+        *(s.flatten().unbind() for s in (overlap, own)),
     )
-    return [Reduction("product", (signal, *part)) for part in zip(*(s.unbind() for s in sums), strict=True)]
+    return [Reduction("product", sums) for sums in zip(*by_rounding, strict=True)]
 
 
 def finish(reductions: Sequence[Reduction]) -> list[Tensor]:
     """The statistics of each reduction, float64 vectors in the order of :data:`STATS_OF` (32 shares for exponents)."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, (kind, sums, length) in enumerate(reductions):
-        key = (kind, length, sums[0].device, *(s.shape for s in sums))
+        key = (kind, length, *((s.shape, s.dtype, s.device) for s in sums))
         groups.setdefault(key, []).append(i)
     found: dict[int, Tensor] = {}
     for members in groups.values():
@@ -157,7 +178,9 @@ def finish(reductions: Sequence[Reduction]) -> list[Tensor]:
 # Below, B is the number of tensors that are finished together.
 
 
-def _finish_scale(_: int, amax: Tensor, rms: Tensor) -> Tensor:
+def _finish_scale(count: int, amax: Tensor, norms: Tensor, unit: Tensor) -> Tensor:
+    amax, total = amax.double(), torch.linalg.vector_norm(norms.double(), dim=-1)
+    rms = total / unit.double() / math.sqrt(count)
     return torch.stack([amax, rms, amax / rms], -1)
 
 
@@ -196,6 +219,7 @@ def _finish_exponents(_: int, counts: Tensor) -> Tensor:
     bins = torch.arange(counts.shape[-1], device=counts.device)
     top = torch.where(counts > 0, bins, 0).amax(-1, keepdim=True)
     order = top - bins[: HISTOGRAM_BINS - 1]
+    counts = counts.double()
     shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     near = torch.where(order >= 0, shares.gather(-1, order.clamp(min=0)), 0.0)
     rest = shares.sum(-1, keepdim=True) - near.sum(-1, keepdim=True)
