@@ -36,6 +36,7 @@ KERNEL_OPS = {
     "transpose_bytes": "transpose.cu",
     "quantize_tensor": "quantize.cu",
     "equalizer_factors": "equalizer.cu",
+    "moments": "moments.cu",
 }
 """Ops that have a CUDA kernel, and the file in ``csrc/`` that holds it."""
 
@@ -69,6 +70,7 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         "(Tensor x, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
         reference.quantize_tensor,
     ),
+    "moments": ("(Tensor x) -> (Tensor, Tensor)", reference.moments),
     "int8_matmul": (
         "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype) -> Tensor",
         reference.int8_matmul,
@@ -183,6 +185,12 @@ def quantize_tensor(
 def int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
     """diag(scale_a) (a b^T) diag(scale_b) of int8 matrices; see :func:`reference.int8_matmul`."""
     return torch.ops.halo_train.int8_matmul(a, b, scale_a, scale_b, out_dtype)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest magnitudes, sums and sums of squares along both axes of a matrix; see :func:`reference.moments`."""
+    _check_matrix("moments", x, 1, None)
+    return reference.moments(x) if x.dtype == torch.float64 else torch.ops.halo_train.moments(x)
 
 
 def kernel_status() -> dict[str, Any]:
@@ -352,6 +360,11 @@ def _fake_int8_matmul(
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
+def _fake_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    return x.new_empty((3, rows), dtype=torch.float64), x.new_empty((2, columns), dtype=torch.float64)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "hadamard": _fake_hadamard,
     "hadamard_": _fake_hadamard_,
@@ -361,6 +374,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "transpose_bytes": _fake_transpose_bytes,
     "equalizer_factors": _fake_equalizer_factors,
     "quantize_tensor": _fake_quantize_tensor,
+    "moments": _fake_moments,
     "int8_matmul": _fake_int8_matmul,
 }
 

@@ -138,6 +138,22 @@ def equalizer_factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
     return torch.exp2(exponent.float()), torch.exp2(-exponent.float())
 
 
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the statistics of a matrix need of it, in float64: squares stay in its range whatever x holds.
+
+    Args:
+        x: [R, Q], floating point.
+
+    Returns:
+        [3, R]: the largest magnitude, the sum and the sum of squares of each row; [2, Q]: the sum and the sum of squares of
+        each column. NaN in x is NaN in all of them.
+    """
+    y = x.double()
+    square = y.square()
+    largest = y.abs().amax(1) if x.shape[1] else y.new_zeros(x.shape[0])
+    return torch.stack([largest, y.sum(1), square.sum(1)]), torch.stack([y.sum(0), square.sum(0)])
+
+
 def quantize_tensor(
     x: Tensor, dtype: torch.dtype, block: int = 1, col_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

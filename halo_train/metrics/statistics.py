@@ -18,12 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import ops
+
 DB_LIMIT = 300.0
 
 HISTOGRAM_BINS = 32
 """Binary orders of magnitude below the largest value; the last bin holds all that is smaller still."""
 
-HISTOGRAM_ROWS = 64
+HISTOGRAM_ROWS = 32
 """Of the sampled rows."""
 
 _EXPONENTS = (-149, 128)
@@ -44,57 +46,40 @@ class Reduction(NamedTuple):
 
 
 class WholeTensor(NamedTuple):
-    """Reductions of a matrix [R, Q], each one pass over its own dtype; the norms and sums of the matrix times ``unit``."""
+    """Reductions of a matrix [R, Q], float64, in one pass over it."""
 
     row_amax: Tensor
-    """In the dtype of the matrix, as amax."""
-    amax: Tensor
-    unit: Tensor
-    """Power of two that brings amax near 1, so that squares stay inside float32."""
-    row_norm: Tensor
     row_sum: Tensor
-    col_norm: Tensor
+    row_square: Tensor
+    """Sums of squares, as col_square."""
     col_sum: Tensor
+    col_square: Tensor
+    amax: Tensor
 
     @staticmethod
     def of(x: Tensor) -> WholeTensor:
         """x: [R, Q], any floating-point dtype, both dimensions at least 1."""
-        row_amax = torch.linalg.vector_norm(x, math.inf, dim=1)
-        amax = row_amax.max()
-        # On a GPU bfloat16 is summed in float32 without a copy in it; in float64 there would be one of four times the size.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        z = x if x.dtype == torch.bfloat16 else x.to(wide)
-        unit = torch.exp2(-torch.log2(amax.to(z.dtype)).round().nan_to_num(0.0, 0.0, 0.0))
-        # z * unit would not be vectorised on a GPU, where unit is a scalar in device memory.
-        (z,) = torch._foreach_mul([z], unit)
-        return WholeTensor(
-            row_amax,
-            amax,
-            unit,
-            torch.linalg.vector_norm(z, dim=1, dtype=wide),
-            z.sum(1, dtype=wide),
-            torch.linalg.vector_norm(z, dim=0, dtype=wide),
-            z.sum(0, dtype=wide),
-        )
+        rows, columns = ops.moments(x)
+        return WholeTensor(rows[0], rows[1], rows[2], columns[0], columns[1], rows[0].max())
 
-    def scale(self, amax: Tensor, norms: Tensor, width: int | None = None) -> Reduction:
+    def scale(self, amax: Tensor, squares: Tensor, width: int | None = None) -> Reduction:
         """For amax, rms and crest of the matrix with its rows or columns scaled.
 
         Args:
             amax: [] of the scaled matrix.
-            norms: its row or column norms: ``row_norm`` or ``col_norm`` times the factors.
+            squares: its sums of squares: ``row_square`` or ``col_square`` times the squares of the factors.
             width: its columns, where a rotation along padded rows made more of them.
         """
-        count = len(self.row_norm) * (width or len(self.col_norm))
-        return Reduction("scale", (amax, norms, self.unit), count)
+        count = len(self.row_square) * (width or len(self.col_square))
+        return Reduction("scale", (amax, squares), count)
 
     def reductions(self) -> list[Reduction]:
         """For amax, rms, crest, nonfinite and both outlier statistics."""
-        rows, columns = len(self.row_norm), len(self.col_norm)
+        rows, columns = len(self.row_square), len(self.col_square)
         return [
-            self.scale(self.amax, self.col_norm),
-            Reduction("rows", (self.row_norm, self.row_sum), columns),
-            Reduction("columns", (self.col_norm, self.col_sum), rows),
+            self.scale(self.amax, self.col_square),
+            Reduction("rows", (self.row_square, self.row_sum), columns),
+            Reduction("columns", (self.col_square, self.col_sum), rows),
         ]
 
 
@@ -103,9 +88,9 @@ class WholeTensor(NamedTuple):
 
 def outlier_reductions(rows: Tensor) -> list[list[Reduction]]:
     """For nonfinite and both outlier statistics of sampled rows [T, R, Q], float64."""
-    norm, (_, count, length) = torch.linalg.vector_norm, rows.shape
-    by_row = zip(norm(rows, dim=2).unbind(), rows.sum(2).unbind(), strict=True)
-    by_column = zip(norm(rows, dim=1).unbind(), rows.sum(1).unbind(), strict=True)
+    square, (_, count, length) = rows.square(), rows.shape
+    by_row = zip(square.sum(2).unbind(), rows.sum(2).unbind(), strict=True)
+    by_column = zip(square.sum(1).unbind(), rows.sum(1).unbind(), strict=True)
     return [
         [Reduction("rows", row, length), Reduction("columns", column, count)]
         for row, column in zip(by_row, by_column, strict=True)
@@ -133,13 +118,14 @@ def rounding_reductions(before: Tensor, after: Tensor, saturated: Tensor) -> lis
         saturated: [T, R, Q] bool, at the largest value of the format.
     """
     count = before[0].numel()
+    square, elements = before.square(), (-2, -1)
     sums = (
-        torch.linalg.vector_norm(before, dim=-1),
+        square.sum(-1).sqrt(),
         torch.linalg.vector_norm(after - before, dim=-1),
-        torch.linalg.vector_norm(before, 4, dim=(-2, -1)),
-        torch.linalg.vector_norm(before, 0, dim=(-2, -1)),  # the number of elements that are not zero
-        torch.linalg.vector_norm(after, 0, dim=(-2, -1)),
-        saturated.sum((-2, -1), dtype=before.dtype),
+        torch.linalg.vector_norm(square, dim=elements),
+        torch.linalg.vector_norm(before, 0, dim=elements),  # the number of elements that are not zero
+        torch.linalg.vector_norm(after, 0, dim=elements),
+        saturated.sum(elements, dtype=before.dtype),
     )
     return [Reduction("rounding", part, count) for part in zip(*(s.unbind() for s in sums), strict=True)]
 
@@ -178,19 +164,18 @@ def finish(reductions: Sequence[Reduction]) -> list[Tensor]:
 # Below, B is the number of tensors that are finished together.
 
 
-def _finish_scale(count: int, amax: Tensor, norms: Tensor, unit: Tensor) -> Tensor:
-    amax, total = amax.double(), torch.linalg.vector_norm(norms.double(), dim=-1)
-    rms = total / unit.double() / math.sqrt(count)
+def _finish_scale(count: int, amax: Tensor, squares: Tensor) -> Tensor:
+    amax, rms = amax.double(), (squares.sum(-1) / count).sqrt()
     return torch.stack([amax, rms, amax / rms], -1)
 
 
-def _finish_rows(columns: int, norm: Tensor, total: Tensor) -> Tensor:
-    variance = _variance(norm, total, columns)
+def _finish_rows(columns: int, square: Tensor, total: Tensor) -> Tensor:
+    variance = _variance(square, total, columns)
     return torch.stack([_outliers(variance, columns), (~torch.isfinite(variance)).double().mean(-1)], -1)
 
 
-def _finish_columns(rows: int, norm: Tensor, total: Tensor) -> Tensor:
-    return _outliers(_variance(norm, total, rows), rows)[:, None]
+def _finish_columns(rows: int, square: Tensor, total: Tensor) -> Tensor:
+    return _outliers(_variance(square, total, rows), rows)[:, None]
 
 
 def _finish_rounding(
@@ -202,10 +187,9 @@ def _finish_rounding(
     kept: Tensor,
     saturated: Tensor,
 ) -> Tensor:
-    # Fourth root and square roots are what the norms return; their ratio stays in range.
-    kurtosis = count * (fourth / torch.linalg.vector_norm(signal, dim=-1)) ** 4
-    some = nonzero.clamp(min=1)
+    kurtosis = count * (fourth / signal.square().sum(-1)).square()
     # Zeros (padding) have nothing to lose: shares are of the nonzero elements.
+    some = nonzero.clamp(min=1)
     underflow, saturation = (nonzero - kept) / some, saturated / some
     return torch.stack([kurtosis, underflow, saturation, *_sqnr(signal, noise)], -1)
 
@@ -255,8 +239,8 @@ def _outliers(variance: Tensor, samples: int) -> Tensor:
     return cv / math.sqrt(2 / (samples - 1)) if samples > 1 else cv * math.nan
 
 
-def _variance(norm: Tensor, total: Tensor, count: int) -> Tensor:
-    return ((norm.double().square() - total.double().square() / count) / max(count - 1, 1)).clamp(min=0)
+def _variance(square: Tensor, total: Tensor, count: int) -> Tensor:
+    return ((square - total.square() / count) / max(count - 1, 1)).clamp(min=0)
 
 
 def _sqnr(signal: Tensor, noise: Tensor) -> list[Tensor]:
