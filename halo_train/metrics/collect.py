@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -170,7 +169,7 @@ class QuantMetrics:
         return self._draws[device]
 
     def _read(self, results: dict[str, dict[str, list[Reduction]]]) -> QuantSample:
-        """Finishes the statistics and brings everything over in one transfer from each device."""
+        """Finishes the statistics, which waits for the GPU."""
         values: Values = {}
         histograms: dict[str, dict[str, list[float]]] = {}
         places = [
@@ -180,7 +179,7 @@ class QuantMetrics:
             for reduction in reductions
         ]
         vectors = finish([reduction for _, _, reduction in places])
-        for (layer, part, reduction), vector in zip(places, _to_lists(vectors), strict=True):
+        for (layer, part, reduction), vector in zip(places, vectors, strict=True):
             if reduction.kind == "exponents":
                 histograms.setdefault(layer, {})[part] = vector
             else:
@@ -189,16 +188,6 @@ class QuantMetrics:
                 stats.update({name: value for name, value in named if name in self._stats})
         recipes = {layer: self.layers[layer].config.name for layer in values}
         return QuantSample(self.step_number, self.size, recipes, values, histograms)
-
-
-def _to_lists(vectors: list[Tensor]) -> list[list[float]]:
-    found: list[list[float]] = [[] for _ in vectors]
-    for device in dict.fromkeys(v.device for v in vectors):
-        here = [i for i, v in enumerate(vectors) if v.device == device]
-        numbers = iter(torch.cat([vectors[i] for i in here]).tolist())
-        for i in here:
-            found[i] = list(itertools.islice(numbers, len(vectors[i])))
-    return found
 
 
 def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, HaloLinear]:

@@ -224,8 +224,8 @@ def largest_value(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def values_into(out: Tensor, q: Quantized) -> None:
     """Writes the values that a rounded matrix stands for into a float64 one."""
-    # float8 does not multiply; bfloat16 holds every 8-bit value.
-    data = q.data.bfloat16() if q.data.element_size() == 1 else q.data
+    # float8 does not multiply; bfloat16 holds all of its values.
+    data = q.data.bfloat16() if q.data.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else q.data
     # Not a scalar: that would leave the product in bfloat16.
     torch.mul(data, q.scale.reshape(-1, 1), out=out)
 

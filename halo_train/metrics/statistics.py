@@ -40,9 +40,11 @@ class Reduction(NamedTuple):
     kind: str
     """Key of :data:`STATS_OF`."""
     sums: tuple[Tensor, ...]
-    """Vectors over rows and scalars."""
+    """Of tensors that were reduced together: the first axis is theirs, others are vectors over rows."""
     length: int = 0
     """Elements that a sum is over, where the kind needs it."""
+    member: int = 0
+    """Index of this tensor or product along the first axis."""
 
 
 class WholeTensor(NamedTuple):
@@ -71,15 +73,15 @@ class WholeTensor(NamedTuple):
             width: its columns, where a rotation along padded rows made more of them.
         """
         count = len(self.row_square) * (width or len(self.col_square))
-        return Reduction("scale", (amax, squares), count)
+        return Reduction("scale", (amax[None], squares[None]), count)
 
     def reductions(self) -> list[Reduction]:
         """For amax, rms, crest, nonfinite and both outlier statistics."""
         rows, columns = len(self.row_square), len(self.col_square)
         return [
             self.scale(self.amax, self.col_square),
-            Reduction("rows", (self.row_square, self.row_sum), columns),
-            Reduction("columns", (self.col_square, self.col_sum), rows),
+            Reduction("rows", (self.row_square[None], self.row_sum[None]), columns),
+            Reduction("columns", (self.col_square[None], self.col_sum[None]), rows),
         ]
 
 
@@ -88,12 +90,11 @@ class WholeTensor(NamedTuple):
 
 def outlier_reductions(rows: Tensor) -> list[list[Reduction]]:
     """For nonfinite and both outlier statistics of sampled rows [T, R, Q], float64."""
-    square, (_, count, length) = rows.square(), rows.shape
-    by_row = zip(square.sum(2).unbind(), rows.sum(2).unbind(), strict=True)
-    by_column = zip(square.sum(1).unbind(), rows.sum(1).unbind(), strict=True)
+    square, (tensors, count, length) = rows.square(), rows.shape
+    by_row, by_column = (square.sum(2), rows.sum(2)), (square.sum(1), rows.sum(1))
     return [
-        [Reduction("rows", row, length), Reduction("columns", column, count)]
-        for row, column in zip(by_row, by_column, strict=True)
+        [Reduction("rows", by_row, length, i), Reduction("columns", by_column, count, i)]
+        for i in range(tensors)
     ]
 
 
@@ -107,7 +108,7 @@ def exponent_reductions(rows: Tensor) -> list[Reduction]:
     middles = exponents + (first[:, None, None] - low + 0.5)
     total = bins * len(rows)
     counts = torch.histc(middles, total, 0, total).view(len(rows), bins)
-    return [Reduction("exponents", (each,)) for each in counts.unbind()]
+    return [Reduction("exponents", (counts,), member=i) for i in range(len(rows))]
 
 
 def rounding_reductions(before: Tensor, after: Tensor, saturated: Tensor) -> list[Reduction]:
@@ -127,7 +128,7 @@ def rounding_reductions(before: Tensor, after: Tensor, saturated: Tensor) -> lis
         torch.linalg.vector_norm(after, 0, dim=elements),
         saturated.sum(elements, dtype=before.dtype),
     )
-    return [Reduction("rounding", part, count) for part in zip(*(s.unbind() for s in sums), strict=True)]
+    return [Reduction("rounding", sums, count, i) for i in range(len(before))]
 
 
 def product_reductions(exact: Tensor, approximate: Tensor) -> list[Reduction]:
@@ -140,25 +141,42 @@ def product_reductions(exact: Tensor, approximate: Tensor) -> list[Reduction]:
     signal = torch.linalg.vector_norm(exact, dim=-1).expand_as(noise)
     overlap = (approximate * exact).sum((-2, -1))
     own = torch.linalg.vector_norm(approximate, dim=(-2, -1))
-    by_rounding = (
-        *(rows.flatten(0, -2).unbind() for rows in (signal, noise)),
-        *(s.flatten().unbind() for s in (overlap, own)),
-    )
-    return [Reduction("product", sums) for sums in zip(*by_rounding, strict=True)]
+    sums = (signal.flatten(0, -2), noise.flatten(0, -2), overlap.flatten(), own.flatten())
+    return [Reduction("product", sums, member=i) for i in range(len(sums[-1]))]
 
 
-def finish(reductions: Sequence[Reduction]) -> list[Tensor]:
-    """The statistics of each reduction, float64 vectors in the order of :data:`STATS_OF` (32 shares for exponents)."""
+def finish(reductions: Sequence[Reduction]) -> list[list[float]]:
+    """The statistics of each reduction in the order of :data:`STATS_OF` (32 shares for exponents).
+
+    What is of one kind and shape is finished in one batch, and each device brings everything over in one transfer.
+    """
     groups: dict[tuple[object, ...], list[int]] = {}
-    for i, (kind, sums, length) in enumerate(reductions):
-        key = (kind, length, *((s.shape, s.dtype, s.device) for s in sums))
+    for i, (kind, sums, length, _) in enumerate(reductions):
+        key = (kind, length, *((s.shape[1:], s.dtype, s.device) for s in sums))
         groups.setdefault(key, []).append(i)
-    found: dict[int, Tensor] = {}
+    finished: dict[torch.device, list[tuple[list[tuple[int, int]], Tensor]]] = {}
     for members in groups.values():
-        kind, sums, length = reductions[members[0]]
-        stacked = [torch.stack([reductions[i].sums[field] for i in members]) for field in range(len(sums))]
-        found.update(zip(members, _FINISH[kind](length, *stacked).unbind(), strict=True))
-    return [found[i] for i in range(len(reductions))]
+        first: dict[int, int] = {}  # row of each batch of sums among all of them
+        batches, rows, count = [], [], 0
+        for i in members:
+            sums, member = reductions[i].sums, reductions[i].member
+            if id(sums) not in first:
+                first[id(sums)] = count
+                batches.append(sums)
+                count += len(sums[0])
+            rows.append((i, first[id(sums)] + member))
+        together = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+        stats = _FINISH[reductions[members[0]].kind](reductions[members[0]].length, *together)
+        finished.setdefault(stats.device, []).append((rows, stats))
+    found: list[list[float]] = [[] for _ in reductions]
+    for parts in finished.values():
+        numbers = torch.cat([stats.flatten() for _, stats in parts]).tolist()
+        for rows, stats in parts:
+            width = stats.shape[1]
+            for i, row in rows:
+                found[i] = numbers[row * width : (row + 1) * width]
+            del numbers[: stats.numel()]
+    return found
 
 
 # Below, B is the number of tensors that are finished together.
