@@ -1,11 +1,11 @@
 // Largest magnitude, sum and sum of squares of every row and column of a matrix, at the speed of memory.
 //
-// Thread blocks of 8 warps walk down stripes of 2048 columns, 64 rows at a time. A thread keeps the sums of its eight
-// columns in registers; those of a row are reduced in each warp and meet in shared memory. A second kernel adds up what
-// the stripes found. Sums are in double: squares of whatever a bfloat16 or float holds stay in range.
+// Thread blocks of 8 warps walk down stripes of 2048 columns, 64 rows at a time. A thread keeps the sums of
+// its eight columns in registers; those of a row are reduced in each warp and meet in shared memory. A second
+// kernel adds up what the stripes found. Sums are in double: squares of whatever a bfloat16 or float holds
+// stay in range.
 
 #include "moments.h"
-
 #include "quantize_common.cuh"
 
 namespace halo_train {
@@ -128,14 +128,14 @@ __global__ void __launch_bounds__(32 * kSlices)
 cudaError_t combine(const double* x, double* y, int64_t parts, int64_t count, int64_t maxima,
                     cudaStream_t stream) {
   combine_kernel<<<static_cast<unsigned>(ceil_div(count, 32)), 32 * kSlices, 0, stream>>>(x, y, parts, count,
-                                                                                       maxima);
+                                                                                          maxima);
   return cudaGetLastError();
 }
 
 template <typename T>
 cudaError_t launch(const MomentsArgs& a, cudaStream_t stream) {
   const Grid grid(a.rows, a.cols, a.device);
-  const MomentsParams<T> p{static_cast<const T*>(a.x), a.rows, a.cols, a.row_stride, a.scratch,
+  const MomentsParams<T> p{static_cast<const T*>(a.x),           a.rows, a.cols, a.row_stride, a.scratch,
                            a.scratch + grid.stripes * 3 * a.rows};
   const dim3 blocks(static_cast<unsigned>(grid.stripes), static_cast<unsigned>(grid.blocks));
   if (aligned(p.x) && p.cols % 8 == 0 && p.row_stride % 8 == 0) {

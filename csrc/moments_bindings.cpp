@@ -1,7 +1,5 @@
 // The CUDA implementation of the operator `moments` that halo_train/ops.py defines; see bindings.cpp.
 
-#include "moments.h"
-
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,6 +7,7 @@
 #include <tuple>
 
 #include "binding_helpers.h"
+#include "moments.h"
 
 namespace {
 
@@ -20,8 +19,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& input) {
   const auto dtype = halo_train::kernel_dtype(input.scalar_type());
   STD_TORCH_CHECK(input.dim() == 2 && dtype && *dtype != halo_train::DType::kFloat64,
                   "halo_train::moments: x must be a matrix of bfloat16, float16 or float32");
-  const Tensor x =
-      input.size(1) <= 1 || input.stride(1) == 1 ? input : torch::stable::contiguous(input);
+  const Tensor x = input.size(1) <= 1 || input.stride(1) == 1 ? input : torch::stable::contiguous(input);
   const int64_t rows = x.size(0), cols = x.size(1);
   const int32_t wide = aoti_torch_dtype_float64();
   Tensor of_rows = halo_train::empty({3, rows}, x, wide);

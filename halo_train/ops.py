@@ -306,29 +306,22 @@ def _refuse(op: str) -> Callable[..., Any]:
     return refuse
 
 
-def _like(x: Tensor, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return dtype, wide
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _fake_hadamard(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_hadamard_(*_: Any, **__: Any) -> None:
-    return None
-
-
 def _fake_quantize_rows(
     x: Tensor, dtype: torch.dtype, block: int, col_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    data, wide = _like(x, dtype)
-    return x.new_empty(x.shape, dtype=data), x.new_empty(x.shape[:1], dtype=wide)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=_wide(x))
 
 
 def _fake_quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -> tuple[Tensor, Tensor]:
-    data, wide = _like(x, dtype)
-    return x.new_empty((x.shape[1], x.shape[0]), dtype=data), x.new_empty(x.shape[1:], dtype=wide)
+    return x.new_empty((x.shape[1], x.shape[0]), dtype=dtype), x.new_empty(x.shape[1:], dtype=_wide(x))
 
 
 def _fake_quantize_grad(
@@ -339,10 +332,6 @@ def _fake_quantize_grad(
     return a, u, b, v, e.new_empty(e.shape[1] if column_sums else 0, dtype=v.dtype)
 
 
-def _fake_transpose_bytes(x: Tensor) -> Tensor:
-    return x.new_empty((x.shape[1], x.shape[0]))
-
-
 def _fake_equalizer_factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(exponent.new_empty(exponent.shape, dtype=torch.float32) for _ in range(2))  # type: ignore[return-value]
 
@@ -350,8 +339,7 @@ def _fake_equalizer_factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
 def _fake_quantize_tensor(
     x: Tensor, dtype: torch.dtype, block: int, col_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    data, wide = _like(x, dtype)
-    return x.new_empty(x.shape, dtype=data), x.new_empty((), dtype=wide)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=_wide(x))
 
 
 def _fake_int8_matmul(
@@ -360,21 +348,19 @@ def _fake_int8_matmul(
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
-def _fake_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = x.shape
-    return x.new_empty((3, rows), dtype=torch.float64), x.new_empty((2, columns), dtype=torch.float64)
-
-
 _FAKES: dict[str, Callable[..., Any]] = {
     "hadamard": _fake_hadamard,
-    "hadamard_": _fake_hadamard_,
+    "hadamard_": lambda *_: None,
     "quantize_rows": _fake_quantize_rows,
     "quantize_rows_transposed": _fake_quantize_rows_transposed,
     "quantize_grad": _fake_quantize_grad,
-    "transpose_bytes": _fake_transpose_bytes,
+    "transpose_bytes": lambda x: x.new_empty((x.shape[1], x.shape[0])),
     "equalizer_factors": _fake_equalizer_factors,
     "quantize_tensor": _fake_quantize_tensor,
-    "moments": _fake_moments,
+    "moments": lambda x: (
+        x.new_empty((3, x.shape[0]), dtype=torch.float64),
+        x.new_empty((2, x.shape[1]), dtype=torch.float64),
+    ),
     "int8_matmul": _fake_int8_matmul,
 }
 
