@@ -12,32 +12,25 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, environment, save_json
-from torch import Tensor
 
 from halo_train import ops
+from halo_train.bench import hadamard as core
+from halo_train.bench.hadamard import Call, geometric_mean
 
-SIZES = [2**k for k in range(6, 16)]
-LOG_ELEMENTS = [20, 22, 24, 25, 27]
-COLD_BYTES = 512 << 20
-
-Call = Callable[[Tensor, Tensor], Any]
-"""(input, preallocated output of the same shape); those that allocate their own output ignore the second."""
+FORMS = [1024, 2048, 4096, 8192, 16384, 32768, *core.M_2K]
+COLUMNS = [64, 256, 1024, 4096, 16384]
 
 
 def contenders(n: int) -> dict[str, Call]:
     """Name to call for transforms of order n; a peer that is not installed is left out."""
     scale = 1.0 / math.sqrt(n)
-    calls: dict[str, Call] = {
-        "copy": lambda x, y: y.copy_(x),
-        "halo_train": lambda x, y: ops.hadamard(x, n, scale),
-    }
+    calls = core.contenders(n)
     if hadacore := _import("faster_hadamard_transform"):
         calls["hadacore"] = lambda x, y: hadacore.hadamard_transform(x, inplace=False)
     if dao := _import("fast_hadamard_transform"):
@@ -47,10 +40,7 @@ def contenders(n: int) -> dict[str, Call]:
 
 def in_place_contenders(n: int) -> dict[str, Call]:
     scale = 1.0 / math.sqrt(n)
-    calls: dict[str, Call] = {
-        "copy": lambda x, y: y.copy_(x),
-        "halo_train": lambda x, y: ops.hadamard_(x, n, scale),
-    }
+    calls: dict[str, Call] = {"copy": core.copy, "halo_train": lambda x, y: ops.hadamard_(x, n, scale)}
     if hadacore := _import("faster_hadamard_transform"):
         calls["hadacore"] = lambda x, y: hadacore.hadamard_transform(x, inplace=True)
     return calls
@@ -58,62 +48,6 @@ def in_place_contenders(n: int) -> dict[str, Call]:
 
 def supports(name: str, dtype: torch.dtype) -> bool:
     return name != "hadacore" or dtype in (torch.bfloat16, torch.float16)
-
-
-def time_us(call: Call, inputs: list[Tensor], outputs: list[Tensor], replays: int = 9) -> float:
-    """Median microseconds of one call, over replays of a graph that makes one call for each input."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call(inputs[0], outputs[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    kept = []  # or the allocator would give every call the same output, which then stays in the L2 cache
-    with torch.cuda.graph(graph):
-        for x, y in zip(inputs, outputs, strict=True):
-            kept.append(call(x, y))
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for replay in range(replays + 2):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 2:
-            times.append(start.elapsed_time(end) * 1e3 / len(inputs))
-    return statistics.median(times)
-
-
-def measure(
-    dtypes: list[torch.dtype],
-    log_elements: list[int],
-    sizes: list[int],
-    choose: Callable[[int], dict[str, Call]] = contenders,
-) -> list[dict[str, Any]]:
-    rows = []
-    for dtype in dtypes:
-        for log in log_elements:
-            elements = 2**log
-            count = min(256, max(2, COLD_BYTES // (2 * elements * dtype.itemsize)))
-            source = torch.randn(count, elements, device="cuda", dtype=torch.float32).to(dtype)
-            target = torch.empty_like(source)
-            # The first figure must not pay for cold clocks and pages.
-            time_us(lambda x, y: y.copy_(x), list(source.unbind()), list(target.unbind()))
-            for n in sizes:
-                inputs = list(source.view(count, -1, n).unbind())
-                outputs = list(target.view(count, -1, n).unbind())
-                row: dict[str, Any] = {
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "log_elements": log,
-                    "n": n,
-                }
-                for name, call in choose(n).items():
-                    if supports(name, dtype):
-                        row[name] = round(time_us(call, inputs, outputs), 3)
-                rows.append(row)
-                print(_line(row), flush=True)
-            del source, target, inputs, outputs
-            torch.cuda.empty_cache()
-    return rows
 
 
 def accuracy(sizes: list[int]) -> list[dict[str, Any]]:
@@ -144,23 +78,15 @@ def accuracy(sizes: list[int]) -> list[dict[str, Any]]:
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
     """What the project promises about this grid, in sentences."""
-    lines = []
-    large = [row for row in rows if row["log_elements"] >= 24]
-    if large:
-        worst = max(large, key=lambda row: row["halo_train"] / row["copy"])
-        mean = _geomean([row["halo_train"] / row["copy"] for row in large])
-        lines.append(
-            f"From 2^24 elements: {mean:.3f} times copy_ in the geometric mean, {worst['halo_train'] / worst['copy']:.3f} at worst "
-            f"({worst['dtype']}, n={worst['n']}, 2^{worst['log_elements']})."
-        )
+    lines = core.summary(rows)
     rivals = [
         (row, min(row[name] for name in ("hadacore", "dao") if name in row)) for row in rows if "dao" in row
     ]
     if rivals:
         row, best = min(rivals, key=lambda pair: pair[1] / pair[0]["halo_train"])
-        mean = _geomean([best / row["halo_train"] for row, best in rivals if row["log_elements"] >= 22])
+        mean = geometric_mean([best / row["halo_train"] for row, best in rivals if row["log_elements"] >= 22])
         lines.append(
-            f"Against the better of HadaCore and Dao: {mean:.2f} times as fast in the geometric mean from 2^22 elements; "
+            f"Against the better of HadaCore and Dao: {mean:.3f} times as fast in the geometric mean from 2^22 elements; "
             f"closest cell {best / row['halo_train']:.3f} ({row['dtype']}, n={row['n']}, 2^{row['log_elements']})."
         )
     return lines
@@ -187,6 +113,8 @@ def markdown(record: dict[str, Any], stem: str) -> str:
     for dtype in dict.fromkeys(row["dtype"] for row in record["cold"]):
         lines += _table(dtype, [row for row in record["cold"] if row["dtype"] == dtype])
     lines += _table("bfloat16 in place", record["in_place"])
+    lines += _forms_table("Other forms along rows of n", record["forms"])
+    lines += _forms_table("Along the first axis of [n, elements / n]", record["columns"])
     if record["accuracy"]:
         names = [name for name in record["accuracy"][0] if name not in ("dtype", "n")]
         lines += ["", "## Elements that differ from the float64 result rounded once", ""]
@@ -259,43 +187,53 @@ def _import(name: str) -> Any:
         return None
 
 
-def _geomean(values: list[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
-
-
 def _figure(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.1f}"
 
 
-def _line(row: dict[str, Any]) -> str:
-    names = [name for name in row if name not in ("dtype", "log_elements", "n")]
-    times = "  ".join(f"{name} {row[name]:8.2f}" for name in names)
-    return f"{row['dtype']:9} 2^{row['log_elements']} n={row['n']:<6} {times}  ratio {row['halo_train'] / row['copy']:.3f}"
+def _forms_table(title: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Times over that of copy_."""
+    names = list(
+        dict.fromkeys(name for row in rows for name in row if name not in ("dtype", "log_elements", "n"))
+    )
+    lines = ["", f"## {title}: copy in microseconds, then times over copy", ""]
+    lines += ["| dtype | elements | n | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
+    for row in rows:
+        figures = [_figure(row["copy"])] + [
+            f"{row[name] / row['copy']:.3f}" if name in row else "" for name in names[1:]
+        ]
+        lines.append(
+            f"| {row['dtype']} | 2^{row['log_elements']} | {row['n']} | " + " | ".join(figures) + " |"
+        )
+    return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Hadamard kernels beside copy_ and their peers.")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
-    parser.add_argument("--log-elements", nargs="+", type=int, default=LOG_ELEMENTS)
-    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = core.arguments(
+        argparse.ArgumentParser(description="Hadamard kernels beside copy_ and their peers.")
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON, table and plot")
     parser.add_argument(
         "--commit", default="", help="recorded with the results where there is no git checkout"
     )
     parser.add_argument("--no-save", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.exit(1, "bench_hadamard: needs a CUDA GPU\n")
-    rows = measure(
-        [getattr(torch, name) for name in arguments.dtypes], arguments.log_elements, arguments.sizes
-    )
+    dtypes = [getattr(torch, name) for name in arguments.dtypes]
+    half = [dtype for dtype in dtypes if dtype.itemsize == 2]
+    logs, sizes = arguments.log_elements, arguments.sizes
+    rows = core.measure(dtypes, logs, sizes, contenders, supports)
     print("in place")
-    in_place = measure([torch.bfloat16], arguments.log_elements, arguments.sizes, in_place_contenders)
+    in_place = core.measure([torch.bfloat16], logs, sizes, in_place_contenders)
+    large = [log for log in logs if log >= 24]
     record = {
         "environment": environment(arguments.commit),
         "summary": summary([row for row in rows if row["dtype"] != "float32"] or rows),
         "cold": rows,
         "in_place": in_place,
+        "forms": core.measure(half, large, FORMS, core.forms),
+        "columns": core.measure(dtypes, large, COLUMNS, core.columns),
         "accuracy": accuracy(arguments.sizes),
     }
     print("\n".join(record["summary"]))

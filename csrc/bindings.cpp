@@ -194,9 +194,53 @@ void hadamard_(Tensor x, int64_t block, double scale, const std::optional<Tensor
   }
 }
 
+Tensor hadamard_axis(const Tensor& input, int64_t block, double scale, const std::optional<Tensor>& signs) {
+  // Pairs of elements are read at once.
+  const Tensor x = aligned(input.data_ptr()) ? input : torch::stable::clone(input);
+  const auto dtype = kernel_dtype(x.scalar_type());
+  STD_TORCH_CHECK(dtype && *dtype != halo_train::DType::kFloat64,
+                  "halo_train::hadamard_axis: x must be bfloat16, float16 or float32");
+  STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous() && x.size(2) % 2 == 0,
+                  "halo_train::hadamard_axis: x must be [outer, n, inner], contiguous, inner even");
+  STD_TORCH_CHECK(
+      is_power_of_two(block) && block > 1 && block <= 32768 && x.size(1) % block == 0,
+      "halo_train::hadamard_axis: block must be a power of two from 2 to 32768 that divides the axis");
+  STD_TORCH_CHECK(
+      !signs || (signs->numel() == x.size(1) && signs->is_cuda() &&
+                 signs->get_device_index() == x.get_device_index()),
+      "halo_train::hadamard_axis: signs must have one value per index of the axis, on the device of x");
+  const int device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor y = empty({x.size(0), x.size(1), x.size(2)}, x);
+  if (x.numel() == 0) return y;
+  halo_train::HadamardColumnsArgs args{};
+  std::optional<Tensor> prepared, middle;
+  if (signs) {
+    prepared = prepare(*signs, ScalarType::Float, 1);
+    args.signs = static_cast<const float*>(prepared->data_ptr());
+  }
+  if (halo_train::hadamard_columns_needs_middle(static_cast<int>(block))) {
+    middle = empty({x.numel()}, x, aoti_torch_dtype_float32());
+    args.middle = middle->data_ptr();
+  }
+  args.x = x.data_ptr();
+  args.y = y.data_ptr();
+  args.dtype = *dtype;
+  args.outer = x.size(0);
+  args.axis = x.size(1);
+  args.inner = x.size(2);
+  args.block = static_cast<int>(block);
+  args.scale = scale;
+  args.device = device;
+  check_launch("hadamard_axis", halo_train::hadamard_columns(args, halo_train::current_stream(device)),
+               device);
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
   m.impl("hadamard", TORCH_BOX(&hadamard));
   m.impl("hadamard_", TORCH_BOX(&hadamard_));
+  m.impl("hadamard_axis", TORCH_BOX(&hadamard_axis));
 }

@@ -33,6 +33,23 @@ struct HadamardArgs {
 // Enqueues the transform.
 cudaError_t hadamard(const HadamardArgs& args, cudaStream_t stream);
 
+// y = scale * the blocks of `block` rows of (diag(signs) x) transformed along the axis, for dense x [outer,
+// axis, inner].
+struct HadamardColumnsArgs {
+  const void* x;       // 8-byte aligned, as y; not float64
+  void* y;             // another tensor
+  const float* signs;  // [axis] or nullptr
+  void* middle;        // float[outer * axis * inner] where needed, 8-byte aligned
+  DType dtype;
+  int64_t outer, axis, inner;  // inner is even
+  int block;                   // power of two from 2 to 32768 that divides axis
+  double scale;
+  int device;
+};
+
+bool hadamard_columns_needs_middle(int block);
+cudaError_t hadamard_columns(const HadamardColumnsArgs& args, cudaStream_t stream);
+
 namespace detail {
 
 template <typename T>

@@ -26,18 +26,21 @@ inline cudaError_t multiprocessors(int device, int& count) {
 // More than 48 KB of shared memory has to be asked for, once for each kernel and device.
 template <auto kKernel, size_t kBytes>
 cudaError_t allow_shared(int device) {
-  if constexpr (kBytes <= 48 * 1024) return cudaSuccess;
-  static std::atomic<bool> done[kMaxDevices];
-  const bool cached = device < kMaxDevices;
-  if (cached && done[device].load(std::memory_order_relaxed)) return cudaSuccess;
-  int limit = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-  if (static_cast<size_t>(limit) < kBytes) return cudaErrorLaunchOutOfResources;
-  error =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes));
-  if (error == cudaSuccess && cached) done[device].store(true, std::memory_order_relaxed);
-  return error;
+  if constexpr (kBytes <= 48 * 1024) {
+    return cudaSuccess;
+  } else {
+    static std::atomic<bool> done[kMaxDevices];
+    const bool cached = device < kMaxDevices;
+    if (cached && done[device].load(std::memory_order_relaxed)) return cudaSuccess;
+    int limit = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    if (static_cast<size_t>(limit) < kBytes) return cudaErrorLaunchOutOfResources;
+    error =
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes));
+    if (error == cudaSuccess && cached) done[device].store(true, std::memory_order_relaxed);
+    return error;
+  }
 }
 
 template <typename L>

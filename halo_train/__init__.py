@@ -4,7 +4,7 @@ from .calibrate import Calibration, calibrate
 from .config import RECIPES, Format, HaloConfig, Scaling
 from .convert import ConversionReport, convert_to_halo_training, revert
 from .functional import halo_linear
-from .hadamard import hadamard_transform
+from .hadamard import hadamard_transform, random_rotation
 from .linear import HaloLinear, equalizer_state_dict, load_equalizer_state_dict
 from .metrics import ProductError, QuantMetrics, QuantSample, measure_products
 from .quantize import Quantized, quantize
@@ -33,5 +33,6 @@ __all__ = [
     "load_recipe",
     "measure_products",
     "quantize",
+    "random_rotation",
     "revert",
 ]

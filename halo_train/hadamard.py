@@ -1,8 +1,9 @@
-"""hadamard_transform(): the differentiable Hadamard rotation of one axis of a tensor."""
+"""hadamard_transform() and random_rotation(): differentiable Hadamard rotations of one axis of a tensor."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 
 import torch
@@ -37,6 +38,8 @@ def hadamard_transform(
     A power of two is one pass over memory on a GPU, and so is m 2^k of 16-bit x with m up to 60, from 64 m to 512 m (12: to
     2048 m; 20 and 28: to 1024 m). Other m 2^k take a float32 pass and a matrix product with H_m, for which
     torch.backends.cuda.matmul.allow_tf32 must be off.
+    Along another axis than the last, a power of two of dense x with an even last dimension is transformed where it lies, in
+    one pass up to 1024 and in two with float32 between them above; everything else goes by way of a transpose.
 
     Args:
         x: any shape, any real floating-point dtype, any strides.
@@ -55,20 +58,81 @@ def hadamard_transform(
         IndexError: axis out of range.
         RuntimeError: x is on a GPU and the kernels are not built.
     """
-    ops.check_input("hadamard_transform", x)
+    return _transform(x, axis, block, scale, transpose, signs, None)
+
+
+def random_rotation(
+    x: Tensor, seed: int, *, axis: int = -1, block: int | None = None, rounds: int = 1, inverse: bool = False
+) -> Tensor:
+    """A Hadamard rotation with random signs: x D H for one round, x D2 H D1 H for two, H orthonormal.
+
+    The signs depend on the seed and the length of the axis alone (SHAKE-128), not on the device, the rank or the versions of
+    anything. One round spreads any input over its block; a second one makes each coordinate of the result look Gaussian, even
+    for a one-hot x (Zilca and Mendelson, arXiv 2604.23418). A round is one pass over memory, with one rounding to the
+    dtype of x. Differentiable in x.
+
+    Args:
+        x: as for :func:`hadamard_transform`, as are axis and block.
+        rounds: 1 or 2.
+        inverse: undo the rotation of the same seed: the same matrices, transposed and in reverse order.
+
+    Raises:
+        ValueError: other rounds; as hadamard_transform.
+    """
+    if rounds not in (1, 2):
+        raise ValueError(f"random_rotation: rounds must be 1 or 2; got {rounds}")
+    n = x.shape[_check_axis("random_rotation", x, axis)]
+    order = [(seed, r) for r in range(rounds)]
+    for key in reversed(order) if inverse else order:
+        if inverse:
+            x = _transform(x, axis, block, None, True, None, _signs_on(*key, n, x.device, torch.float32))
+        else:
+            x = _transform(x, axis, block, None, False, _signs_on(*key, n, x.device, x.dtype), None)
+    return x
+
+
+def random_signs(n: int, seed: int, stream: int = 0) -> Tensor:
+    """n signs that depend on the seed and the stream (the number of a round): int8 +-1 [n] on the CPU."""
+    digest = hashlib.shake_128(f"halo_train signs {seed} {stream}".encode()).digest((n + 7) // 8)
+    octets = (
+        torch.frombuffer(bytearray(digest), dtype=torch.uint8) if n else torch.zeros(0, dtype=torch.uint8)
+    )
+    bits = octets[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return 1 - 2 * bits.reshape(-1)[:n].to(torch.int8)
+
+
+def _check_axis(op: str, x: Tensor, axis: int) -> int:
+    ops.check_input(op, x)
     if not -x.dim() <= axis < x.dim():
         raise IndexError(
-            f"hadamard_transform: axis must be in [{-x.dim()}, {x.dim() - 1}] for {x.dim()} dimensions; got {axis}"
+            f"{op}: axis must be in [{-x.dim()}, {x.dim() - 1}] for {x.dim()} dimensions; got {axis}"
         )
-    n = x.shape[axis]
+    return axis
+
+
+def _transform(
+    x: Tensor,
+    axis: int,
+    block: int | None,
+    scale: float | None,
+    transpose: bool,
+    signs: Tensor | None,
+    out_signs: Tensor | None,
+) -> Tensor:
+    """:func:`hadamard_transform` with signs before the transform, or after it."""
+    n = x.shape[_check_axis("hadamard_transform", x, axis)]
     if block is None:
         block = largest_block(n)
     order = _matrix_order(block, n)
     if scale is None:
         scale = 1.0 / math.sqrt(block) if block > 0 else 1.0
+    if _column_kernel(x, axis, block):
+        outer = math.prod(x.shape[: axis % x.dim()])
+        y = ops.hadamard_axis(x.reshape(outer, n, -1), block, scale, signs)
+        return (y if out_signs is None else y * out_signs.to(y.dtype)[:, None]).view(x.shape)
     y = x.movedim(axis, -1)
     if order == 1:
-        return ops.hadamard(y, block, scale, signs).movedim(-1, axis)
+        return ops.hadamard(y, block, scale, signs, out_signs).movedim(-1, axis)
     if not x.is_cuda:
         fused = order
     else:
@@ -76,11 +140,19 @@ def hadamard_transform(
     if fused:
         # Row vectors: y = x H, so the matrix that acts on columns is H^T.
         matrix = _matrix_on(order, fused // order, not transpose, x.device, x.dtype)
-        return ops.hadamard(y, block, scale, signs, matrix=matrix).movedim(-1, axis)
+        return ops.hadamard(y, block, scale, signs, out_signs, matrix).movedim(-1, axis)
     wide = torch.promote_types(x.dtype, torch.float32)
     y = ops.hadamard(y.to(wide), block // order, scale, signs).unflatten(-1, (-1, order, block // order))
-    y = _matrix_on(order, 1, not transpose, x.device, wide) @ y
-    return y.flatten(-3).to(x.dtype).movedim(-1, axis)
+    y = (_matrix_on(order, 1, not transpose, x.device, wide) @ y).flatten(-3)
+    return (y if out_signs is None else y * out_signs).to(x.dtype).movedim(-1, axis)
+
+
+def _column_kernel(x: Tensor, axis: int, block: int) -> bool:
+    """Whether a GPU transforms an axis that is not the last where it lies: pairs of columns, dense."""
+    last = axis % x.dim() == x.dim() - 1
+    power_of_two = 1 < block <= ops.MAX_BLOCK and block & (block - 1) == 0 and x.shape[axis] % block == 0
+    even = x.shape[-1] % 2 == 0
+    return x.is_cuda and not last and power_of_two and x.is_contiguous() and x.element_size() <= 4 and even
 
 
 @functools.cache
@@ -99,9 +171,20 @@ def _matrix_on(order: int, power: int, transpose: bool, device: torch.device, dt
     return _build_matrix(order, power, transpose, device, dtype)
 
 
-# torch.compile calls this function and takes what it returns as a constant, as under
+@functools.lru_cache(maxsize=256)
+def _build_signs(seed: int, stream: int, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return random_signs(n, seed, stream).to(device, dtype)
+
+
+def _signs_on(seed: int, stream: int, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """:func:`random_signs` where they are needed, so that a call does not wait for a copy."""
+    return _build_signs(seed, stream, n, device, dtype)
+
+
+# torch.compile calls these functions and takes what they return as constants, as under
 # torch.compiler.assume_constant_result, which would import the compiler here.
 _matrix_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_signs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _kernel_order(order: int, power: int) -> int:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from . import int8_gemm, reference
-
-MAX_BLOCK = 32768
-"""Largest Hadamard block of the CUDA kernel: one row of float32 has to fit the registers of one thread block."""
+from .checks import MAX_BLOCK as MAX_BLOCK
+from .checks import check_block, check_hadamard, check_matrix, check_vector
+from .checks import check_input as check_input
 
 MAX_ORDER = 64
 """Largest order of a matrix that the CUDA kernel takes beside the power of two: its input has to fit the registers."""
@@ -30,6 +30,7 @@ MATRIX_POWERS = (64, 128, 256, 512)
 KERNEL_OPS = {
     "hadamard": "hadamard.cu",
     "hadamard_": "hadamard.cu",
+    "hadamard_axis": "hadamard_columns.cu",
     "quantize_rows": "quantize.cu",
     "quantize_rows_transposed": "transpose.cu",
     "quantize_grad": "quantize.cu",
@@ -50,6 +51,10 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "hadamard_": (
         "(Tensor(a!) x, int block, float scale, Tensor? signs=None, Tensor? out_scale=None, Tensor? matrix=None) -> ()",
         reference.hadamard_,
+    ),
+    "hadamard_axis": (
+        "(Tensor x, int block, float scale, Tensor? signs=None) -> Tensor",
+        reference.hadamard_axis,
     ),
     "quantize_rows": (
         "(Tensor x, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
@@ -100,7 +105,7 @@ def hadamard(
             does not divide the axis, signs or out_scale has the wrong shape or device or requires grad.
         RuntimeError: x is on a GPU and the kernels are not built for it, or not for this matrix.
     """
-    _check_hadamard("hadamard", x, block, signs, out_scale, matrix)
+    check_hadamard("hadamard", x, block, signs, out_scale, matrix)
     return torch.ops.halo_train.hadamard(x, block, scale, signs, out_scale, matrix)
 
 
@@ -118,17 +123,29 @@ def hadamard_(
         ValueError: as hadamard; also if autograd would record the operation.
         RuntimeError: as hadamard.
     """
-    _check_hadamard("hadamard_", x, block, signs, out_scale, matrix)
+    check_hadamard("hadamard_", x, block, signs, out_scale, matrix)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("hadamard_: x must not require grad, or be under torch.no_grad(); use hadamard()")
     torch.ops.halo_train.hadamard_(x, block, scale, signs, out_scale, matrix)
+
+
+def hadamard_axis(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> Tensor:
+    """:func:`hadamard` along the middle axis of x [outer, n, inner], without a transpose on a GPU.
+
+    A GPU takes contiguous x of 16 or 32 bits with an even ``inner`` and blocks from 2; those above 1024 are two passes.
+    """
+    check_input("hadamard_axis", x)
+    check_block("hadamard_axis", block, x.shape[1])
+    if signs is not None:
+        check_vector("hadamard_axis", "signs", signs, x.shape[1], x)
+    return torch.ops.halo_train.hadamard_axis(x, block, scale, signs)
 
 
 def quantize_rows(
     x: Tensor, dtype: torch.dtype, block: int = 1, col_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """8-bit rows of (x diag(col_scale)) H_block, one scale a row; see :func:`reference.quantize_rows`."""
-    _check_matrix("quantize_rows", x, block, col_scale)
+    check_matrix("quantize_rows", x, block, col_scale)
     if not _has_kernel_types(x, dtype):
         return reference.quantize_rows(x, dtype, block, col_scale)
     return torch.ops.halo_train.quantize_rows(x, dtype, block, col_scale)
@@ -136,8 +153,8 @@ def quantize_rows(
 
 def quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit rows of (diag(row_scale) x)^T, one scale a row; see :func:`reference.quantize_rows_transposed`."""
-    _check_matrix("quantize_rows_transposed", x, 1, None)
-    _check_vector("quantize_rows_transposed", "row_scale", row_scale, x.shape[0], x)
+    check_matrix("quantize_rows_transposed", x, 1, None)
+    check_vector("quantize_rows_transposed", "row_scale", row_scale, x.shape[0], x)
     if not _has_kernel_types(x, dtype):
         return reference.quantize_rows_transposed(x, dtype, row_scale)
     return torch.ops.halo_train.quantize_rows_transposed(x, dtype, row_scale)
@@ -147,8 +164,8 @@ def quantize_grad(
     e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor, column_sums: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both 8-bit forms of a gradient and its column sums in two reads; see :func:`reference.quantize_grad`."""
-    _check_matrix("quantize_grad", e, 1, col_scale)
-    _check_vector("quantize_grad", "row_scale", row_scale, e.shape[0], e)
+    check_matrix("quantize_grad", e, 1, col_scale)
+    check_vector("quantize_grad", "row_scale", row_scale, e.shape[0], e)
     if not _has_kernel_types(e, dtype):
         return reference.quantize_grad(e, dtype, col_scale, row_scale, column_sums)
     return torch.ops.halo_train.quantize_grad(e, dtype, col_scale, row_scale, column_sums)
@@ -176,7 +193,7 @@ def quantize_tensor(
     x: Tensor, dtype: torch.dtype, block: int = 1, col_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """8-bit (x diag(col_scale)) H_block, one scale for the tensor; see :func:`reference.quantize_tensor`."""
-    _check_matrix("quantize_tensor", x, block, col_scale)
+    check_matrix("quantize_tensor", x, block, col_scale)
     if not _has_kernel_types(x, dtype):
         return reference.quantize_tensor(x, dtype, block, col_scale)
     return torch.ops.halo_train.quantize_tensor(x, dtype, block, col_scale)
@@ -189,7 +206,7 @@ def int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtyp
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Largest magnitudes, sums and sums of squares along both axes of a matrix; see :func:`reference.moments`."""
-    _check_matrix("moments", x, 1, None)
+    check_matrix("moments", x, 1, None)
     return reference.moments(x) if x.dtype == torch.float64 else torch.ops.halo_train.moments(x)
 
 
@@ -207,75 +224,6 @@ def _implementation(op: str) -> str:
 
 def _has_kernel_types(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype != torch.float64 and dtype in reference.QMAX
-
-
-def check_input(op: str, x: Tensor) -> int:
-    """Length of the last axis of x; a ValueError that names ``op`` when x is not real floating point of 16 bits or more, or
-    is a scalar."""
-    if not x.is_floating_point() or x.element_size() < 2:
-        raise ValueError(
-            f"{op}: x must have a real floating-point dtype of at least 16 bits; got {x.dtype}; convert it first, e.g. "
-            "x.float()"
-        )
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must have at least one dimension; got a scalar; use x.reshape(1)")
-    return x.shape[-1]
-
-
-def _check_matrix(op: str, x: Tensor, block: int, col_scale: Tensor | None) -> None:
-    check_input(op, x)
-    if x.dim() != 2:
-        raise ValueError(
-            f"{op}: x must be a matrix [rows, columns]; got shape {tuple(x.shape)}; flatten it first"
-        )
-    _check_block(op, block, x.shape[1])
-    if col_scale is not None:
-        _check_vector(op, "col_scale", col_scale, x.shape[1], x)
-
-
-def _check_hadamard(
-    op: str, x: Tensor, block: int, signs: Tensor | None, out_scale: Tensor | None, matrix: Tensor | None
-) -> None:
-    n = check_input(op, x)
-    if matrix is None:
-        _check_block(op, block, n)
-    else:
-        m = matrix.shape[0]
-        if matrix.dtype != x.dtype or matrix.shape != (m, m) or matrix.device != x.device:
-            raise ValueError(
-                f"{op}: matrix must be a square matrix of {x.dtype} on {x.device}; got shape {tuple(matrix.shape)}, {matrix.dtype} on "
-                f"{matrix.device}"
-            )
-        if block % m or n % block or block // m & (block // m - 1) or not m <= block <= m * MAX_BLOCK:
-            raise ValueError(
-                f"{op}: block must be {m}, the order of the matrix, times a power of two up to {MAX_BLOCK} and divide the axis "
-                f"of length {n}; got {block}"
-            )
-    for name, vector in (("signs", signs), ("out_scale", out_scale)):
-        if vector is None:
-            continue
-        _check_vector(op, name, vector, n, x)
-        if vector.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{op}: {name} must not require grad: its gradient is not computed; use {name}.detach()"
-            )
-
-
-def _check_block(op: str, block: int, n: int) -> None:
-    largest = min(n & -n, MAX_BLOCK) if n else MAX_BLOCK
-    if block < 1 or block & (block - 1) or block > MAX_BLOCK or n % block:
-        raise ValueError(
-            f"{op}: block must be a power of two, at most {MAX_BLOCK}, that divides the axis of length {n}; got {block}; "
-            f"the largest for this axis is {largest}"
-        )
-
-
-def _check_vector(op: str, name: str, v: Tensor, n: int, x: Tensor) -> None:
-    if tuple(v.shape) != (n,) or v.device != x.device or v.is_complex():
-        raise ValueError(
-            f"{op}: {name} must be a real vector of shape ({n},) on {x.device}; got shape {tuple(v.shape)}, {v.dtype} on "
-            f"{v.device}"
-        )
 
 
 def _build_info() -> dict[str, Any]:
@@ -351,6 +299,7 @@ def _fake_int8_matmul(
 _FAKES: dict[str, Callable[..., Any]] = {
     "hadamard": _fake_hadamard,
     "hadamard_": lambda *_: None,
+    "hadamard_axis": _fake_hadamard,
     "quantize_rows": _fake_quantize_rows,
     "quantize_rows_transposed": _fake_quantize_rows_transposed,
     "quantize_grad": _fake_quantize_grad,
@@ -384,12 +333,26 @@ def _backward_hadamard(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, None, None, None
 
 
+def _setup_hadamard_axis(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.block, ctx.scale, signs = inputs
+    ctx.save_for_backward(signs)
+
+
+def _backward_hadamard_axis(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (signs,) = ctx.saved_tensors
+    dx = hadamard_axis(grad.contiguous(), ctx.block, ctx.scale)
+    return (dx if signs is None else dx * signs.to(dx.dtype)[:, None]), None, None, None
+
+
 for _name, (_schema, _reference) in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _reference, "CPU")
     torch.library.register_fake(f"halo_train::{_name}", _FAKES[_name], lib=_library)
 torch.library.register_autograd(
     "halo_train::hadamard", _backward_hadamard, setup_context=_setup_hadamard, lib=_library
+)
+torch.library.register_autograd(
+    "halo_train::hadamard_axis", _backward_hadamard_axis, setup_context=_setup_hadamard_axis, lib=_library
 )
 _why_not_loaded = _load()
 for _name, (_, _reference) in _SCHEMAS.items():

@@ -71,6 +71,11 @@ def hadamard_(
     x.copy_(hadamard(x, block, scale, signs, out_scale, matrix))
 
 
+def hadamard_axis(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> Tensor:
+    """:func:`hadamard` along the middle axis of x [outer, n, inner]; the result is contiguous."""
+    return hadamard(x.transpose(1, 2), block, scale, signs).transpose(1, 2).contiguous()
+
+
 def quantize_rows(
     x: Tensor, dtype: torch.dtype, block: int = 1, col_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -18,45 +18,95 @@
     }                                                                                       \
   } while (0)
 
+namespace {
+
+using halo_train::DType;
+
+struct Type {
+  DType dtype;
+  int bytes;
+};
+
+// Device memory of the exact size, so that one element too many is found.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes, int fill = 0x3c) {
+    if (bytes == 0) return;
+    CHECK(cudaMalloc(&data_, bytes));
+    CHECK(cudaMemset(data_, fill, bytes));
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { cudaFree(data_); }
+  void* get() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+};
+
+void rows(const Type& type, int order, int block, int count, bool strided, bool columns) {
+  const int vector = 16 / type.bytes;
+  if ((strided || columns) && block < vector) return;  // the operator copies or tiles these
+  halo_train::HadamardArgs args{};
+  args.dtype = type.dtype;
+  args.axis = block;
+  args.row_stride = strided ? block + vector : block;
+  args.total = static_cast<int64_t>(count) * block;
+  args.order = order;
+  args.block = block;
+  args.scale = 0.5;
+  const Buffer x((static_cast<size_t>(count - 1) * args.row_stride + block) * type.bytes);
+  const Buffer y(args.total * type.bytes);
+  const Buffer signs(columns ? static_cast<size_t>(block) * type.bytes : 0, 0xbc);
+  const Buffer factors(columns ? static_cast<size_t>(block) * (type.bytes == 8 ? 8 : 4) : 0);
+  const Buffer matrix(order > 1 ? static_cast<size_t>(order) * order * type.bytes : 0);
+  args.x = x.get();
+  args.y = y.get();
+  args.signs = signs.get();
+  args.out_scale = factors.get();
+  args.matrix = matrix.get();
+  CHECK(halo_train::hadamard(args, nullptr));
+  CHECK(cudaDeviceSynchronize());
+}
+
+void columns(const Type& type, int block, int inner, bool signs) {
+  halo_train::HadamardColumnsArgs args{};
+  args.dtype = type.dtype;
+  args.outer = 2;
+  args.axis = block;
+  args.inner = inner;
+  args.block = block;
+  args.scale = 0.5;
+  const size_t total = static_cast<size_t>(2) * block * inner;
+  const Buffer x(total * type.bytes), y(total * type.bytes);
+  const Buffer vector(signs ? block * sizeof(float) : 0);
+  const Buffer middle(halo_train::hadamard_columns_needs_middle(block) ? total * sizeof(float) : 0);
+  args.x = x.get();
+  args.y = y.get();
+  args.signs = static_cast<const float*>(vector.get());
+  args.middle = middle.get();
+  CHECK(halo_train::hadamard_columns(args, nullptr));
+  CHECK(cudaDeviceSynchronize());
+}
+
+}  // namespace
+
 int main() {
-  using halo_train::DType;
-  const struct {
-    DType dtype;
-    int bytes;
-  } types[] = {{DType::kBFloat16, 2}, {DType::kFloat16, 2}, {DType::kFloat32, 4}, {DType::kFloat64, 8}};
-  for (const auto& type : types) {
-    for (int block = 1; block <= 32768; block *= 2) {
-      for (const int rows : {1, 3, 137}) {
-        for (const bool strided : {false, true}) {
-          for (const bool signs : {false, true}) {
-            const int vector = 16 / type.bytes;
-            if ((strided || signs) && block < vector) continue;  // the operator copies or tiles these
-            halo_train::HadamardArgs args{};
-            args.dtype = type.dtype;
-            args.axis = block;
-            args.row_stride = strided ? block + vector : block;
-            args.total = static_cast<int64_t>(rows) * block;
-            args.block = block;
-            args.scale = 0.5;
-            // Allocations of the exact size, so that one element too many is found.
-            const size_t bytes = (static_cast<size_t>(rows - 1) * args.row_stride + block) * type.bytes;
-            void *x, *y, *s = nullptr;
-            CHECK(cudaMalloc(&x, bytes));
-            CHECK(cudaMalloc(&y, args.total * type.bytes));
-            CHECK(cudaMemset(x, 0x3c, bytes));
-            if (signs) {
-              CHECK(cudaMalloc(&s, static_cast<size_t>(block) * type.bytes));
-              CHECK(cudaMemset(s, 0xbc, static_cast<size_t>(block) * type.bytes));
-            }
-            args.x = x;
-            args.y = y;
-            args.signs = s;
-            CHECK(halo_train::hadamard(args, nullptr));
-            CHECK(cudaDeviceSynchronize());
-            CHECK(cudaFree(x));
-            CHECK(cudaFree(y));
-            CHECK(cudaFree(s));
-          }
+  const Type types[] = {
+      {DType::kBFloat16, 2}, {DType::kFloat16, 2}, {DType::kFloat32, 4}, {DType::kFloat64, 8}};
+  for (const Type& type : types) {
+    for (const bool given : {false, true}) {
+      for (int block = 1; block <= 32768; block *= 2) {
+        for (const int count : {1, 3, 137}) {
+          for (const bool strided : {false, true}) rows(type, 1, block, count, strided, given);
+        }
+        if (type.bytes < 8 && block > 1) {
+          for (const int inner : {2, 70}) columns(type, block, inner, given);
+        }
+      }
+      if (type.bytes > 2) continue;
+      for (const int order : {12, 20, 28, 40, 56, 60}) {
+        for (int power = 64; power <= 512; power *= 2) {
+          for (const int count : {1, 7}) rows(type, order, order * power, count, count > 1, given);
         }
       }
     }

@@ -1,0 +1,78 @@
+"""What the operators require of their arguments; errors name argument, requirement, value and remedy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_BLOCK = 32768
+"""Largest Hadamard block of the CUDA kernel: one row of float32 has to fit the registers of one thread block."""
+
+
+def check_input(op: str, x: Tensor) -> int:
+    """Length of the last axis of x; a ValueError that names ``op`` when x is not real floating point of 16 bits or more, or
+    is a scalar."""
+    if not x.is_floating_point() or x.element_size() < 2:
+        raise ValueError(
+            f"{op}: x must have a real floating-point dtype of at least 16 bits; got {x.dtype}; convert it first, e.g. "
+            "x.float()"
+        )
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension; got a scalar; use x.reshape(1)")
+    return x.shape[-1]
+
+
+def check_matrix(op: str, x: Tensor, block: int, col_scale: Tensor | None) -> None:
+    check_input(op, x)
+    if x.dim() != 2:
+        raise ValueError(
+            f"{op}: x must be a matrix [rows, columns]; got shape {tuple(x.shape)}; flatten it first"
+        )
+    check_block(op, block, x.shape[1])
+    if col_scale is not None:
+        check_vector(op, "col_scale", col_scale, x.shape[1], x)
+
+
+def check_hadamard(
+    op: str, x: Tensor, block: int, signs: Tensor | None, out_scale: Tensor | None, matrix: Tensor | None
+) -> None:
+    n = check_input(op, x)
+    if matrix is None:
+        check_block(op, block, n)
+    else:
+        m = matrix.shape[0]
+        if matrix.dtype != x.dtype or matrix.shape != (m, m) or matrix.device != x.device:
+            raise ValueError(
+                f"{op}: matrix must be a square matrix of {x.dtype} on {x.device}; got shape {tuple(matrix.shape)}, {matrix.dtype} on "
+                f"{matrix.device}"
+            )
+        if block % m or n % block or block // m & (block // m - 1) or not m <= block <= m * MAX_BLOCK:
+            raise ValueError(
+                f"{op}: block must be {m}, the order of the matrix, times a power of two up to {MAX_BLOCK} and divide the axis "
+                f"of length {n}; got {block}"
+            )
+    for name, vector in (("signs", signs), ("out_scale", out_scale)):
+        if vector is None:
+            continue
+        check_vector(op, name, vector, n, x)
+        if vector.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: {name} must not require grad: its gradient is not computed; use {name}.detach()"
+            )
+
+
+def check_block(op: str, block: int, n: int) -> None:
+    largest = min(n & -n, MAX_BLOCK) if n else MAX_BLOCK
+    if block < 1 or block & (block - 1) or block > MAX_BLOCK or n % block:
+        raise ValueError(
+            f"{op}: block must be a power of two, at most {MAX_BLOCK}, that divides the axis of length {n}; got {block}; "
+            f"the largest for this axis is {largest}"
+        )
+
+
+def check_vector(op: str, name: str, v: Tensor, n: int, x: Tensor) -> None:
+    if tuple(v.shape) != (n,) or v.device != x.device or v.is_complex():
+        raise ValueError(
+            f"{op}: {name} must be a real vector of shape ({n},) on {x.device}; got shape {tuple(v.shape)}, {v.dtype} on "
+            f"{v.device}"
+        )
