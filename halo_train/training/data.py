@@ -206,11 +206,11 @@ class ShuffledBatches(Dataset[Batch]):
 class BatchStream:
     """The batches of one process of a run, prepared ahead by a process of their own; use it in a ``with`` statement.
 
-    All ranks together take batches 0, 1, 2, ... of :class:`ShuffledBatches`, rank r those with n = r mod world size. So
-    the position of a run does not depend on the number of its processes.
+    All ranks together take batches 0, 1, 2, ... of :class:`ShuffledBatches`, ``world_size`` at a time, one each. So the
+    position of a run does not depend on the number of its processes.
 
     Args:
-        position: batches that all ranks took before, e.g. from a checkpoint; a multiple of the world size then.
+        position: batches that all ranks together took before, e.g. from a checkpoint.
         rank, world_size: of this process.
 
     Raises:

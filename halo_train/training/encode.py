@@ -81,7 +81,7 @@ class Encoder:
         return examples
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _conversations(self, rows: Sequence[Conversation]) -> list[Example]:
         """Conversations as the chat template writes them; the loss is on each assistant turn and the token that ends it.
@@ -91,7 +91,10 @@ class Encoder:
         template = self._template = self._template or self._chat_template()
         rendered = [template.turns(row) for row in rows]
         encoded = self._tokenizer(
-            [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True
+            [text for text, _ in rendered],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,  # about rows longer than the model takes, which are cut
         )
         examples = []
         for row, (_, turns), ids, offsets in zip(
