@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,20 @@ class Batch:
         """For torch.utils.data.DataLoader."""
         positions = None if self.positions is None else self.positions.pin_memory()
         return replace(self, ids=self.ids.pin_memory(), positions=positions)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Through the pipe between the processes as int32: a tensor would go into shared memory, for which the loop has to
+        # call the other process back, three times a batch.
+        tensors = (self.ids, self.labels, self.positions)
+        arrays = [None if tensor is None else tensor.numpy().astype(np.int32) for tensor in tensors]
+        return _unpickle, (arrays, self.tokens, self.trained)
+
+
+def _unpickle(arrays: Sequence[NDArray[np.int32] | None], tokens: int, trained: int) -> Batch:
+    ids, labels, positions = (None if array is None else torch.from_numpy(array).long() for array in arrays)
+    assert ids is not None
+    assert labels is not None
+    return Batch(ids, labels, positions, tokens, trained)
 
 
 def collate(rows: Sequence[Sequence[NDArray[np.int32]]], pad_id: int, width: int | None = None) -> Batch:
