@@ -113,3 +113,22 @@ def test_a_missing_path_and_an_empty_directory(tmp_path: Path, tokenizer) -> Non
         build_model(tmp_path, tokenizer, 0, 64)
     with pytest.raises(UserError, match="has no tokenizer"):
         load_tokenizer(tmp_path, iter(()), tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sharded_directory_in_bfloat16(tokenizer, tmp_path: Path, tied: bool) -> None:
+    path = tmp_path / "tied.json"
+    path.write_text(json.dumps(LLAMA | {"tie_word_embeddings": tied}))
+    model = build_model(path, tokenizer, 0, 64)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
+    loaded = build_model(tmp_path / "hf", tokenizer, 0, 64, torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value.bfloat16()), name
+
+
+def test_random_weights_are_made_where_they_are_wanted(config_file: Path, tokenizer) -> None:
+    model = build_model(config_file, tokenizer, 0, 64, torch.bfloat16, "meta")
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}

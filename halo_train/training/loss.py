@@ -95,7 +95,8 @@ class TokenLoss(nn.Module):
     """Cross-entropy of the next token of a causal language model, summed; bfloat16 autocast, logits in float32.
 
     The model's output layer is applied to the trained tokens only, a chunk at a time. A model whose way from the last
-    hidden states to the logits is not understood computes its logits itself, all at once: :attr:`whole_logits`.
+    hidden states to the logits is not understood computes its logits itself, all at once: :attr:`whole_logits`. With FSDP2
+    or DDP this module is the root, not the model, whose parts it calls one by one.
 
     Args:
         model: of transformers, before its layers are converted or sharded. It becomes the submodule ``model``.

@@ -110,7 +110,7 @@ def build_model(
     Args:
         seed: of the random weights.
         seq_len: longest sequence that it has to take.
-        dtype: of the weights, but for those that transformers keeps in float32.
+        dtype: of the weights, but for those of a directory that transformers keeps in float32.
 
     Raises:
         UserError: not loadable as a causal language model; the tokenizer has more entries than the embedding; the model

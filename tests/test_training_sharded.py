@@ -1,0 +1,91 @@
+"""Loss, optimizer and activation checkpointing of the recipes under FSDP2: two gloo processes against one without it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import transformers
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from halo_train import convert_to_halo_training
+from halo_train.training.blocks import blocks, checkpoint_activations
+from halo_train.training.config import TrainSection
+from halo_train.training.loss import TokenLoss
+from halo_train.training.optim import StochasticAdamW, build_optimizer
+
+IDS = torch.randint(1, 96, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+def build(dtype: torch.dtype) -> TokenLoss:
+    """96 words and a width of 48 do not come out even over the ranks' rows of 16; embedding and output layer are one."""
+    transformers.set_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=5.0,
+    )  # fmt: skip
+    loss = TokenLoss(transformers.AutoModelForCausalLM.from_config(config).to(dtype), max_logits=7 * 97)
+    convert_to_halo_training(loss.model, recipe="bf16")  # 8 bits and their equaliser are tests/test_fsdp.py's
+    checkpoint_activations(loss.model, "selective")
+    return loss.train()
+
+
+def train(loss: TokenLoss, ids: Tensor, ranks: int) -> dict[str, Tensor]:
+    """Two steps with the mean over all ranks' tokens; losses, gradients of the first step and the weights."""
+    section = TrainSection.model_validate({"steps": 2, "lr": 1e-3})
+    optimizer = build_optimizer(loss.model, section)
+    found: dict[str, Tensor] = {}
+    for step in range(2):
+        value = loss(ids, ids) / (IDS.shape[0] * (IDS.shape[1] - 1)) * ranks  # FSDP2 averages over the ranks
+        value.backward()
+        if step == 0:
+            found |= {f"gradient of {name}": _full(p.grad) for name, p in loss.model.named_parameters()}
+            found["loss"] = value.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+    if isinstance(optimizer, StochasticAdamW) and ranks > 1:
+        assert all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())
+        assert all(s["exp_avg"].dtype == torch.float32 for s in optimizer.state.values())
+    return found | {name: _full(p) for name, p in loss.model.named_parameters()}
+
+
+def _full(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        loss = build(dtype)
+        for block in blocks(loss.model, ""):
+            fully_shard(block)
+        fully_shard(loss)
+        torch.save(train(loss, IDS[2 * rank : 2 * rank + 2], 2), f"{folder}/{dtype}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_are_one(tmp_path: Path) -> None:
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    for dtype, close in ((torch.float32, 0.015), (torch.bfloat16, 0.03)):
+        alone = train(build(dtype), IDS, 1)
+        ranks = [torch.load(tmp_path / f"{dtype}-{rank}.pt") for rank in range(2)]
+        torch.testing.assert_close(
+            sum(rank.pop("loss") for rank in ranks) / 2, alone.pop("loss"), rtol=1e-3, atol=0
+        )
+        for name, expected in alone.items():
+            assert torch.equal(ranks[0][name], ranks[1][name]), name
+            # bfloat16 products of other shapes, at most 0.006 and 0.012; AdamW's first steps take the sign of a gradient, however small.
+            error = (ranks[0][name] - expected).float().norm() / expected.float().norm()
+            assert error < close, (dtype, name, error)
