@@ -127,8 +127,9 @@ def _transform(
     if scale is None:
         scale = 1.0 / math.sqrt(block) if block > 0 else 1.0
     if _column_kernel(x, axis, block):
-        outer = math.prod(x.shape[: axis % x.dim()])
-        y = ops.hadamard_axis(x.reshape(outer, n, -1), block, scale, signs)
+        here = axis % x.dim()
+        outer, inner = math.prod(x.shape[:here]), math.prod(x.shape[here + 1 :])
+        y = ops.hadamard_axis(x.view(outer, n, inner), block, scale, signs)
         return (y if out_signs is None else y * out_signs.to(y.dtype)[:, None]).view(x.shape)
     y = x.movedim(axis, -1)
     if order == 1:

@@ -40,6 +40,11 @@ def test_public_function(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert torch.equal(hadamard_transform(offset, axis=-2), y)
 
 
+@pytest.mark.parametrize("shape", [(0, 8, 4), (3, 8, 0), (3, 0, 4)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    assert hadamard_transform(torch.empty(shape, device="cuda"), axis=1).shape == shape
+
+
 def test_gradient_opcheck_graph() -> None:
     x = randn(2, 64, 6).requires_grad_()
     signs = torch.randint(0, 2, (64,), device="cuda") * 2 - 1
