@@ -10,6 +10,7 @@ import torch
 from training_fixtures import chat_tokenizer, halo_train, metrics, write_run
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from halo_train import convert_to_halo_training
 from halo_train.recipes import finetune
 from halo_train.training.config import load_config
 from halo_train.training.errors import UserError
@@ -67,6 +68,21 @@ def test_a_batch_writes_what_each_prompt_alone_does(family: str) -> None:
     assert written == expected
     assert finished == [3, 3, 1]
     assert model.training
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["fp8", "int8"])
+def test_a_converted_model_generates_on_a_gpu(recipe: str) -> None:
+    """Steps of one token a row, 3 rows: fewer than any tile. A mask or position that is off by one changes most texts."""
+    model = _model("llama").to("cuda", torch.float32)
+    prompts = [torch.randint(1, 94, (n,)).tolist() for n in (3, 17, 1, 9, 30)]
+    convert_to_halo_training(model, recipe=recipe, module_filter_fn=lambda module, name: name != "lm_head")
+    with torch.autocast("cuda", torch.bfloat16):
+        model(torch.randint(1, 94, (4, 32), device="cuda"))  # the layers take their equaliser
+        settings = {"max_new_tokens": 12, "stop_ids": [95], "pad_id": 0}
+        together = greedy(model, prompts, batch=3, **settings)
+        alone = [greedy(model, [prompt], batch=1, **settings)[0] for prompt in prompts]
+    assert sum(a == b for a, b in zip(together, alone, strict=True)) >= 4
 
 
 def test_the_models_own_settings_do_not_count() -> None:
@@ -154,6 +170,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": f"Number {i}?", "completion": f" It is\n#### {i}"} for i in range(4)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = [f"data.valid={folder / 'rows.jsonl'}", "train.steps=60", "quant.recipe=bf16"]
+    changes += ["train.activation_checkpointing=full"]  # generation keeps its cache all the same
     asked = [f"eval.exact_match={folder / 'rows.jsonl'}", "eval.pattern=####", "eval.every=25"]
     finetune.run(load_config(file, [*changes, *asked, "eval.max_new_tokens=16", "eval.limit=3"]))
     return folder
