@@ -163,6 +163,34 @@ def test_several_processes_write_the_store_of_one(
         assert np.array_equal(one.document(number), three.document(number))
 
 
+def test_a_file_in_one_chunk_is_encoded_in_parts(
+    tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gzip file has no middle to start from, but must not be in memory as a whole."""
+    path = _jsonl(tmp_path / "rows.jsonl")
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    monkeypatch.setattr(tokenised, "_ROWS_AT_ONCE", 10)
+    source = open_source(str(packed), None, "train", "data.train")
+    encoder = tokenised.Encoder(tokenizer, 64)
+    parts = list(tokenised._encoded(source, row_format(source, AUTO, {}), encoder))
+    assert [part.rows for part in parts] == [10] * 5 + [7]
+    one, other = (_store(file, tokenizer, tmp_path / "cache") for file in (path, packed))
+    assert np.array_equal(one.index, other.index)
+    assert one.digest == other.digest
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _jsonl(tmp_path / "rows.jsonl")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=rf"{path}: cannot be read .*Permission denied.*make it readable"):
+        _rows(path)
+
+
 def test_the_first_bad_line_is_named_whichever_process_finds_it(
     tmp_path: Path, tokenizer: object, small_chunks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,9 +115,12 @@ def row_format(source: Source, wanted: str, rename: Mapping[str, str]) -> RowFor
         rename: ``data.rename``.
 
     Raises:
-        UserError: no row, or a first row of no format or several.
+        UserError: not readable, no row, or a first row of no format or several.
     """
-    first = next(source.rows(), None)
+    try:
+        first = next(source.rows(), None)
+    except OSError as error:
+        raise UserError(f"{source.name}: cannot be read ({error}); make it readable") from error
     if first is None:
         raise UserError(f"data file {source.name} has no rows; each line must be a JSON object")
     if wanted != AUTO:

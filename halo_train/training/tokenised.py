@@ -10,6 +10,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from .sources import PLACE, Source
 from .store import TEMPORARY, Chunk, StoreWriter, TokenStore, make_chunk
 
 _DAY = 86400
+
+_ROWS_AT_ONCE = 2000
 
 
 def read_rows(source: Source, form: RowFormat) -> Iterator[Row | Conversation]:
@@ -67,51 +71,61 @@ def tokenised(source: Source, form: RowFormat, tokenizer: Any, seq_len: int, cac
     return TokenStore(folder)
 
 
-class _Chunks(Dataset[Chunk | UserError]):
-    """Encodes chunk by chunk, in whatever process asks; an error is a value, since it must reach the user as it is."""
+class _Chunks(Dataset[list[Chunk] | UserError]):
+    """Chunks of a source, encoded in whatever process asks; an error is a value, since it must reach the user as it is."""
 
-    def __init__(self, source: Source, form: RowFormat, encoder: Encoder) -> None:
-        self.chunks = source.chunks()
-        self._source, self._form, self._encoder = source, form, encoder
+    def __init__(self, source: Source, form: RowFormat, encoder: Encoder, chunks: list[Any]) -> None:
+        self._chunks = chunks
+        self._encode = partial(_encoded_chunk, source, form, encoder)
 
     def __len__(self) -> int:
-        return len(self.chunks)
+        return len(self._chunks)
 
-    def __getitem__(self, number: int) -> Chunk | UserError:
+    def __getitem__(self, number: int) -> list[Chunk] | UserError:
         try:
-            rows = [self._form(*row) for row in self._source.read(self.chunks[number])]
-            return make_chunk(self._encoder(rows), len(rows))
+            return list(self._encode(self._chunks[number]))
         except UserError as error:
             return error
-        except OSError as error:
-            return UserError(f"{self._source.name}: cannot be read ({error}); make it readable")
 
 
 def _encoded(source: Source, form: RowFormat, encoder: Encoder) -> Iterator[Chunk]:
-    chunks = _Chunks(source, form, encoder)
+    chunks = source.chunks()
     processes = min(len(os.sched_getaffinity(0)), len(chunks))
+    if processes < 2:
+        for chunk in chunks:
+            yield from _encoded_chunk(source, form, encoder, chunk)
+        return
     loader = DataLoader(
-        chunks,
+        _Chunks(source, form, encoder, chunks),
         batch_size=None,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
-        num_workers=processes if processes > 1 else 0,
+        collate_fn=_as_it_is,
+        num_workers=processes,
         worker_init_fn=_no_threads,
         generator=torch.Generator(),  # the global one stays as it is
     )
-    for chunk in tqdm(loader, desc=f"tokenising {source.name}", disable=None if len(chunks) > 1 else True):
-        if isinstance(chunk, UserError):
-            raise chunk
-        yield chunk
+    for encoded in tqdm(loader, desc=f"tokenising {source.name}", disable=None):
+        if isinstance(encoded, UserError):
+            raise encoded
+        yield from encoded
 
 
-def _as_it_is(chunk: Chunk | UserError) -> Chunk | UserError:
-    return chunk
+def _encoded_chunk(source: Source, form: RowFormat, encoder: Encoder, chunk: Any) -> Iterator[Chunk]:
+    """A chunk of the source, in parts: a gzip file or a row group of a table may be large."""
+    rows = (form(where, fields) for where, fields in source.read(chunk))
+    try:
+        while some := list(islice(rows, _ROWS_AT_ONCE)):
+            yield make_chunk(encoder(some), len(some))
+    except OSError as error:
+        raise UserError(f"{source.name}: cannot be read ({error}); make it readable") from error
+
+
+def _as_it_is(encoded: Any) -> Any:
+    return encoded
 
 
 def _no_threads(worker: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false"  # one process a core is enough, and threads do not survive a fork
-    )
+    # One process a core is enough, and threads do not survive a fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _remove_stale(folder: Path, fingerprint: dict[str, Any]) -> None:
