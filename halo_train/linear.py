@@ -96,6 +96,13 @@ class HaloLinear(nn.Linear):
         """d [in_features] float32, or None while it is all ones."""
         return Equalizer.of_exponents(self.equalizer_exponent).d if self.equalizer_taken else None
 
+    def whole_weight(self) -> Tensor:
+        """The weight [N, K] itself, detached. Under FSDP2 every rank must call it: it is gathered in the dtype of the shards."""
+        sharded = self.__dict__.get("_sharded_weight")
+        if sharded is None:
+            return self.weight.detach()
+        return sharded.detach().full_tensor().to(self.equalizer_exponent.device)
+
     def reset_equalizer(self) -> None:
         """Takes d again from the next batch."""
         self.equalizer_taken = False
@@ -228,7 +235,8 @@ def _is_sharded(weight: Any) -> bool:
 
 
 def _is_flattened_by_fsdp1(weight: Tensor) -> bool:
-    return getattr(weight, "_fsdp_flattened", False) or type(weight._base).__name__ == "FlatParameter"
+    """In its forward the weight is a view of the flat parameter; FSDP1 marks that, and the parameters that went into it."""
+    return any(getattr(t, "_fsdp_flattened", False) for t in (weight, weight._base))
 
 
 def _share_state(source: nn.Linear, target: nn.Linear) -> None:

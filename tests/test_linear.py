@@ -201,7 +201,10 @@ def test_recompute_under_activation_checkpointing_is_bitwise_equal():
 
 def test_fsdp1_is_refused():
     halo = HaloLinear(32, 16)
-    halo.weight._fsdp_flattened = True
+    flat = nn.Parameter(torch.randn(16 * 32))
+    flat._fsdp_flattened = True
+    del halo._parameters["weight"]
+    halo.__dict__["weight"] = flat.view(16, 32)
     with pytest.raises(ValueError, match=r"FSDP1.*use torch.distributed.fsdp.fully_shard"):
         halo(torch.randn(4, 32))
 

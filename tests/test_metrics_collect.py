@@ -400,7 +400,12 @@ def fsdp_worker(rank: int, port: int, wrap: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
         x = torch.randn(40, 64, generator=torch.Generator().manual_seed(rank))
+        everything = torch.cat(
+            [torch.randn(40, 64, generator=torch.Generator().manual_seed(r)) for r in range(2)]
+        )
         reference = toy("fp8")
+        with torch.no_grad():
+            reference(everything)  # the equalizers of all ranks' tokens
         expected = measure(reference, x, what_if=["int8"])
         model = toy("fp8")
         if wrap == "layers":

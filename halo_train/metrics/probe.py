@@ -64,7 +64,7 @@ class LayerProbe:
         }
         # A what-if recipe that the layer runs anyway is not computed twice.
         self._configs = list(dict.fromkeys(self._labels.values()))
-        weight = layer.weight.detach()
+        weight = layer.whole_weight()
         self._tokens = draws.take("tokens", x.shape[0])
         self._outputs = draws.take("outputs", weight.shape[0])
         self._inputs = draws.take("inputs", weight.shape[1])
@@ -115,7 +115,7 @@ class LayerProbe:
         self._found("e").extend(e_whole.reductions())
         if self._x_errors is None:
             return
-        weight, unrotated = self._layer.weight.detach(), Unrotated(e_whole.row_amax, e_whole.amax)
+        weight, unrotated = self._layer.whole_weight(), Unrotated(e_whole.row_amax, e_whole.amax)
         e_rows, e_columns, w_columns = e[self._tokens], e[:, self._outputs], weight[:, self._inputs]
         e_row_hat, e_column_hat = self._blocks(e_rows), self._blocks(e_columns.t())
         w_hat, x_hat = self._blocks(w_columns), self._blocks(self._x_columns)
@@ -161,7 +161,7 @@ class LayerProbe:
                 self._w_unrotated.rows(w_rows, config.format, config.scaling),
             )
         # One scale for all of the operand: every row of W has a part in it.
-        w_operand = round_operand(self._layer.weight.detach(), self._d if config.equalize else None, config)
+        w_operand = round_operand(self._layer.whole_weight(), self._d if config.equalize else None, config)
         return take_rows(x_operand, self._tokens), take_rows(w_operand, self._outputs)
 
     def _columns(

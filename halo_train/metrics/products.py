@@ -116,7 +116,7 @@ def _probe(
             used = config or layer.config
             equalizer = layer.equalizer() if used.equalize else None
             flat = e.reshape(-1, layer.out_features)
-            errors[name] = product_errors(x, layer.weight, flat, used, equalizer)
+            errors[name] = product_errors(x, layer.whole_weight(), flat, used, equalizer)
 
         y.register_hook(on_grad)
 
