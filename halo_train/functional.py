@@ -140,7 +140,8 @@ class HaloLinearFunction(torch.autograd.Function):
         e = _matrix(e)
         # A compiled backward is traced under the autocast of its forward; the products have their own dtypes.
         with _without_autocast(e.device.type):
-            for_dx, for_dw = _round_grad(_pad(e, MULTIPLE, MULTIPLE), x, w, needs_dx, needs_dw, config)
+            padded = _pad(e, MULTIPLE, MULTIPLE)
+            for_dx, for_dw, sums = _round_grad(padded, x, w, needs_dx, needs_dw, needs_db, config)
             dx = dw = db = None
             if for_dx is not None:
                 dx = matmul(for_dx, _contract_rows(w, config), ctx.x_dtype, config.fast_accum)
@@ -151,7 +152,8 @@ class HaloLinearFunction(torch.autograd.Function):
                 dw = matmul(for_dw, _contract_rows(x, config), ctx.weight_dtype, config.fast_accum)
                 dw = _crop(_undo_k(dw, ctx.block, d), n, k)
             if needs_db:
-                db = e.sum(0, dtype=torch.promote_types(e.dtype, torch.float32)).to(ctx.bias_dtype)
+                wide = torch.promote_types(e.dtype, torch.float32)
+                db = (e.sum(0, dtype=wide) if sums is None else sums[:n]).to(ctx.bias_dtype)
         return dx, dw, db, None, None, None, None, None
 
 
@@ -205,20 +207,20 @@ def quantize_grad_for_wgrad(e: Tensor, x_scale: Tensor, config: HaloConfig) -> Q
 
 
 def _round_grad(
-    e: Tensor, x: Quantized, w: Quantized, needs_dx: bool, needs_dw: bool, config: HaloConfig
-) -> tuple[Quantized | None, Quantized | None]:
-    """E [M', N'] rounded for dgrad and for wgrad, each only if it is needed."""
+    e: Tensor, x: Quantized, w: Quantized, needs_dx: bool, needs_dw: bool, needs_db: bool, config: HaloConfig
+) -> tuple[Quantized | None, Quantized | None, Tensor | None]:
+    """E [M', N'] rounded for dgrad and for wgrad, each only if it is needed; its column sums where they cost no pass."""
     if needs_dx and needs_dw and not config.rotate_m_dgrad:
         if config.scaling is Scaling.ROWWISE:
-            return quantize_grad(e, config.grad_format, w.scale, x.scale)
+            return quantize_grad(e, config.grad_format, w.scale, x.scale, column_sums=needs_db)
         q = quantize(e, config.grad_format, scaling=Scaling.TENSORWISE)
-        return q, Quantized(q.transposed_data(), q.scale)
-    return (
-        quantize_grad_for_dgrad(pad_tokens(e) if config.rotate_m_dgrad else e, w.scale, config)
-        if needs_dx
-        else None,
-        quantize_grad_for_wgrad(e, x.scale, config) if needs_dw else None,
-    )
+        return q, Quantized(q.transposed_data(), q.scale), None
+    for_dx = for_dw = None
+    if needs_dx:
+        for_dx = quantize_grad_for_dgrad(pad_tokens(e) if config.rotate_m_dgrad else e, w.scale, config)
+    if needs_dw:
+        for_dw = quantize_grad_for_wgrad(e, x.scale, config)
+    return for_dx, for_dw, None
 
 
 def _contract_rows(q: Quantized, config: HaloConfig) -> Quantized:

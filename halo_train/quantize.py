@@ -78,19 +78,19 @@ def quantize_transposed(x: Tensor, fmt: Format | str, row_scale: Tensor) -> Quan
 
 
 def quantize_grad(
-    e: Tensor, fmt: Format | str, col_scale: Tensor, row_scale: Tensor
-) -> tuple[Quantized, Quantized]:
-    """Rows of E diag(col_scale) and rows of (diag(row_scale) E)^T, reading E once for the scales of both.
+    e: Tensor, fmt: Format | str, col_scale: Tensor, row_scale: Tensor, column_sums: bool = False
+) -> tuple[Quantized, Quantized, Tensor | None]:
+    """Rows of E diag(col_scale) and rows of (diag(row_scale) E)^T, in two reads of E, and on the way its column sums.
 
     Args:
         e: [M, N]; col_scale: [N]; row_scale: [M].
 
     Returns:
-        The first with data [M, N], the second with data [N, M].
+        The first with data [M, N], the second with data [N, M], the sums [N] in float32 (float64 for float64) or None.
     """
     dtype = storage_dtype(parse_choice(Format, "fmt", fmt), e.dtype)
-    a, u, b, v, _ = ops.quantize_grad(e, dtype, col_scale, row_scale)
-    return Quantized(a, u), Quantized(b, v)
+    a, u, b, v, sums = ops.quantize_grad(e, dtype, col_scale, row_scale, column_sums)
+    return Quantized(a, u), Quantized(b, v), sums if column_sums else None
 
 
 class Equalizer(NamedTuple):
