@@ -181,7 +181,8 @@ def batches_per_epoch(rows: int, micro_batch: int) -> int:
     """
     if rows < micro_batch:
         raise UserError(
-            f"train.micro_batch must be at most the number of training rows, {rows}; got {micro_batch}"
+            f"train.micro_batch must be at most the number of training rows, {rows}; got {micro_batch}; lower it, or lower "
+            "data.seq_len where data.packing puts many documents in a row"
         )
     return rows // micro_batch
 
