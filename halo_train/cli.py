@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import pkgutil
 import shutil
 import sys
@@ -66,9 +67,26 @@ _Overrides = Annotated[
 
 
 @app.command()
-def run(file: _File, overrides: _Overrides = None) -> None:
-    """Fine-tune as FILE says."""
-    finetune.run(load_config(file, overrides or ()))
+def run(
+    file: _File,
+    overrides: _Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")] = 1,
+) -> None:
+    """Fine-tune as FILE says. On several machines: torchrun ... -m halo_train.cli run FILE."""
+    config = load_config(file, overrides or ())
+    if nproc == 1:
+        finetune.run(config)
+    else:
+        # In the place of this process: signals and the exit code are torchrun's.
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={nproc}",
+            "-m",
+            "halo_train.cli",
+        ]
+        os.execv(sys.executable, [sys.executable, *torchrun, "run", str(file), *(overrides or ())])
 
 
 @app.command()

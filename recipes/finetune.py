@@ -1,6 +1,7 @@
-"""Full fine-tuning of a causal language model with 8-bit linear layers, on one device.
+"""Full fine-tuning of a causal language model with 8-bit linear layers, on one GPU or many.
 
     halo-train run recipes/quickstart.yaml
+    halo-train run recipes/quickstart.yaml --nproc 4 train.grad_accum=4
     halo-train run my.yaml quant.recipe=int8 train.lr=1e-5
 
 - any causal model of transformers: a Hugging Face directory, or random weights from a config file
@@ -9,6 +10,7 @@
 - AdamW, bfloat16 autocast, weights in float32 or bfloat16; the linear layers run the precision recipe ``quant.recipe``
 - with ``eval.exact_match`` answers that the model writes on the way, compared with those of a file
 - with ``log.quant_every`` the quantisation error of every layer and product: ``quant.jsonl``, ``quant_report.html``
+- several processes, of ``--nproc`` or torchrun: FSDP2, weights travel in 8 bits; checkpoints that any number of processes resume
 - stops at will (Ctrl-C, SIGTERM), goes on bit for bit when it is started again
 - leaves a Hugging Face directory without a trace of the 8-bit layers; ``halo-train compare`` sets several precisions side by side
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -33,6 +36,15 @@ from halo_train.training.blocks import checkpoint_activations, compile_blocks
 from halo_train.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from halo_train.training.config import Config, EvalSection
 from halo_train.training.data import BatchStream, ShuffledBatches
+from halo_train.training.distributed import (
+    Ranks,
+    join,
+    own_files,
+    require_several_possible,
+    shard,
+    whole,
+    whole_weights,
+)
 from halo_train.training.errors import Interrupted, RunFailed
 from halo_train.training.exact_match import Score, exact_match
 from halo_train.training.flops import FlopCounter, bf16_peak
@@ -76,34 +88,45 @@ def run(config: Config) -> dict[str, Any]:
         RunFailed: non-finite loss, or a checkpoint that could not be written; the last checkpoint is whole.
         Interrupted: SIGINT or SIGTERM, after saving a checkpoint.
     """
-    folder = check_run_folder(config)
-    device = pick_device(config.train.device)
-    recipes = read_recipes(config.quant.recipe)
-    for recipe in set(recipes.values()):
-        require_low_precision(recipe, device)
-    with StopSignals() as stop:
-        data = load_data(config, folder)
-        make_run_folder(folder, config)
-        require_same_data(folder, data)
-        write_atomically(folder / "config.yaml", config.to_yaml())
-        write_atomically(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
-        if not Path(config.model.path).is_dir():
-            data.tokenizer.save_pretrained(folder / "tokenizer")
+    with join(pick_device(config.train.device)) as ranks:
+        require_several_possible(config, ranks)
+        folder = check_run_folder(config)
+        ranks.wait()  # before the first makes the folder
+        recipes = read_recipes(config.quant.recipe)
+        for recipe in set(recipes.values()):
+            require_low_precision(recipe, ranks.device)
+        with StopSignals() as stop, own_files(ranks, folder) as files:
+            with ranks.first_goes_first():
+                data = load_data(config, folder)
+                if ranks.first:
+                    make_run_folder(folder, config)
+                    require_same_data(folder, data)
+                    write_atomically(folder / "config.yaml", config.to_yaml())
+                    write_atomically(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+                    if not Path(config.model.path).is_dir():
+                        data.tokenizer.save_pretrained(folder / "tokenizer")
+            result = train(config, recipes, folder, files, data, ranks, stop)
+            return conclude(config, result, folder, files, data, ranks)
 
-        result = train(config, recipes, folder, data, device, stop)
+
+def conclude(
+    config: Config, result: Result, folder: Path, files: Path, data: Data, ranks: Ranks
+) -> dict[str, Any]:
+    """Writes and prints what came out of a run, and returns its summary. ``files``: of this process."""
     if config.log.quant_every:
-        print(f"quantisation error by layer: {write_report(folder)[0][0]}", flush=True)
-    plot_losses(folder / "loss.png", f"{config.run.name}: {result.recipe}", folder / "metrics.jsonl")
+        print(f"quantisation error by layer: {write_report(files)[0][0]}", flush=True)
+    plot_losses(files / "loss.png", f"{config.run.name}: {result.recipe}", files / "metrics.jsonl")
 
-    emulated = device.type == "cpu" and config.quant.recipe != "bf16"
+    emulated = ranks.device.type == "cpu" and config.quant.recipe != "bf16"
     summary = {
         "name": config.run.name,
-        "device": str(device),
+        "device": str(ranks.device),
+        "processes": ranks.world_size,
         "emulated_on_cpu": emulated,
         "trained_token_share": data.train.trained_tokens / data.train.tokens,
         **result.to_dict(),
     }
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(files / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"\nvalidation loss: {result.valid_before:.4f} before, {result.valid_after:.4f} after\n")
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(run_table(result, emulated))
@@ -115,38 +138,48 @@ def train(
     config: Config,
     recipes: dict[str, HaloConfig],
     folder: Path,
+    files: Path,
     data: Data,
-    device: torch.device,
+    ranks: Ranks,
     stop: StopSignals,
 ) -> Result:
-    """One training run with one precision recipe, or one for each layer; files go to ``folder``. Errors as in :func:`run`."""
-    cfg, label = config.train, config.quant.label
+    """One training run with one precision recipe, or one for each layer. Errors as in :func:`run`.
+
+    Args:
+        folder: of the run, for checkpoints and export; files: of this process, for all else.
+    """
+    cfg, label, device = config.train, config.quant.label, ranks.device
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    loss_of = build_loss(config, data.tokenizer, device)
+    # FSDP2 brings it to the GPUs block by block.
+    loss_of = build_loss(config, data.tokenizer, torch.device("cpu") if ranks.several else device)
     model = loss_of.model
     if config.data.packing:
         require_isolation(model, config.model.path)
 
     # The first validation comes before the conversion: the layers take their equaliser from a training batch.
     checkpoint = latest_checkpoint(checkpoints)
-    valid_before = None if checkpoint else evaluate(loss_of, data.valid, device)
+    valid_before = None if checkpoint or ranks.several else evaluate(loss_of, data.valid, device)
 
-    conversion = convert(model, recipes, config, folder)
+    conversion = convert(model, recipes, config, files)
     if loss_of.whole_logits:
         print(f"the logits of all tokens are in memory at once: {loss_of.whole_logits}", flush=True)
 
     if cfg.activation_checkpointing != "none":
         checkpoint_activations(model, cfg.activation_checkpointing)
+    if ranks.several:
+        shard(loss_of, model, ranks)
     optimizer = build_optimizer(model, cfg)
     progress = load_checkpoint(checkpoint, model, optimizer) if checkpoint else Progress()
     if checkpoint:
         print(f"resumed from {checkpoint}", flush=True)
+    if (cfg.compile or ranks.several) and not checkpoint:
+        first = ShuffledBatches(data.train, cfg.micro_batch, data.pad_id, config.run.seed)[ranks.rank]
+        with torch.no_grad():  # the layers take their equaliser
+            loss_of(**first.inputs(device))
+    if ranks.several and not checkpoint:  # what is sharded is converted already
+        valid_before = evaluate(loss_of, data.valid, device, ranks)
     if cfg.compile:
-        if not checkpoint:
-            first = ShuffledBatches(data.train, cfg.micro_batch, data.pad_id, config.run.seed)[0]
-            with torch.no_grad():  # the layers take their equaliser
-                loss_of(**first.inputs(device))
         compile_blocks(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -157,41 +190,53 @@ def train(
 
     loss_of.train()
     with (
-        MetricsFile(folder / "metrics.jsonl", progress.step) as metrics,
+        MetricsFile(files / "metrics.jsonl", progress.step) as metrics,
         Trackers(
-            config.log, folder, f"{config.run.name}-{label}", config.model_dump(mode="json"), progress.step
+            config.log, files, f"{config.run.name}-{label}", config.model_dump(mode="json"), progress.step
         ) as trackers,
         ProgressBar(label, data.steps, progress.step, config.log.every) as bar,
         ExitStack() as stack,
     ):
         quant = None
         if config.log.quant_every:
-            quant = stack.enter_context(quant_metrics(config, model, folder, progress.step, trackers))
+            quant = stack.enter_context(quant_metrics(config, model, files, progress.step, trackers))
         if valid_before is not None:
             metrics.write(step=0, valid_loss=valid_before)
             bar.note(f"validation loss {valid_before:.4f} before training")
 
         stream = stack.enter_context(
-            BatchStream(data.train, cfg.micro_batch, data.pad_id, config.run.seed, progress.batches)
+            BatchStream(
+                data.train,
+                cfg.micro_batch,
+                data.pad_id,
+                config.run.seed,
+                progress.batches,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
         )
         for step in range(progress.step + 1, data.steps + 1):
             started = time.perf_counter()
-            micro_batches = [next(stream) for _ in range(cfg.grad_accum)]
+            micro_batches = [next(stream) for _ in range(cfg.grad_accum // ranks.world_size)]
             waited = time.perf_counter() - started
             # The mean is over the trained tokens of the whole step, not a mean of means over its micro-batches.
-            trained = sum(batch.trained for batch in micro_batches)
-            tokens = sum(batch.tokens for batch in micro_batches)
+            trained, tokens = ranks.sums(
+                [sum(batch.trained for batch in micro_batches), sum(batch.tokens for batch in micro_batches)]
+            )
 
             total = torch.zeros((), device=device)
             for batch in micro_batches:
                 loss = loss_of(**batch.inputs(device)) / trained
-                loss.backward()
+                (loss * ranks.world_size).backward()  # FSDP2 takes the mean over the processes
                 total += loss.detach()
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip))
             # The only wait for the GPU in a step.
             value, norm = torch.stack([total, grad_norm.to(total)]).tolist()
+            (value,) = ranks.sums([value])
             if not (math.isfinite(value) and math.isfinite(norm)):
-                where = locate_non_finite(loss_of, micro_batches, device)
+                where = "one process can tell"
+                if not ranks.several:
+                    where = locate_non_finite(loss_of, micro_batches, device)
                 saved = latest_checkpoint(checkpoints)
                 kept = (
                     f"the last checkpoint, {saved}, is kept" if saved else "no checkpoint was saved before it"
@@ -232,7 +277,7 @@ def train(
 
             last = step == data.steps
             if step % config.log.eval_every == 0 or last:
-                valid = evaluate(loss_of, data.valid, device)
+                valid = evaluate(loss_of, data.valid, device, ranks)
                 metrics.write(step=step, valid_loss=valid)
                 trackers.log(step, valid_loss=valid)
                 bar.note(f"validation loss {valid:.4f} at step {step}")
@@ -243,24 +288,28 @@ def train(
                 metrics.write(step=step, exact_match=score.exact_match)
                 trackers.log(step, exact_match=score.exact_match)
                 bar.note(f"{score} at step {step}")
-            if step % config.save.every == 0 or last or stop.received is not None:
+            (stopping,) = ranks.sums([stop.received or 0])
+            if step % config.save.every == 0 or last or stopping:
                 save_checkpoint(checkpoints, model, optimizer, progress, config.save.keep)
-            if stop.received is not None:
+            if stopping:
                 raise Interrupted(
-                    stop.received,
+                    stop.received or signal.SIGTERM,
                     f"stopped after step {step} of {data.steps}; repeat the command to go on ({folder})",
                 )
 
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     errors = measure(loss_of, data, device)
-    export_model(revert(model), data.tokenizer, folder / "export")
+    weights = whole_weights(model) if ranks.several else None
+    if ranks.first:
+        export_model(model if ranks.several else revert(model), data.tokenizer, folder / "export", weights)
+    ranks.wait()
     return Result(
         recipe=label,
         layers_converted=len(conversion.converted),
         layers_left_alone=len(conversion.skipped),
         peak_memory_gib=memory,
         errors=errors,
-        **summarise(read_metrics(folder / "metrics.jsonl")),
+        **summarise(read_metrics(files / "metrics.jsonl")),
     )
 
 

@@ -41,7 +41,8 @@ def save_checkpoint(
 ) -> Path:
     """Saves everything that the next step depends on to ``folder/step-N`` and deletes all but the newest ``keep``.
 
-    The files are written to a temporary folder, flushed to the disk and renamed, so every ``step-N`` is complete.
+    The files are written to a temporary folder, flushed to the disk and renamed, so every ``step-N`` is complete. Every process
+    of a run calls this; each writes its shards, and any number of processes can go on from them.
 
     Raises:
         RunFailed: the disk is full or not writable; earlier checkpoints are untouched.
@@ -51,16 +52,19 @@ def save_checkpoint(
         return target  # a resumed run that was stopped before its next step
     temporary = folder / f".unfinished-{target.name}"
     try:
-        for leftover in folder.glob(".unfinished-*"):
-            shutil.rmtree(leftover)
+        if _first():
+            for leftover in folder.glob(".unfinished-*"):
+                shutil.rmtree(leftover)
+        _wait()
         with _single_process_is_fine():
             dcp.save(
                 _state(model, optimizer, progress),
                 checkpoint_id=temporary,
                 no_dist=not distributed.is_initialized(),
             )
-        os.rename(temporary, target)
-        _flush_folder(folder)
+        if _first():
+            os.rename(temporary, target)
+            _flush_folder(folder)
     except (OSError, CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = latest_checkpoint(folder)
@@ -69,8 +73,10 @@ def save_checkpoint(
             f"checkpoint {target} could not be written: {_cause(error)}; {kept}; free disk space and "
             "repeat the command to go on"
         ) from error
-    for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    if _first():
+        for old in _checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    _wait()
     return target
 
 
@@ -84,6 +90,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     try:
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         state["equalizer"] = _empty_like(saved, "equalizer.")
+        if f"{_rng_key()}.cpu" not in saved:
+            del state[_rng_key()]  # saved by fewer processes
         with _single_process_is_fine():
             dcp.load(state, checkpoint_id=path, no_dist=not distributed.is_initialized())
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -93,9 +101,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             f"checkpoint {path} cannot be loaded: {_cause(error)}; delete it to go on from the one before, or start again "
             "with run.overwrite=true"
         ) from error
-    torch.set_rng_state(state["rng"]["cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    if rng := state.get(_rng_key()):
+        torch.set_rng_state(rng["cpu"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(rng["cuda"])
     return Progress(state["step"], state["batches"])
 
 
@@ -134,10 +143,24 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progres
         "model": model_state,
         "optimizer": optimizer_state,
         "equalizer": equalizer_state_dict(model),
-        "rng": rng,
+        _rng_key(): rng,
         "step": progress.step,
         "batches": progress.batches,
     }
+
+
+def _rng_key() -> str:
+    """Each process has random numbers of its own; all other parts of the state are those of the run."""
+    return "rng" if _first() else f"rng{distributed.get_rank()}"
+
+
+def _first() -> bool:
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def _wait() -> None:
+    if distributed.is_initialized():
+        distributed.barrier()
 
 
 def _empty_like(saved: dict[str, Any], prefix: str) -> dict[str, Tensor]:

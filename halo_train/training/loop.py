@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections.abc import Iterable
 from types import FrameType, TracebackType
 
@@ -11,6 +12,7 @@ import torch
 
 from .config import TrainSection
 from .data import Batch, batches_per_epoch
+from .distributed import Ranks
 from .errors import UserError
 from .loss import TokenLoss
 
@@ -31,16 +33,26 @@ def pick_device(name: str) -> torch.device:
 
 
 @torch.no_grad()
-def evaluate(loss: TokenLoss, batches: Iterable[Batch], device: torch.device) -> float:
-    """Mean loss per trained token, in nats, in evaluation mode."""
+def evaluate(
+    loss: TokenLoss, batches: Iterable[Batch], device: torch.device, ranks: Ranks | None = None
+) -> float:
+    """Mean loss per trained token, in nats, in evaluation mode.
+
+    Args:
+        ranks: processes that share the batches; None is this one alone.
+    """
+    ranks = ranks or Ranks(0, 1, device)
     was_training = loss.training
     loss.eval()
     total, trained = 0.0, 0
-    for batch in batches:
-        total += loss(**batch.inputs(device)).item()
-        trained += batch.trained
+    for batch, counts in ranks.share(batches):
+        value = loss(**batch.inputs(device)).item()
+        if counts:
+            total += value
+            trained += batch.trained
     loss.train(was_training)
-    return total / trained
+    whole, tokens = ranks.sums([total, trained])
+    return whole / tokens
 
 
 def total_steps(train: TrainSection, rows: int) -> int:
@@ -63,10 +75,14 @@ def total_steps(train: TrainSection, rows: int) -> int:
 
 
 class StopSignals:
-    """While active, the first SIGINT or SIGTERM only sets :attr:`received`; a second one interrupts at once."""
+    """While active, the first SIGINT or SIGTERM only sets :attr:`received`; a second one interrupts at once.
+
+    torchrun passes on what the terminal has already sent to every process: within a second of the first it is the same one.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._at = 0.0
 
     def __enter__(self) -> StopSignals:
         self._previous = {
@@ -81,6 +97,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        now = time.monotonic()
+        if self.received is not None and now - self._at > 1:
             raise KeyboardInterrupt
-        self.received = number
+        if self.received is None:
+            self.received, self._at = number, now

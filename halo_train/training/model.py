@@ -153,17 +153,20 @@ def build_loss(config: Config, tokenizer: Any, device: torch.device) -> TokenLos
     return TokenLoss(build_model(path, tokenizer, seed, config.data.seq_len, dtype, device))
 
 
-def export_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def export_model(
+    model: nn.Module, tokenizer: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
     """Writes a Hugging Face directory (safetensors, config, tokenizer); it appears whole or not at all.
 
     Args:
         model: without HaloLinear layers, see :func:`halo_train.revert`.
         folder: an earlier export there is replaced.
+        weights: by the names of the model's ``state_dict``, of a model whose own are sharded.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     disable_progress_bar()  # of transformers, for the writing of shards
-    model.save_pretrained(temporary)  # type: ignore[operator]
+    model.save_pretrained(temporary, state_dict=weights)  # type: ignore[operator]
     enable_progress_bar()
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,163 @@
+"""One run on several processes: who they are, what only the first does, sums over them, FSDP2 around the model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from .blocks import blocks
+from .config import Config
+from .data import Batch
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run; a run without torchrun is one process and needs no process group."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def several(self) -> bool:
+        return self.world_size > 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """The first process runs the body, then the others: they find what it has written."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.several:
+            distributed.barrier()
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Over all processes, the same on each."""
+        if not self.several:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)  # on the CPU, where gloo adds: no wait for the GPU
+        distributed.all_reduce(total)
+        return total.tolist()
+
+    def share(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+        """This process's part of ``batches`` and whether each counts: all get as many, the last repeated where one is missing.
+
+        Sharded layers need every process in every forward.
+        """
+        iterator = iter(batches)
+        while group := list(islice(iterator, self.world_size)):
+            yield group[min(self.rank, len(group) - 1)], self.rank < len(group)
+
+
+@contextmanager
+def join(device: torch.device) -> Iterator[Ranks]:
+    """The process group of a run that torchrun started. Only the first process prints.
+
+    Args:
+        device: the kind of device; each process takes the GPU of its local rank.
+
+    Raises:
+        UserError: fewer GPUs than processes.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield Ranks(0, 1, device)
+        return
+    chosen = device
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if chosen.index >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc must be at most the number of GPUs, {torch.cuda.device_count()}; got {os.environ['LOCAL_WORLD_SIZE']}"
+            )
+        torch.cuda.set_device(chosen)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        with ExitStack() as stack:
+            if distributed.get_rank():
+                sys.stdout = stack.enter_context(open(os.devnull, "w"))
+                stack.callback(setattr, sys, "stdout", sys.__stdout__)
+            yield Ranks(distributed.get_rank(), world_size, chosen)
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def own_files(ranks: Ranks, folder: Path) -> Iterator[Path]:
+    """Where this process writes the files that every process writes: the run's folder for the first, elsewhere for others."""
+    if ranks.first:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as elsewhere:
+        with suppress(FileNotFoundError):
+            shutil.copy(folder / "metrics.jsonl", elsewhere)  # what a resumed run goes on with
+        yield Path(elsewhere)
+
+
+def require_several_possible(config: Config, ranks: Ranks) -> None:
+    """
+    Raises:
+        UserError: settings that a run of several processes cannot have.
+    """
+    if not ranks.several:
+        return
+    if config.train.grad_accum % ranks.world_size:
+        raise UserError(
+            f"train.grad_accum counts the micro-batches of all {ranks.world_size} processes together and must be a multiple of "
+            f"{ranks.world_size}; got {config.train.grad_accum}; with the same value a run is the same on any number of GPUs"
+        )
+    refused = {
+        "eval.exact_match": (config.eval.exact_match, None),
+        "train.optimizer": (config.train.optimizer, "adamw"),
+    }
+    for field, (value, accepted) in refused.items():
+        if value != accepted:
+            raise UserError(
+                f"{field} must be {'unset' if accepted is None else accepted} with several processes; got {value!r}"
+            )
+
+
+def shard(loss_of: nn.Module, model: nn.Module, ranks: Ranks) -> None:
+    """FSDP2 around each block of the model and around the loss, whose forward reads the output layer itself."""
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    for block in blocks(model, "a run of several processes"):
+        fully_shard(block, mesh=mesh)
+    fully_shard(loss_of, mesh=mesh)
+    # Equal weights, but other dropout on each process.
+    torch.manual_seed(torch.initial_seed() + ranks.rank)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """All weights on the CPU of the first process, nothing on the others; every process must call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A number that the processes may hold in parts, such as the norm of sharded gradients."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

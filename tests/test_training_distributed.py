@@ -1,0 +1,113 @@
+"""Runs of several processes: the curve of one, checkpoints for any number of them, a plain model, errors that end all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_fixtures import halo_train, metrics, write_run
+from transformers import AutoModelForCausalLM
+
+RUN = ["train.grad_accum=6", "train.micro_batch=2"]
+
+
+def start(file: Path, nproc: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    arguments = ["run", str(file), f"--nproc={nproc}", *RUN, *overrides]
+    return subprocess.run(
+        [sys.executable, "-m", "halo_train.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def curve(run: Path, key: str) -> dict[int, float]:
+    return {int(line["step"]): line[key] for line in metrics(run) if key in line}
+
+
+@pytest.mark.slow
+def test_two_processes_then_three_then_one(tmp_path: Path):
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "two").mkdir()
+    assert halo_train("run", str(write_run(tmp_path / "alone")), *RUN) == 0
+    file = write_run(tmp_path / "two")
+    one, several = tmp_path / "alone" / "runs" / "tiny", tmp_path / "two" / "runs" / "tiny"
+    result = start(file, 2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("validation loss:") == 1
+    for key in ("loss", "grad_norm", "valid_loss", "trained_tokens"):
+        for step, value in curve(one, key).items():
+            assert curve(several, key)[step] == pytest.approx(value, rel=0.03), (key, step)
+    assert json.loads((several / "summary.json").read_text())["processes"] == 2
+
+    model, info = AutoModelForCausalLM.from_pretrained(several / "export", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert type(model).__name__ == "LlamaForCausalLM" == model.config.architectures[0]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    # The last steps again, from the checkpoint of two processes, by three and by one.
+    losses = curve(several, "loss")
+    for nproc in (3, 1):
+        shutil.rmtree(several / "checkpoints" / "step-6")
+        result = start(file, nproc)
+        assert result.returncode == 0, result.stderr
+        assert "step-4" in result.stdout
+        for step, loss in curve(several, "loss").items():
+            assert loss == pytest.approx(losses[step], rel=0.03), (nproc, step)
+        again = AutoModelForCausalLM.from_pretrained(several / "export")
+        for name, p in again.named_parameters():
+            torch.testing.assert_close(p, before[name], rtol=0.1, atol=0.03, msg=name)
+
+
+@pytest.mark.slow
+def test_a_failing_process_ends_the_run_with_its_traceback(tmp_path: Path):
+    file = write_run(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from halo_train.training import optim\n"
+        "    def fail(step, *rest):\n"
+        "        if step == 3: raise ZeroDivisionError('of rank 1')\n"
+        "        return 1e-3\n"
+        "    optim.learning_rate = fail\n"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", "halo_train.cli", "run", str(file), "--nproc=2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert result.returncode != 0
+    assert "ZeroDivisionError: of rank 1" in result.stderr
+    assert (tmp_path / "runs" / "tiny" / "checkpoints" / "step-2").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.grad_accum=3", r"train\.grad_accum .* must be a multiple of 2; got 3"),
+        ("train.optimizer=adamw_8bit", r"train\.optimizer must be adamw with several processes"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(tmp_path: Path, override: str, message: str):
+    from halo_train.training.config import load_config
+    from halo_train.training.distributed import Ranks, require_several_possible
+    from halo_train.training.errors import UserError
+
+    config = load_config(write_run(tmp_path), [override])
+    with pytest.raises(UserError, match=message):
+        require_several_possible(config, Ranks(0, 2, torch.device("cpu")))
+    require_several_possible(config, Ranks(0, 1, torch.device("cpu")))
