@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
 import pkgutil
 import shutil
 import sys
@@ -34,6 +33,7 @@ try:
     from halo_train.training.compare import plan, run_members
     from halo_train.training.compare_report import write_comparison
     from halo_train.training.config import RECIPE_FILE, Config, is_no_path, load_config
+    from halo_train.training.distributed import launch
     from halo_train.training.encode import decode_pieces
     from halo_train.training.errors import Interrupted, RunFailed, UserError
     from halo_train.training.evaluation import Evaluation, Task, run_evaluation
@@ -74,19 +74,9 @@ def run(
 ) -> None:
     """Fine-tune as FILE says. On several machines: torchrun ... -m halo_train.cli run FILE."""
     config = load_config(file, overrides or ())
-    if nproc == 1:
-        finetune.run(config)
-    else:
-        # In the place of this process: signals and the exit code are torchrun's.
-        torchrun = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={nproc}",
-            "-m",
-            "halo_train.cli",
-        ]
-        os.execv(sys.executable, [sys.executable, *torchrun, "run", str(file), *(overrides or ())])
+    if nproc > 1:
+        launch(nproc, ["run", str(file), *(overrides or ())])
+    finetune.run(config)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import distributed, nn
@@ -72,6 +72,12 @@ class Ranks:
         iterator = iter(batches)
         while group := list(islice(iterator, self.world_size)):
             yield group[min(self.rank, len(group) - 1)], self.rank < len(group)
+
+
+def launch(nproc: int, arguments: Sequence[str]) -> NoReturn:
+    """``halo-train`` with these arguments in ``nproc`` processes, in the place of this one: signals and exit code are torchrun's."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    os.execv(sys.executable, [sys.executable, *torchrun, "-m", "halo_train.cli", *arguments])
 
 
 @contextmanager
