@@ -14,7 +14,6 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import torch
-from torch import nn
 
 from .errors import UserError
 from .formats import Conversation, Row
@@ -155,13 +154,10 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
         turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
         text = tokenizer.apply_chat_template(turn, tokenize=False)
         after = tokenizer(text[text.rindex("2") + 1 :], add_special_tokens=False)["input_ids"]
-        special = {*tokenizer.all_special_ids, *_special_added(tokenizer)}
+        added = tokenizer.added_tokens_decoder.items()
+        special = {*tokenizer.all_special_ids, *(i for i, entry in added if entry.special)}
         found.add(next((token for token in after if token in special), None))
     return sorted(found - {None})
-
-
-def _special_added(tokenizer: Any) -> list[int]:
-    return [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
 
 
 def exact_match(
@@ -186,7 +182,7 @@ def exact_match(
     short = [question for question in asked if len(question.ids) + max_new_tokens <= window]
     ends = stop_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    with torch.autocast(_device(model).type, torch.bfloat16):
+    with torch.autocast(model.device.type, torch.bfloat16):
         written = greedy(
             model,
             [question.ids for question in short],
@@ -215,7 +211,3 @@ def exact_match(
             )
         )
     return Score(samples)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
