@@ -230,7 +230,7 @@ def train(
                 (loss * ranks.world_size).backward()  # FSDP2 takes the mean over the processes
                 total += loss.detach()
             grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip))
-            # The only wait for the GPU in a step.
+            # The loop's only wait for the GPU in a step.
             value, norm = torch.stack([total, grad_norm.to(total)]).tolist()
             (value,) = ranks.sums([value])
             if not (math.isfinite(value) and math.isfinite(norm)):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_fixtures import LLAMA, metrics, run_in_two_parts, stop_after, write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -288,6 +289,36 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
         losses[accumulate] = [line["loss"] for line in metrics(folder / "runs" / "tiny") if "loss" in line]
     # Apart by rounding, 3e-5; a mean of means is 2% off at the last step.
     assert losses[1] == pytest.approx(losses[2], rel=1e-3)
+
+
+def test_a_step_waits_for_the_device_once_and_in_each_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a tensor's value is what waits; on a CPU it is counted. transformers reads one in the mask of every forward."""
+    read = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            nonlocal read
+            read += op is torch.ops.aten._local_scalar_dense.default
+            return op(*args, **(kwargs or {}))
+
+    tolist = torch.Tensor.tolist
+
+    def counted(self: torch.Tensor) -> list[float]:
+        nonlocal read
+        read += 1
+        return tolist(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    reads = {}
+    for steps in (1, 6):
+        read = 0
+        overrides = [f"train.steps={steps}", f"run.name={steps}", "save.every=9", "log.eval_every=9"]
+        with Count():
+            finetune.run(load_config(write_run(tmp_path), overrides))
+        reads[steps] = read
+    assert reads[6] - reads[1] == 5 * (1 + 2)  # two micro-batches a step
 
 
 def test_wandb_without_the_package_says_what_to_install(
