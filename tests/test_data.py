@@ -65,7 +65,7 @@ def test_rows_are_cut_and_dropped_at_seq_len_and_texts_fall_into_pieces(tokenize
     split = _split(Encoder(tokenizer, 16)(rows), 3, seq_len=16)
     assert (split.cut, split.dropped, split.kept) == (1, 1, 2)
     assert split.rows.lengths.tolist() == [16, 3]
-    assert "cut at seq_len: 1; dropped, because the completion starts after seq_len: 1" in str(split)
+    assert "cut at seq_len: 1; dropped, without a trained token left: 1" in str(split)
 
     whole, pieces = (Encoder(tokenizer, n)([Row(None, "abcdefgh" * 5)]) for n in (64, 16))
     assert [token for piece in pieces for token in piece.ids] == whole[0].ids

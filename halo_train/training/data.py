@@ -154,7 +154,7 @@ class Split:
         if self.cut:
             text += f"; cut at seq_len: {self.cut}"
         if self.dropped:
-            text += f"; dropped, because the completion starts after seq_len: {self.dropped}"
+            text += f"; dropped, without a trained token left: {self.dropped}"
         return text
 
 
