@@ -1,7 +1,7 @@
 """Whether 8 bits pay: a model of the time of a linear layer, forward and backward, for the GPUs that were measured.
 
 The larger of two times counts: that of the GPU (three products and the bytes that equalising, rotating, rounding and
-transposing move) and that of the host, which launches the kernels one by one. docs/numerics.md, section 8, shows the model
+transposing move) and that of the host, which launches the kernels one by one. docs/numerics.md, section 7, shows the model
 beside measurements.
 """
 
@@ -28,7 +28,7 @@ class Rates(NamedTuple):
     host_8bit: float
 
 
-_RATES = {(9, 0): Rates(740e12, 1420e12, 1180e12, 3.6e12, 90e-6, 370e-6)}
+_RATES = {(9, 0): Rates(740e12, 1400e12, 1080e12, 2.6e12, 90e-6, 430e-6)}
 """By compute capability: H200, torch 2.11 (benchmarks/results/, bench_linear)."""
 
 
