@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .config import Format, HaloConfig, resolve_recipe
 from .fsdp import GatheredWeight, agreed_exponents, attach, regather
@@ -141,10 +142,12 @@ class HaloLinear(nn.Linear):
     @_disable_dynamo  # torch.compiler.disable would import the compiler with this file
     def _take_sharded_equalizer(self, tokens: Tensor) -> None:
         sharded = self.__dict__["_sharded_weight"]
-        self.equalizer_exponent.copy_(agreed_exponents(tokens, sharded))
-        self.equalizer_taken = True
-        if isinstance(self.weight, GatheredWeight):
-            regather(sharded, self.weight)
+        # Selective activation checkpointing is a mode that would keep what is rounded here for the recompute, which does not.
+        with _disable_current_modes():
+            self.equalizer_exponent.copy_(agreed_exponents(tokens, sharded))
+            self.equalizer_taken = True
+            if isinstance(self.weight, GatheredWeight):
+                regather(sharded, self.weight)
 
     def _check_placement(self) -> None:
         layer = f"HaloLinear {self.fqn!r}"
