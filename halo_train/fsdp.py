@@ -265,27 +265,31 @@ def _check_agreement(layer: Layer, weight: Any) -> None:
     mine = f"{layer.fqn or 'HaloLinear'} {layer.out_features}x{layer.in_features} {layer.config.name}"
     store.set(f"{key}/{rank}", mine)
     if rank == ranks[0]:
-        try:
-            store.wait([f"{key}/{r}" for r in ranks], AGREEMENT_TIMEOUT)
-            found = {r: store.get(f"{key}/{r}").decode() for r in ranks}
-        except dist.DistError:
-            found = {rank: mine}
+        _wait_for(store, [f"{key}/{r}" for r in ranks], AGREEMENT_TIMEOUT)
+        found = {r: store.get(f"{key}/{r}").decode() for r in ranks if store.check([f"{key}/{r}"])}
         same = len(found) == len(ranks) and len(set(found.values())) == 1
         store.set(
             f"{key}/verdict", "" if same else "; ".join(f"rank {r}: {what}" for r, what in found.items())
         )
-    store.wait([f"{key}/verdict"], 2 * AGREEMENT_TIMEOUT)
-    if verdict := store.get(f"{key}/verdict").decode():
+    if _wait_for(store, [f"{key}/verdict"], 2 * AGREEMENT_TIMEOUT):
+        verdict = store.get(f"{key}/verdict").decode()
+    else:
+        verdict = f"rank {rank}: {mine}"
+    if verdict:
         raise ValueError(
-            f"fully_shard: all ranks must have converted the same layers with the same recipe; layer number "
-            f"{_sharded_so_far[tuple(ranks)]} is {verdict}"
-            + (
-                ""
-                if ";" in verdict
-                else f", and others of the ranks {ranks} did not come to it within {AGREEMENT_TIMEOUT}"
-            )
-            + "; call convert_to_halo_training with the same arguments on every rank, before fully_shard"
+            "fully_shard: all ranks must have converted the same layers with the same recipe; layer number "
+            f"{_sharded_so_far[tuple(ranks)]} on the ranks {ranks} is {verdict}; a rank that is not named did not come to it within "
+            f"{AGREEMENT_TIMEOUT}; call convert_to_halo_training with the same arguments on every rank, before fully_shard"
         )
+
+
+def _wait_for(store: Any, keys: list[str], timeout: timedelta) -> bool:
+    """Whether the keys are there in time."""
+    try:
+        store.wait(keys, timeout)
+    except RuntimeError:
+        return False
+    return True
 
 
 _sharded_so_far: Counter[tuple[int, ...]] = Counter()

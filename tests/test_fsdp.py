@@ -429,6 +429,15 @@ def check_errors_on_every_rank(rank: int, world: int, device: str, folder: Path)
         model = shard(build(device=device), reshard_after_forward=2)
         with raises("Expected 1 all_gather_output, got 2"):
             model(batch(0, rank, device))
+    mesh = init_device_mesh(device, (world,))
+    if rank == 0 and world > 1:  # the others have not converted their models
+        patch = pytest.MonkeyPatch()
+        patch.setattr(fsdp, "AGREEMENT_TIMEOUT", timedelta(seconds=1))
+        patch.setattr(fsdp, "_sharded_so_far", fsdp._sharded_so_far.copy())
+        with pytest.raises(ValueError, match="a rank that is not named did not come"):
+            shard(build(device=device), mesh=mesh)
+        patch.undo()
+    dist.barrier()
     if device == "cuda":  # FSDP1 refuses CPUs itself
         model = FullyShardedDataParallel(build(device=device), device_id=rank)
         with raises("FSDP1"):
