@@ -57,6 +57,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_Processes = Annotated[int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")]
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of the run.", show_default=False)]
 _Overrides = Annotated[
     list[str] | None,
@@ -70,7 +71,7 @@ _Overrides = Annotated[
 def run(
     file: _File,
     overrides: _Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")] = 1,
+    nproc: _Processes = 1,
 ) -> None:
     """Fine-tune as FILE says. On several machines: torchrun ... -m halo_train.cli run FILE."""
     config = load_config(file, overrides or ())
@@ -86,6 +87,7 @@ def compare(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps, in place of what FILE says.")
     ] = None,
+    nproc: _Processes = 1,
 ) -> None:
     """Run FILE several times and set the runs side by side: halo-train compare FILE quant.recipe=bf16,fp8,int8.
 
@@ -94,7 +96,7 @@ def compare(
     same command again goes on with an interrupted comparison.
     """
     comparison = plan(file, overrides or (), steps)
-    failed = run_members(comparison)
+    failed = run_members(comparison, nproc)
     table, files = write_comparison(comparison, failed)
     console = _console()
     console.print(table)

@@ -172,7 +172,7 @@ def test_a_run_that_is_killed_by_the_system_is_a_failure_like_any_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = plan(write_run(tmp_path), ["quant.recipe=bf16,fp8"], 2)
-    monkeypatch.setattr(compare, "_run", lambda file, stop: -9 if file.stem == "bf16" else 0)
+    monkeypatch.setattr(compare, "_run", lambda file, nproc, stop: -9 if file.stem == "bf16" else 0)
     assert compare.run_members(Comparison(planned.folder, planned.compared, planned.members, False)) == {
         "bf16": -9
     }

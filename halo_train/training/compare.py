@@ -125,10 +125,13 @@ def plan(file: Path, overrides: Sequence[str], steps: int | None) -> Comparison:
     return comparison
 
 
-def run_members(comparison: Comparison) -> dict[str, int]:
+def run_members(comparison: Comparison, nproc: int = 1) -> dict[str, int]:
     """Runs what is not finished yet, one after the other, each in a process of its own.
 
     A process of its own gives each run the whole GPU and a peak memory that is its own, and keeps the others from a crash.
+
+    Args:
+        nproc: processes of each run.
 
     Returns:
         Exit codes of the runs that failed, by name.
@@ -151,7 +154,7 @@ def run_members(comparison: Comparison) -> dict[str, int]:
             print(f"\n{title}: {member.folder}", flush=True)
             file = folder / f"{member.name}.yaml"
             write_atomically(file, member.config.to_yaml())
-            code = _run(file, stop)
+            code = _run(file, nproc, stop)
             if stop.received is not None:
                 raise Interrupted(
                     stop.received, f"stopped in {member.name}; repeat the command to go on ({folder})"
@@ -162,9 +165,9 @@ def run_members(comparison: Comparison) -> dict[str, int]:
     return failed
 
 
-def _run(file: Path, stop: StopSignals) -> int:
+def _run(file: Path, nproc: int, stop: StopSignals) -> int:
     """Exit code of ``halo-train run FILE``. It is told of a signal once, by us, not by the terminal as well."""
-    command = [sys.executable, "-m", "halo_train.cli", "run", str(file)]
+    command = [sys.executable, "-m", "halo_train.cli", "run", str(file), f"--nproc={nproc}"]
     process = subprocess.Popen(command, start_new_session=True)
     told = False
     try:
