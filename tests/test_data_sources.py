@@ -105,6 +105,7 @@ def test_nulls_of_a_table_are_fields_that_a_row_does_not_have(tmp_path: Path) ->
         ("rows.jsonl", b"", "has no rows"),
         ("rows.jsonl.gz", gzip.compress(b"\n"), "has no rows"),
     ],
+    ids=["not gzip", "gzip cut off", "not parquet", "empty", "empty gzip"],
 )  # fmt: skip
 def test_a_broken_file_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     if name.endswith("parquet"):
@@ -132,7 +133,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
             open_source(value, None, "train", "data.train")
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n", "\n\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\n\n"], ids=["LF", "CRLF", "empty lines"])
 def test_chunks_meet_at_lines_and_keep_their_numbers(
     tmp_path: Path, small_chunks: None, newline: str
 ) -> None:
