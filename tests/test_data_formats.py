@@ -143,6 +143,7 @@ def test_a_missing_or_empty_file(tmp_path: Path) -> None:
         (b"PAR1\xff\xfe", "line 1: not UTF-8 .*let its name end in .parquet"),
         ("[\n  " + GOOD + "\n]", "line 1: not valid JSON .*each line must be one complete JSON object"),
     ],
+    ids=["UTF-16", "gzip", "parquet", "one JSON array"],
 )
 def test_a_file_that_is_no_jsonl(tmp_path: Path, data: bytes | str, message: str) -> None:
     path = tmp_path / "rows.jsonl"
