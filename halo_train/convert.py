@@ -19,6 +19,9 @@ MIN_FEATURES = 16
 _OUTPUT_NAMES = ("lm_head", "embed_out", "output_projection", "classifier", "score")
 """Last components of the names under which models keep their output layer."""
 
+_ADAPTER_PARTS = {"lora_A", "lora_B"}
+"""Components of the names under which the peft library keeps the two factors of an adapter."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ConvertedLayer:
@@ -74,8 +77,8 @@ def convert_to_halo_training(
 ) -> ConversionReport:
     """Replaces the linear layers inside ``module`` by HaloLinear, in place, sharing their parameters.
 
-    By default the output layer (lm_head), layers tied to an embedding and layers with fewer than 16 in or out features
-    stay in high precision. Call it before FSDP, DDP and torch.compile.
+    By default the output layer (lm_head), layers tied to an embedding, adapters of the peft library and layers with fewer
+    than 16 in or out features stay in high precision. Call it before FSDP, DDP and torch.compile.
 
     Args:
         module: any model that contains nn.Linear.
@@ -191,6 +194,8 @@ class _Exclusion:
             return f"weight tied to the embedding {self._embeddings[id(module.weight)]!r}"
         if id(module) in self._outputs or name.rpartition(".")[2] in _OUTPUT_NAMES:
             return "output layer: its rounding errors enter the loss directly"
+        if _ADAPTER_PARTS & set(name.split(".")):
+            return "low-rank adapter: what it learns is small beside the layer it adapts, and so is its share of the time"
         if min(module.in_features, module.out_features) < MIN_FEATURES:
             return f"fewer than {MIN_FEATURES} in or out features: it would be mostly padding"
         return ""

@@ -21,15 +21,15 @@ def build(order: str) -> torch.nn.Module:
     transformers.set_seed(0)
     model = transformers.LlamaForCausalLM(LLAMA)
     # B is random, not zero: a change of the output that the merge has to keep, and a gradient for A.
-    lora = peft.LoraConfig(r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    lora = peft.LoraConfig(r=32, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     if order == "convert first":
         convert_to_halo_training(model)
     model = peft.get_peft_model(model, lora)
     if order == "peft first":
         report = convert_to_halo_training(model)
-        assert {skip.reason for skip in report.skipped if "lora_" in skip.name} == {
-            "fewer than 16 in or out features: it would be mostly padding"
-        }
+        reasons = {skip.reason for skip in report.skipped if "lora_" in skip.name}
+        assert len(reasons) == 1
+        assert "low-rank adapter" in reasons.pop()
     return model
 
 
