@@ -12,6 +12,7 @@ from .config import HaloConfig, resolve_recipe
 from .cost import measured_rates, predicted_speedup
 from .linear import HaloLinear
 from .recipe_file import LayerRecipes, check_patterns, recipe_of_layer
+from .shared_input import SharedInputs
 
 MIN_FEATURES = 16
 """A layer with fewer in or out features would be mostly padding; the default filter leaves it alone."""
@@ -74,6 +75,7 @@ def convert_to_halo_training(
     recipe: str | HaloConfig | LayerRecipes = "fp8",
     module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
     tokens: int | None = None,
+    share_inputs: bool = False,
 ) -> ConversionReport:
     """Replaces the linear layers inside ``module`` by HaloLinear, in place, sharing their parameters.
 
@@ -88,6 +90,9 @@ def convert_to_halo_training(
             that can be converted.
         tokens: how many a layer sees at once (micro-batch times length). With it, layers that would be slower in 8 bits than
             in bfloat16 are left alone, on GPUs whose rates are known (:mod:`halo_train.cost`).
+        share_inputs: layers that read the same tensor, as q, k and v do, rotate, round and save it once, from the second
+            step on with one equalisation vector over all their weights. Compiled and under FSDP2 each layer rounds its
+            input itself, and so do those whose first forward was compiled or in inference mode. Not measured on a GPU yet.
 
     Returns:
         The report; print it.
@@ -125,6 +130,7 @@ def convert_to_halo_training(
     if not chosen:
         raise ValueError(_nothing_to_convert(module, skipped))
     check_patterns(recipes, (name for name, _ in chosen))
+    shared_inputs = SharedInputs() if share_inputs else None
     converted: list[ConvertedLayer] = []
     replacements: dict[int, nn.Module] = {}
     for name, layer in chosen:
@@ -138,6 +144,7 @@ def convert_to_halo_training(
             converted.append(ConvertedLayer(name, shape, config.name))
             replacements[id(layer)] = new = HaloLinear.from_linear(layer, config)
             new.fqn = name
+            new.shared_inputs = shared_inputs
     if not converted:
         raise ValueError(_nothing_to_convert(module, skipped))
     _replace(module, replacements)

@@ -40,6 +40,7 @@ def halo_linear(
     config: HaloConfig,
     equalizer: Tensor | Equalizer | None = None,
     quantized_weight: Quantized | None = None,
+    rounded_input: RoundedInput | None = None,
 ) -> Tensor:
     """y = x W^T + bias with the three products in 8 bits.
 
@@ -53,33 +54,90 @@ def halo_linear(
         equalizer: d [K], powers of two, or an :class:`Equalizer` of it, or None for ones.
         quantized_weight: what :func:`quantize_weight` returned for this weight, equalizer and config; the products use it
             and the values of ``weight`` are not read. None rounds the weight here.
+        rounded_input: what :func:`round_input` returned for this x, equalizer and config, under the same autocast; the
+            products use it and the values of ``x`` are not read. None rounds x here.
 
     Returns:
         [..., N] in the dtype of x (the autocast dtype under autocast).
 
     Raises:
         ValueError: integer or complex x, last dimension other than K, dtypes of x and weight that differ outside
-            autocast, equalizer or quantized_weight of another shape.
+            autocast, equalizer, quantized_weight or rounded_input of another shape.
     """
     if isinstance(equalizer, Tensor):
         equalizer = Equalizer.of(equalizer)
-    _check(x, weight, equalizer, quantized_weight)
+    _check(x, weight, equalizer, quantized_weight, rounded_input)
     if config.format is Format.HIGH_PRECISION or x.numel() == 0:
         return F.linear(x, weight, bias)
-    # Apart, because an autograd Function sees tensors, not tuples of them.
-    operands = (weight, bias, *(equalizer or (None, None)), config, *(quantized_weight or (None, None)))
-    device = x.device.type
-    if _autocast_enabled(device):
-        if x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
-        with _without_autocast(device):
-            return HaloLinearFunction.apply(x, *operands)
-    if x.dtype != weight.dtype:
+    target = autocast_dtype(x)
+    if target is None and x.dtype != weight.dtype:
         raise ValueError(
             f"halo_linear: x and weight must have the same dtype outside autocast; got {x.dtype} and {weight.dtype}; cast "
             "one of them or run under torch.autocast"
         )
-    return HaloLinearFunction.apply(x, *operands)
+    # Apart, because an autograd Function sees tensors, not tuples of them.
+    operands = (weight, bias, *(equalizer or (None, None)), config, *(quantized_weight or (None, None)))
+    with nullcontext() if target is None else _without_autocast(x.device.type):
+        if rounded_input is not None:
+            return HaloLinearFunction.apply(
+                rounded_input.carrier, *operands, *rounded_input.quantized, x.shape[:-1]
+            )
+        return HaloLinearFunction.apply(x if target is None else x.to(target), *operands, None, None, None)
+
+
+class RoundedInput(NamedTuple):
+    """X rounded for several layers; see :func:`round_input`."""
+
+    carrier: Tensor
+    """[M', K'] in the dtype of the products, without memory: where autograd sums their dX, rotated and padded as they are."""
+    quantized: Quantized
+    """(X D^-1) H rounded: data [M', K'] and its scales."""
+
+
+def round_input(x: Tensor, config: HaloConfig, equalizer: Equalizer | None = None) -> RoundedInput:
+    """Rounds x for all the layers that read it with the same d, for ``halo_linear(rounded_input=)``.
+
+    Differentiable in x: dX of the layers are summed first, and rotated and equalised back once.
+
+    Args:
+        x: [..., K], not empty; as in :func:`halo_linear`.
+        config: format, scaling and rotate_k must be those of the layers.
+        equalizer: that of the layers.
+    """
+    ops.check_input("round_input", x)
+    target = autocast_dtype(x)
+    with nullcontext() if target is None else _without_autocast(x.device.type):
+        carrier, data, scale = RoundInputFunction.apply(
+            x if target is None else x.to(target), None if equalizer is None else equalizer.inverse, config
+        )
+    return RoundedInput(carrier, Quantized(data, scale))
+
+
+class RoundInputFunction(torch.autograd.Function):
+    """Carrier, data and scales, see :class:`RoundedInput`, from x [..., K], 1/d [K] or None, and config. Saves 1/d only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, inverse: Tensor | None, config: HaloConfig
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        data, scale = quantize_input(_matrix(x), inverse, config)
+        ctx.mark_non_differentiable(data, scale)
+        ctx.set_materialize_grads(False)  # they would be as large as x
+        # Not through save_for_backward: a checkpoint counts what a layer saves, and only one of those that share calls this.
+        ctx.inverse, ctx.block, ctx.x_shape = inverse, _block(data.shape[1], config), x.shape
+        return x.new_empty_strided(data.shape, (0, 0)), data, scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dx: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+        if dx is None:
+            return None, None, None
+        if ctx.block > 1 or ctx.inverse is not None:
+            # Not in place: autograd may have handed the sum to a hook.
+            factors = None if ctx.inverse is None else _pad_vector(ctx.inverse, dx.shape[1])
+            dx = ops.hadamard(dx, ctx.block, 1.0 / math.sqrt(ctx.block), None, factors)
+        k = ctx.x_shape[-1]
+        return _crop(dx, ctx.x_shape.numel() // k, k).reshape(ctx.x_shape), None, None
 
 
 class Operands(NamedTuple):
@@ -92,8 +150,9 @@ class Operands(NamedTuple):
 
 
 class HaloLinearFunction(torch.autograd.Function):
-    """Y [..., N] from x [..., K], weight [N, K], bias [N] or None, d and 1/d [K] or None twice, config, and the weight as
-    :func:`quantize_weight` rounds it, or None twice.
+    """Y [..., N] from x [..., K], weight [N, K], bias [N] or None, d and 1/d [K] or None twice, config, the weight as
+    :func:`quantize_weight` rounds it, or None twice. Then None three times; or data and scale of a :class:`RoundedInput`, whose
+    carrier [M', K'] is x and gets its gradient rotated and padded as it is, and the leading shape of Y.
 
     Saved for backward: Xq (1 byte an element), its scales s and d when the weight needs a gradient, Wq, its scales t and
     1/d when x does. The padding is part of Xq and Wq; it is zero and adds nothing to a sum.
@@ -110,12 +169,17 @@ class HaloLinearFunction(torch.autograd.Function):
         config: HaloConfig,
         w_data: Tensor | None,
         w_scale: Tensor | None,
+        x_data: Tensor | None,
+        x_scale: Tensor | None,
+        leading: torch.Size | None,
     ) -> Tensor:
         equalizer = None if d is None or inverse is None else Equalizer(d, inverse)
         quantized_weight = None if w_data is None or w_scale is None else Quantized(w_data, w_scale)
+        quantized_input = None if x_data is None or x_scale is None else Quantized(x_data, x_scale)
         n, tokens = weight.shape[0], _matrix(x)
-        op = quantize_operands(tokens, weight, equalizer, config, quantized_weight)
-        y = _crop(matmul(op.x, op.w, x.dtype, config.fast_accum), tokens.shape[0], n)
+        op = quantize_operands(tokens, weight, equalizer, config, quantized_weight, quantized_input)
+        m = tokens.shape[0] if leading is None else leading.numel()
+        y = _crop(matmul(op.x, op.w, x.dtype, config.fast_accum), m, n)
         if bias is not None:
             y = y + bias.to(y.dtype)
 
@@ -124,11 +188,11 @@ class HaloLinearFunction(torch.autograd.Function):
         saved_x = (op.x.data, op.x.scale, d) if needs_dw else (None, None, None)
         saved_w = (op.w.data, op.w.scale, inverse) if needs_dx else (None, None, None)
         ctx.save_for_backward(*saved_x, *saved_w)
-        ctx.config, ctx.block = config, op.block
+        ctx.config, ctx.block, ctx.from_carrier = config, op.block, quantized_input is not None
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.x_shape, ctx.weight_shape = x.shape, weight.shape
-        return y.view(*x.shape[:-1], n)
+        return y.view(*(x.shape[:-1] if leading is None else leading), n)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -147,14 +211,17 @@ class HaloLinearFunction(torch.autograd.Function):
                 dx = matmul(for_dx, _contract_rows(w, config), ctx.x_dtype, config.fast_accum)
                 if config.rotate_m_dgrad:
                     dx = hadamard_transform(dx, axis=0)
-                dx = _crop(_undo_k(dx, ctx.block, inverse), e.shape[0], k).reshape(ctx.x_shape)
+                if ctx.from_carrier:
+                    dx = _crop(dx, *ctx.x_shape)
+                else:
+                    dx = _crop(_undo_k(dx, ctx.block, inverse), e.shape[0], k).reshape(ctx.x_shape)
             if for_dw is not None:
                 dw = matmul(for_dw, _contract_rows(x, config), ctx.weight_dtype, config.fast_accum)
                 dw = _crop(_undo_k(dw, ctx.block, d), n, k)
             if needs_db:
                 wide = torch.promote_types(e.dtype, torch.float32)
                 db = (e.sum(0, dtype=wide) if sums is None else sums[:n]).to(ctx.bias_dtype)
-        return dx, dw, db, None, None, None, None, None
+        return dx, dw, db, None, None, None, None, None, None, None, None
 
 
 def quantize_operands(
@@ -163,17 +230,20 @@ def quantize_operands(
     equalizer: Equalizer | None,
     config: HaloConfig,
     quantized_weight: Quantized | None = None,
+    quantized_input: Quantized | None = None,
 ) -> Operands:
-    """Pads, equalises, rotates and rounds X [M, K] and, unless it is given rounded, W [N, K] (docs/numerics.md, eq. 3)."""
-    x = _pad(x, MULTIPLE, MULTIPLE)
-    block = largest_block(x.shape[1]) if config.rotate_k else 1
+    """Pads, equalises, rotates and rounds X [M, K] and W [N, K], unless they are given rounded (docs/numerics.md, eq. 3)."""
     d, inverse = equalizer or (None, None)
-    factors = None if inverse is None else _pad_vector(inverse, x.shape[1])
     return Operands(
-        quantize(x, config.format, scaling=config.scaling, block=block, col_scale=factors),
+        quantize_input(x, inverse, config) if quantized_input is None else quantized_input,
         quantize_weight(weight, d, config) if quantized_weight is None else quantized_weight,
-        block,
+        _block(weight.shape[1], config),
     )
+
+
+def quantize_input(x: Tensor, inverse: Tensor | None, config: HaloConfig) -> Quantized:
+    """(X D^-1) H rounded, the first operand of fprop: X [M, K] padded to multiples of 16, to data [M', K']."""
+    return _quantize_rows(x, inverse, config)
 
 
 def quantize_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> Quantized:
@@ -181,10 +251,7 @@ def quantize_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> Qua
 
     With row scales a row depends on no other: rows rounded apart, as the shards of FSDP2 are, have the same bits.
     """
-    weight = _pad(weight, MULTIPLE, MULTIPLE)
-    block = largest_block(weight.shape[1]) if config.rotate_k else 1
-    factors = None if d is None else _pad_vector(d, weight.shape[1])
-    return quantize(weight, config.format, scaling=config.scaling, block=block, col_scale=factors)
+    return _quantize_rows(weight, d, config)
 
 
 def quantize_grad_for_dgrad(e: Tensor, w_scale: Tensor, config: HaloConfig) -> Quantized:
@@ -233,6 +300,25 @@ def _contract_rows(q: Quantized, config: HaloConfig) -> Quantized:
     return Quantized(data, scale)
 
 
+def _quantize_rows(a: Tensor, factors: Tensor | None, config: HaloConfig) -> Quantized:
+    a = _pad(a, MULTIPLE, MULTIPLE)
+    factors = None if factors is None else _pad_vector(factors, a.shape[1])
+    block = _block(a.shape[1], config)
+    return quantize(a, config.format, scaling=config.scaling, block=block, col_scale=factors)
+
+
+def _block(k: int, config: HaloConfig) -> int:
+    return largest_block(k + -k % MULTIPLE) if config.rotate_k else 1
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of x before the products, or None outside autocast; float64 stays."""
+    device = x.device.type
+    if not _autocast_enabled(device):
+        return None
+    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+
+
 def _autocast_enabled(device: str) -> bool:
     return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
@@ -277,7 +363,11 @@ def _pad_vector(v: Tensor, n: int) -> Tensor:
 
 
 def _check(
-    x: Tensor, weight: Tensor, equalizer: Equalizer | None, quantized_weight: Quantized | None
+    x: Tensor,
+    weight: Tensor,
+    equalizer: Equalizer | None,
+    quantized_weight: Quantized | None,
+    rounded_input: RoundedInput | None,
 ) -> None:
     ops.check_input("halo_linear", x)
     k = weight.shape[1]
@@ -294,3 +384,10 @@ def _check(
             f"halo_linear: quantized_weight must have data of shape {padded}, the weight padded to multiples of {MULTIPLE}; got "
             f"{tuple(quantized_weight.data.shape)}; make it with quantize_weight"
         )
+    if rounded_input is not None and x.numel():
+        padded = tuple(n + -n % MULTIPLE for n in (x.numel() // k, k))
+        if tuple(rounded_input.quantized.data.shape) != padded:
+            raise ValueError(
+                f"halo_linear: rounded_input must have data of shape {padded}, x as a matrix padded to multiples of {MULTIPLE}; "
+                f"got {tuple(rounded_input.quantized.data.shape)}; make it with round_input from this x"
+            )

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .config import Format, HaloConfig, resolve_recipe
 from .fsdp import GatheredWeight, agreed_exponents, attach, regather
 from .functional import halo_linear, quantize_weight
-from .quantize import Equalizer, Quantized, equalizer_exponents
+from .quantize import Equalizer, Quantized, column_amax, exponents_of_amax
+from .shared_input import InputGroup, SharedInputs, group_by_factors
 from .weight_cache import WeightCache
 
 _OWN_STATE = {
@@ -28,6 +29,8 @@ _OWN_STATE = {
     "_sharded_weight",
     "fqn",
     "ranks_agree",
+    "shared_inputs",
+    "input_group",
 }
 """What from_linear and to_linear do not carry over as it is; hooks and everything else a user attached go along."""
 
@@ -48,6 +51,10 @@ class HaloLinear(nn.Linear):
     """Name in the model that it was converted in, for messages."""
     ranks_agree: bool
     """Whether FSDP2's ranks have compared how they converted this layer."""
+    shared_inputs: SharedInputs | None
+    """That of the model, if its layers share inputs."""
+    input_group: InputGroup | None
+    """The layers that this one shares its input with, once it has seen one."""
 
     def __init__(
         self,
@@ -64,6 +71,8 @@ class HaloLinear(nn.Linear):
         self.equalizer_taken = False
         self.fqn = ""
         self.ranks_agree = False
+        self.shared_inputs = None
+        self.input_group = None
         self._weight_cache = WeightCache()
         zeros = torch.zeros(in_features, dtype=torch.int8, device=device)
         self.register_buffer("equalizer_exponent", zeros, persistent=False)
@@ -74,6 +83,9 @@ class HaloLinear(nn.Linear):
         gathered = isinstance(weight, GatheredWeight)
         if not gathered and not torch.compiler.is_compiling():
             self._check_placement()
+        shared = self.shared_inputs if self._can_share(x) else None
+        if shared is not None:
+            shared.meet(self, x)
         if self.config.equalize and not self.equalizer_taken:
             self._take_equalizer(x)
         equalizer = Equalizer.of_exponents(self.equalizer_exponent) if self.equalizer_taken else None
@@ -82,7 +94,13 @@ class HaloLinear(nn.Linear):
         empty = gathered and x.numel() == 0
         tokens = F.pad(x.reshape(-1, self.in_features), (0, 0, 0, 1)) if empty else x
         y = halo_linear(
-            tokens, weight, self.bias, config=self.config, equalizer=equalizer, quantized_weight=rounded
+            tokens,
+            weight,
+            self.bias,
+            config=self.config,
+            equalizer=equalizer,
+            quantized_weight=rounded,
+            rounded_input=None if shared is None else shared.rounded(self, x, equalizer),
         )
         return y[:0].reshape(*x.shape[:-1], self.out_features) if empty else y
 
@@ -91,6 +109,8 @@ class HaloLinear(nn.Linear):
         if name == "weight" and _is_sharded(value):
             self.__dict__["_sharded_weight"] = value  # not through nn.Module, which would register it
             attach(self, value)
+            if self.input_group is not None:
+                self.input_group.dissolve()
         super().__setattr__(name, value)
 
     def equalizer(self) -> Tensor | None:
@@ -105,8 +125,30 @@ class HaloLinear(nn.Linear):
         return sharded.detach().full_tensor().to(self.equalizer_exponent.device)
 
     def reset_equalizer(self) -> None:
-        """Takes d again from the next batch."""
+        """Takes d again from the next batch. Layers that share their input with this one keep theirs and share no longer."""
         self.equalizer_taken = False
+        if self.input_group is not None:
+            self.input_group.dissolve()
+
+    def _can_share(self, x: Tensor) -> bool:
+        """Whether x may be rounded for other layers too; where not, the layer rounds it itself, to the same bits."""
+        return (
+            self.shared_inputs is not None
+            and not torch.compiler.is_compiling()
+            and type(x) is Tensor
+            and not torch.is_inference_mode_enabled()
+            and not x.is_inference()
+            and x.numel() > 0
+            and self._is_usable(x)
+            and self.config.format is not Format.HIGH_PRECISION
+            and type(self.weight) is nn.Parameter
+            and "_sharded_weight" not in self.__dict__
+        )
+
+    def _is_usable(self, x: Tensor) -> bool:
+        # Where it is not, halo_linear says what is wrong.
+        fits = x.dim() > 0 and x.shape[-1] == self.in_features
+        return x.is_floating_point() and x.element_size() >= 2 and fits and not x.is_meta
 
     def _kept_weight(self, equalizer: Equalizer | None) -> Quantized | None:
         """The rounded weight of an earlier micro-batch, if it still is that of this one."""
@@ -120,6 +162,11 @@ class HaloLinear(nn.Linear):
             lambda: quantize_weight(self.weight, None if equalizer is None else equalizer.d, self.config),
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.input_group is not None:
+            self.input_group.members.add(self)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HaloLinear:
         self._weight_cache.clear()  # it would stay behind on the old device
         super()._apply(fn, recurse)
@@ -129,15 +176,17 @@ class HaloLinear(nn.Linear):
 
     @torch.no_grad()
     def _take_equalizer(self, x: Tensor) -> None:
-        usable = x.is_floating_point() and x.element_size() >= 2 and x.shape[-1] == self.in_features
-        if not usable or x.is_meta:  # halo_linear says what is wrong
+        if not self._is_usable(x):
             return
         tokens = x.reshape(-1, self.in_features)
         if "_sharded_weight" in self.__dict__:
             self._take_sharded_equalizer(tokens)
         elif x.numel():
-            self.equalizer_exponent.copy_(equalizer_exponents(tokens, self.weight))
+            x_amax, w_amax = column_amax(tokens), column_amax(self.weight)
+            self.equalizer_exponent.copy_(exponents_of_amax(x_amax, w_amax))
             self.equalizer_taken = True
+            if self.input_group is not None:
+                self.input_group.record(x_amax, w_amax)
 
     @_disable_dynamo  # torch.compiler.disable would import the compiler with this file
     def _take_sharded_equalizer(self, tokens: Tensor) -> None:
@@ -200,7 +249,13 @@ def halo_linears(model: nn.Module) -> Iterator[tuple[str, HaloLinear]]:
 
 
 def equalizer_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """log2 d by layer name, [in_features] int8, of the layers that have taken it. Save it beside the weights."""
+    """log2 d by layer name, [in_features] int8, of the layers that have taken it. Save it beside the weights.
+
+    Layers that share inputs get the factors of their group now, if they have not yet (:mod:`halo_train.shared_input`).
+    """
+    for _, layer in halo_linears(model):
+        if layer.input_group is not None:
+            layer.input_group.settle()  # what the run goes on with
     return {name: m.equalizer_exponent.clone() for name, m in halo_linears(model) if m.equalizer_taken}
 
 
@@ -228,8 +283,17 @@ def load_equalizer_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> 
             )
     for name, layer in layers.items():
         layer.equalizer_taken = name in state
+        layer.input_group = None
         if name in state:
             layer.equalizer_exponent.copy_(state[name])
+    # Equal factors are those of a group; where not, layers of equal factors share if they should read the same tensor.
+    group_by_factors(
+        {
+            layers[name]: (id(layers[name].shared_inputs), *exponent.tolist())
+            for name, exponent in state.items()
+            if layers[name].shared_inputs is not None
+        }
+    )
 
 
 def _is_sharded(weight: Any) -> bool:

@@ -28,6 +28,11 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+def optimizer_steps() -> int:
+    """How many steps the optimisers of this process have made."""
+    return _optimizer_steps
+
+
 class WeightCache:
     """At most one rounded weight, and what it was made from.
 

@@ -22,7 +22,7 @@ LAYERS = [
     ["hadamard", "quantize"],
     ["gemm"],
     ["functional", "weight_cache"],
-    ["fsdp"],
+    ["fsdp", "shared_input"],
     ["linear"],
     ["convert", "metrics"],
     ["calibrate"],

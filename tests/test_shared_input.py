@@ -1,0 +1,695 @@
+"""Inputs that several layers read: rounded and saved once, right when anything changes in between, the same after a resume."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from halo_train import (
+    RECIPES,
+    HaloConfig,
+    HaloLinear,
+    convert_to_halo_training,
+    equalizer_state_dict,
+    load_equalizer_state_dict,
+    revert,
+)
+from halo_train.functional import halo_linear, round_input
+from halo_train.metrics.products import sqnr_db
+from halo_train.quantize import Equalizer, equalizer_exponents
+
+QUANTISED = [name for name in RECIPES if name != "bf16"]
+
+
+class Block(nn.Module):
+    """q, k, v read h; o reads their sum; gate and up read a second h, down their product. Widths that need padding."""
+
+    def __init__(self, width: int = 40, kv: int = 24, inner: int = 72) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, n, bias=n == kv) for n in (width, kv, kv))
+        self.o = nn.Linear(width, width)
+        self.gate, self.up = nn.Linear(width, inner), nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.layer_norm(x, x.shape[-1:])
+        x = x + self.o(self.q(h) * torch.cat([self.k(h), self.v(h)], -1)[..., : x.shape[-1]])
+        h = nn.functional.layer_norm(x, x.shape[-1:])
+        return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
+GROUPS = [("q", "k", "v"), ("gate", "up")]
+
+
+def batch(seed: int = 0, tokens: int = 5) -> Tensor:
+    x = torch.randn(2, tokens, 40, generator=torch.Generator().manual_seed(seed))
+    x[..., 3] *= 30
+    return x.requires_grad_()
+
+
+def build(recipe: str | HaloConfig = "fp8", share: bool = True, blocks: int = 1) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(blocks)))
+    convert_to_halo_training(model, recipe=recipe, share_inputs=share)
+    return model
+
+
+def settled(recipe: str | HaloConfig = "fp8", blocks: int = 1) -> nn.Sequential:
+    """After a first forward and with the groups' factors."""
+    model = build(recipe, blocks=blocks)
+    with torch.no_grad():
+        model(batch())
+    equalizer_state_dict(model)
+    return model
+
+
+def plain_twin(model: nn.Module) -> nn.Module:
+    """The same weights and factors, nothing shared."""
+    twin = copy.deepcopy(model)
+    for layer in twin.modules():
+        if isinstance(layer, HaloLinear):
+            layer.shared_inputs = None
+    return twin
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    y = model(x)
+    y.square().mean().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+class Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops["quantize"] += "quantize" in op.name()
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def roundings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Calls of round_input, one entry each."""
+    calls: list[Any] = []
+
+    def counting(*args: Any) -> Any:
+        calls.append(args[0].shape)
+        return round_input(*args)
+
+    monkeypatch.setattr("halo_train.shared_input.round_input", counting)
+    return calls
+
+
+@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize(("m", "k"), [(16, 32), (7, 40), (300, 48), (1, 3)])
+def test_sum_before_the_rotation_is_exact_without_rounding(recipe: str, m: int, k: int) -> None:
+    config = RECIPES[recipe].without_rounding()
+    x = torch.randn(m, k)
+    weights = [torch.randn(n, k) for n in (24, 5)]
+    d = torch.exp2(torch.randint(-3, 4, (k,)).float()) if config.equalize else None
+    equalizer = None if d is None else Equalizer.of(d)
+    results = []
+    for shared in (True, False):
+        xs, *ws = (t.clone().requires_grad_() for t in (x, *weights))
+        rounded = round_input(xs, config, equalizer) if shared else None
+        outputs = [halo_linear(xs, w, config=config, equalizer=equalizer, rounded_input=rounded) for w in ws]
+        sum((y.square().sum() for y in outputs), torch.zeros(())).backward()
+        results.append([*(y.detach() for y in outputs), *(w.grad for w in ws), xs.grad])
+    x64, *w64 = (t.double().requires_grad_() for t in (x, *weights))
+    sum(((x64 @ w.t()).square().sum() for w in w64), torch.zeros(())).backward()
+    ours, alone = results
+    assert equal(ours[:2], alone[:2])
+    assert relative(ours[-1].double(), x64.grad) < 1e-5
+    for mine, true in zip(ours[2:4], w64, strict=True):
+        assert relative(mine.double(), true.grad) < 1e-5
+
+
+@pytest.mark.parametrize("recipe", QUANTISED)
+def test_summing_in_bfloat16_before_the_rotation_costs_little(recipe: str) -> None:
+    config = RECIPES[recipe]
+    x, *weights = (torch.randn(s) for s in ((256, 512), (512, 512), (128, 512), (128, 512)))
+    x[:, [3, 70, 200]] *= 60
+    x, *weights = (t.bfloat16() for t in (x, *weights))
+    errors = [(torch.randn(256, len(w)) * torch.randn(256, 1).mul(2).exp()).bfloat16() for w in weights]
+    equalizer = (
+        Equalizer.of_exponents(equalizer_exponents(x, torch.cat(weights))) if config.equalize else None
+    )
+    exact = torch.cat(errors, 1).double() @ torch.cat(weights).double()
+
+    def decibels(dtype: torch.dtype, shared: bool) -> float:
+        xs = x.to(dtype).requires_grad_()
+        rounded = round_input(xs, config, equalizer) if shared else None
+        outputs = [
+            halo_linear(xs, w.to(dtype), config=config, equalizer=equalizer, rounded_input=rounded)
+            for w in weights
+        ]
+        (dx,) = torch.autograd.grad(outputs, xs, [e.to(dtype) for e in errors])
+        return sqnr_db(exact, dx, dim=1).median().item()
+
+    assert decibels(torch.float32, True) == pytest.approx(decibels(torch.float32, False), abs=1e-3)
+    assert decibels(torch.bfloat16, True) > decibels(torch.bfloat16, False) - 0.15
+
+
+def test_gradcheck_in_float64() -> None:
+    config = RECIPES["halo2_int8"].without_rounding()
+    x, w, v = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 6), (5, 6), (4, 6)))
+
+    def both(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        rounded = round_input(x, config)
+        return tuple(halo_linear(x, each, config=config, rounded_input=rounded) for each in (w, v))
+
+    assert torch.autograd.gradcheck(both, (x, w, v))
+
+
+def test_rounded_input_of_another_x_is_refused() -> None:
+    rounded = round_input(torch.randn(20, 32), RECIPES["int8"])
+    with pytest.raises(ValueError, match=r"rounded_input must have data of shape \(48, 32\).*got \(32, 32\)"):
+        halo_linear(torch.randn(40, 32), torch.randn(8, 32), config=RECIPES["int8"], rounded_input=rounded)
+
+
+@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_gives_the_bits_of_the_plain_path_forward_and_its_gradients(
+    recipe: str, dtype: torch.dtype
+) -> None:
+    model = settled(recipe).to(dtype)
+    x = batch(1).to(dtype)
+    ours, plain = step(model, x), step(plain_twin(model), x)
+    assert torch.equal(ours[0], plain[0])
+    # dX differs in one rounding of a sum; behind it E of the earlier layers is rounded to 8 bits anew.
+    for mine, other in zip(ours[1:], plain[1:], strict=True):
+        assert relative(mine.float(), other.float()) < (0.05 if dtype is torch.bfloat16 else 0.01)
+
+
+@pytest.mark.parametrize("recipe", QUANTISED)
+def test_a_block_without_rounding(recipe: str) -> None:
+    model = settled(RECIPES[recipe].without_rounding())
+    exact = step(revert(plain_twin(model)), batch(1))
+    for mine, true in zip(step(model, batch(1)), exact, strict=True):
+        assert relative(mine, true) < 2e-5
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "halo1_int8"])
+def test_rounded_once_and_saved_once(recipe: str, roundings: list[Any]) -> None:
+    model = settled(recipe)
+    twin = plain_twin(model)
+    roundings.clear()
+    counts, saved = [], []
+    for each in (model, twin):
+        storages: dict[int, int] = {}
+
+        def pack(t: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            if t.element_size() == 1:
+                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with Count() as count, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = each(batch(1))
+        counts.append(count.ops["quantize"])
+        saved.append(sum(storages.values()))
+        y.sum().backward()
+    assert len(roundings) == 2  # q, k, v and gate, up; o and down read theirs alone
+    assert counts == [4 + 7, 7 + 7]  # inputs and weights
+    assert saved[1] - saved[0] == 3 * 16 * 48  # of q, k, v two and of gate and up one
+
+
+def test_off_by_default_and_lone_layers_stay_plain(roundings: list[Any]) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    convert_to_halo_training(copy.deepcopy(model), recipe="int8")
+    convert_to_halo_training(model, recipe="int8", share_inputs=True)
+    for _ in range(3):
+        model(torch.randn(4, 32)).sum().backward()
+    assert roundings == []
+    unshared = build(share=False)
+    step(unshared, batch())
+    assert all(m.input_group is None for m in unshared.modules() if isinstance(m, HaloLinear))
+
+
+def test_one_equalizer_over_all_weights_of_a_group() -> None:
+    model = build()
+    block = model[0]
+    with torch.no_grad():
+        block.k.weight[:, 5] *= 64
+    seen = []
+    block.q.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    first = step(model, batch())
+    assert not torch.equal(block.q.equalizer(), block.k.equalizer())
+    assert equal(first, step(plain_first(model), batch()))
+    expected = equalizer_exponents(
+        seen[0].reshape(-1, 40), torch.cat([block.q.weight, block.k.weight, block.v.weight])
+    )
+    step(model, batch(1))  # a second micro-batch
+    assert not torch.equal(block.q.equalizer(), block.k.equalizer())
+    torch.optim.SGD(model.parameters(), 0.5).step()  # what the factors are taken from was seen before it
+    step(model, batch(1))
+    for name in ("q", "k", "v"):
+        assert torch.equal(block.get_submodule(name).equalizer_exponent, expected)
+    assert torch.equal(block.gate.equalizer(), block.up.equalizer())
+
+
+def plain_first(model: nn.Sequential) -> nn.Module:
+    """What ``model`` was before its first forward, without sharing."""
+    twin = plain_twin(model)
+    for layer in twin.modules():
+        if isinstance(layer, HaloLinear):
+            layer.reset_equalizer()
+    return twin
+
+
+class Pair(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self, between: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 16), nn.Linear(32, 16)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * 1
+        y = self.a(h)
+        changed = self.between(h)
+        return y + self.b(h if changed is None else changed)
+
+
+@pytest.mark.parametrize("equalising", [True, False])
+@pytest.mark.parametrize(
+    ("between", "times"),
+    [
+        (lambda h: None, 1),
+        (lambda h: h.mul_(2), 2),
+        (lambda h: (h[:2].zero_(), None)[1], 2),
+        (lambda h: h.clone(), 2),
+        (lambda h: h.detach(), 2),
+    ],
+)
+def test_what_changed_in_between_is_rounded_again(
+    roundings: list[Any], between: Any, times: int, equalising: bool
+) -> None:
+    model = Pair(lambda h: None)
+    convert_to_halo_training(model, recipe="fp8" if equalising else "fp8_plain", share_inputs=True)
+    x = torch.randn(8, 32)
+    with torch.no_grad():
+        model(x)
+    assert model.a.input_group is model.b.input_group
+    model.between = between
+    equalizer_state_dict(model)
+    twin = plain_twin(model)
+    roundings.clear()
+    ours = step(model, x)
+    assert len(roundings) == times
+    for mine, other in zip(ours, step(twin, x), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("switch", ["no_grad", "autocast", "requires_grad"])
+def test_another_mode_is_another_rounding(roundings: list[Any], switch: str) -> None:
+    model = Pair(lambda h: None)
+    convert_to_halo_training(model, recipe="int8", share_inputs=True)
+    model(torch.randn(4, 32))
+    equalizer_state_dict(model)
+    roundings.clear()
+    x = torch.randn(4, 32)
+    if switch == "requires_grad":
+        model.a(x)
+        x.requires_grad_()
+    else:
+        x.requires_grad_()
+        with torch.no_grad() if switch == "no_grad" else torch.autocast("cpu", dtype=torch.bfloat16):
+            model.a(x)
+    y = model.b(x)
+    assert len(roundings) == 2
+    assert y.dtype is torch.float32
+    y.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def selective(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = op.name() in ("halo_train::quantize_rows", "halo_train::int8_matmul", "aten::_scaled_mm")
+    of_weight = bool(args) and isinstance(args[0], nn.Parameter)
+    return CheckpointPolicy.MUST_SAVE if keep and not of_weight else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+CHECKPOINTS = {
+    "full": partial(checkpoint, use_reentrant=False),
+    "reentrant": partial(checkpoint, use_reentrant=True),
+    "selective": partial(
+        checkpoint,
+        use_reentrant=False,
+        context_fn=partial(create_selective_checkpoint_contexts, selective),
+    ),
+}
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, blocks: nn.Module, mode: str) -> None:
+        super().__init__()
+        self.blocks, self.mode = blocks, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = CHECKPOINTS[self.mode](block, x)
+        return x
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTS)
+@pytest.mark.parametrize("recipe", ["fp8", "int8", "halo2_int8"])
+def test_recomputing_gives_the_same_bits_from_the_first_step_on(recipe: str, mode: str) -> None:
+    plain, recomputed = build(recipe, blocks=2), Checkpointed(build(recipe, blocks=2), mode)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (plain, recomputed)]
+    for seed in range(3):
+        ours, theirs = (step(model, batch(seed)) for model in (recomputed, plain))
+        assert equal(ours, theirs)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert recomputed.blocks[0].q.input_group.settled
+
+
+class Cross(nn.Module):
+    """Layers inside two checkpointed regions and outside of them, all reading one tensor, as cross-attention does."""
+
+    def __init__(self, region: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(6))
+        self.region = region
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x * 1
+        y = self.layers[0](h)
+        for a, b in ((1, 2), (3, 4)):
+            y = y + self.region(lambda h, y, a=a, b=b: self.layers[a](h) * self.layers[b](h).tanh(), h, y)
+        return y + self.layers[5](h)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("recipe", ["fp8", "halo1_int8"])
+def test_a_group_across_checkpointed_regions(mode: str, recipe: str) -> None:
+    torch.manual_seed(0)
+    model = Cross(lambda function, *args: function(*args))
+    convert_to_halo_training(model, recipe=recipe, share_inputs=True)
+    recomputed = copy.deepcopy(model)
+    recomputed.region = CHECKPOINTS[mode]
+    optimizers = [torch.optim.SGD(m.parameters(), 1e-3) for m in (model, recomputed)]
+    for seed in range(3):
+        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(seed))
+        if mode == "full":
+            assert equal(step(model, x), step(recomputed, x))
+        else:  # each region is a group of its own
+            if seed:
+                equalizer_state_dict(recomputed)
+            plain = plain_twin(recomputed)
+            plain.region = model.region
+            for ours, other in zip(step(recomputed, x), step(plain, x), strict=True):
+                torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTS)
+def test_two_forwards_before_the_first_backward(mode: str) -> None:
+    """As in preference training: the second must not settle the groups, for the first is yet to be recomputed."""
+    models = build(), Checkpointed(build(), mode)
+    for seed in range(2):
+        for model in models:
+            model.zero_grad()
+            (model(batch(seed)).square().mean() + model(batch(9 - seed)).square().mean()).backward()
+            torch.optim.SGD(model.parameters(), 0.1).step()
+        assert equal(*([p.grad for p in model.parameters()] for model in models))
+
+
+def test_gradient_accumulation_never_uses_a_weight_rounded_with_older_factors() -> None:
+    model = build()
+    x = [batch(seed) for seed in range(4)]
+    for i, each in enumerate(x):  # the first micro-batch takes factors, the second keeps weights
+        if i == 2:
+            assert model[0].k._weight_cache._value is not None
+            equalizer_state_dict(model)  # other factors in the midst of a step
+        twin = plain_twin(model)
+        y = model(each)
+        assert torch.equal(y, twin(each))
+        y.square().mean().backward()
+
+
+@pytest.mark.parametrize("frozen", ["q.weight", "kv", "all"])
+def test_frozen_weights(frozen: str) -> None:
+    """As under LoRA: whoever reads first, what the others need is there."""
+    model = settled("int8")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(
+            not (frozen == "all" or frozen in name or (frozen == "kv" and name[2] in frozen))
+        )
+    x = batch(1)
+    results = []
+    for each in (model, plain_twin(model)):
+        inputs = x.detach().requires_grad_()
+        each(inputs).square().mean().backward()
+        results.append([inputs.grad, *(p.grad for p in each.parameters() if p.requires_grad)])
+    for mine, other in zip(*results, strict=True):
+        assert relative(mine, other) < 0.01
+
+
+def test_autocast() -> None:
+    model = settled()
+    x = batch(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, plain = step(model, x), step(plain_twin(model), x)
+    assert torch.equal(ours[0], plain[0])
+    assert {t.dtype for t in ours[1:]} == {torch.float32}
+    for mine, other in zip(ours[1:], plain[1:], strict=True):
+        assert relative(mine, other) < 0.03
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_evaluation_between_steps(context: Any) -> None:
+    model = settled().eval()
+    with context():
+        ours, plain = model(batch(1)), plain_twin(model)(batch(1))
+    assert torch.equal(ours, plain)
+    step(model.train(), batch(2))
+    with context():
+        assert torch.equal(model(batch(1)), ours)
+
+
+def train(model: nn.Module, steps: range, optimizer: torch.optim.Optimizer) -> Iterator[list[Tensor]]:
+    for seed in steps:
+        results = step(model, batch(seed))
+        optimizer.step()
+        yield results
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "halo1_int8"])
+@pytest.mark.parametrize("saved_after", [1, 3])
+def test_a_resumed_run_is_the_same_run(recipe: str, saved_after: int) -> None:
+    whole = build(recipe)
+    optimizer = torch.optim.SGD(whole.parameters(), 0.1)
+    expected = list(train(whole, range(5), optimizer))
+
+    first = build(recipe)
+    list(train(first, range(saved_after), torch.optim.SGD(first.parameters(), 0.1)))
+    equalizer, weights = equalizer_state_dict(first), first.state_dict()
+    resumed = build(recipe)
+    resumed.load_state_dict(weights)
+    load_equalizer_state_dict(resumed, equalizer)
+    rest = list(train(resumed, range(saved_after, 5), torch.optim.SGD(resumed.parameters(), 0.1)))
+    assert all(equal(a, b) for a, b in zip(rest, expected[saved_after:], strict=True))
+
+
+def test_reset_finds_groups_and_factors_anew() -> None:
+    model = settled()
+    for layer in model.modules():
+        if isinstance(layer, HaloLinear):
+            layer.reset_equalizer()
+    x = batch(7) * torch.logspace(-2, 2, 40)
+    step(model, x)
+    fresh = build()
+    step(fresh, x)
+    state = equalizer_state_dict(model)
+    assert all(torch.equal(state[name], e) for name, e in equalizer_state_dict(fresh).items())
+    model[0].k.reset_equalizer()
+    assert model[0].q.input_group is None
+    ours = step(model, x)
+    assert torch.equal(ours[0], step(plain_twin(model), x)[0])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_copies_keep_groups_of_their_own(steps: int) -> None:
+    model = build()
+    for seed in range(steps):
+        step(model, batch(seed))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    twins = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+    ]
+    expected = [step(model, batch(seed)) for seed in (5, 6)]
+    for twin in twins:
+        assert all(equal(step(twin, batch(seed)), e) for seed, e in zip((5, 6), expected, strict=True))
+        for group in GROUPS:
+            layers = [twin[0].get_submodule(name) for name in group]
+            assert set(layers[0].input_group.members) == set(layers)
+            assert layers[0].input_group is not model[0].get_submodule(group[0]).input_group
+    alone = copy.deepcopy(model[0].q)
+    assert list(alone.input_group.members) == [alone]
+
+
+@pytest.mark.parametrize("keep_x", [True, False])
+def test_nothing_outlives_the_step(monkeypatch: pytest.MonkeyPatch, keep_x: bool) -> None:
+    model = settled()
+    alive: list[weakref.ref[Tensor]] = []
+
+    def watching(*args: Any) -> Any:
+        rounded = round_input(*args)
+        alive.extend(weakref.ref(t) for t in (rounded.carrier, rounded.quantized.data))
+        return rounded
+
+    monkeypatch.setattr("halo_train.shared_input.round_input", watching)
+    gc.disable()  # no cycle either
+    try:
+        kept = batch(1)
+        y = model(kept if keep_x else batch(1))
+        y.sum().backward()
+        del y
+        assert len(alive) == 4
+        assert all(ref() is None for ref in alive)
+        x = torch.randn(4, 40)
+        model[0].q(x)  # and the others never come
+        assert alive[-1]() is not None
+        del x
+        assert alive[-1]() is None
+    finally:
+        gc.enable()
+
+
+def test_compile_fullgraph_gives_the_eager_bits() -> None:
+    torch._dynamo.reset()
+    model = Pair(lambda h: None)
+    convert_to_halo_training(model, share_inputs=True)
+    model(torch.randn(8, 32))
+    equalizer_state_dict(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(8, 32)
+    assert equal(step(compiled, x), step(plain_twin(model), x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("x", [torch.ones(4, 39), torch.ones(4, 40).long(), torch.tensor(1.0)])
+def test_bad_input_gets_the_message_of_the_plain_path(x: Tensor) -> None:
+    model = settled()
+    with pytest.raises(ValueError, match="halo_linear: "):
+        model[0].q(x)
+    assert model[0].q(torch.empty(0, 40)).shape == (0, 40)
+
+
+def sharded(rank: int, share: bool) -> list[Tensor]:
+    """Under FSDP2 every layer rounds for itself, also if a forward before has found groups."""
+    model = build(share=share)
+    model(batch(0))
+    fully_shard(model[0], reshard_after_forward=False)
+    fully_shard(model)
+    results = [*step(model, batch(rank))[:2], *step(model, batch(2 + rank))[:2]]
+    equalizer_state_dict(model)  # weights are still gathered, rounded with the factors they have
+    return [*results, *step(model, batch(4 + rank))[:2]]
+
+
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = DistributedDataParallel(build())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for seed in range(
+        3
+    ):  # the groups settle in the second; DDP broadcasts the factors of rank 0 before the third
+        step(model, batch(10 * seed + rank))
+        if seed < 2:
+            optimizer.step()
+    result = {
+        "grads": [p.grad for p in model.parameters()],
+        "equalizer": equalizer_state_dict(model.module),
+        "weights": model.module.state_dict(),
+        "sharded": [sharded(rank, share) for share in (True, False)],
+    }
+    torch.save(result, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ddp_and_fsdp2(tmp_path: Path) -> None:
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert all(torch.equal(e, ranks[1]["equalizer"][name]) for name, e in ranks[0]["equalizer"].items())
+    assert equal(ranks[0]["grads"], ranks[1]["grads"])
+    assert all(equal(*rank["sharded"]) for rank in ranks)
+    alone = build()
+    alone.load_state_dict(ranks[0]["weights"])
+    load_equalizer_state_dict(alone, ranks[0]["equalizer"])
+    grads = [step(alone, batch(20 + rank))[2:] for rank in range(2)]
+    for ours, *both in zip(ranks[0]["grads"], *grads, strict=True):
+        torch.testing.assert_close(ours, sum(both) / 2)
+
+
+FIELDS = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "shared"), [("Llama", 4), ("Qwen2", 4), ("Phi3", 0)])
+def test_models_of_transformers(kind: str, shared: int, roundings: list[Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.set_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**FIELDS))
+    convert_to_halo_training(model, recipe="int8", share_inputs=True)
+    ids = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+
+    def loss_and_gradient(model: nn.Module) -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    loss_and_gradient(model)
+    equalizer_state_dict(model)
+    roundings.clear()
+    loss, grad = loss_and_gradient(model)
+    assert len(roundings) == shared  # q, k, v and gate, up of two layers; Phi3 has them fused
+    twin = plain_twin(model)
+    plain_loss, plain_grad = loss_and_gradient(twin)
+    assert torch.equal(loss, plain_loss)
+    assert relative(grad, plain_grad) < 0.02
+    model.eval()
+    prompt = ids[:, :4]
+    generated = model.generate(prompt, max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, twin.eval().generate(prompt, max_new_tokens=4, do_sample=False))
+    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again, same = loss_and_gradient(model)
+    assert torch.equal(again, loss)
+    assert torch.equal(same, grad)
