@@ -96,15 +96,16 @@ class _Read:
 
 
 class SharedInputs:
-    """The tensor that was read last by the layers of one model, rounded, while others of its group are to come.
+    """The tensors that layers of one model have read, rounded, while others of the group are to come.
 
-    What was rounded is used again only for the same tensor object, not written to since, in the same pass with the same
-    autograd and autocast modes; writing through ``x.data`` is not seen, as autograd does not see it. It is forgotten with
-    the last reader, with the tensor, or with the next tensor. A copy or a pickle starts empty.
+    What was rounded is used again only for the same tensor object, not written to since, under the same autograd and
+    autocast modes; writing through ``x.data`` is not seen, as autograd does not see it. It is forgotten with the last
+    reader or with the tensor. A copy or a pickle starts empty.
     """
 
     def __init__(self) -> None:
-        self._last: _Read | None = None
+        self._reads: dict[int, _Read] = {}
+        """By the id of the tensor."""
 
     def meet(self, layer: Layer, x: Tensor) -> None:
         """Before the layer takes or uses its factors: finds its group in its first forward, settles it later."""
@@ -134,23 +135,23 @@ class SharedInputs:
             read.rounded = round_input(x, layer.config, equalizer)
         read.readers += 1
         if group.settled and read.readers == len(group.members):
-            self._last = None
+            del self._reads[id(x)]
         return read.rounded
 
     def _find(self, x: Tensor, config: HaloConfig) -> _Read | None:
-        read = self._last
+        read = self._reads.get(id(x))
         return read if read is not None and read.x() is x and read.state == _state(x, config) else None
 
     def _remember(self, x: Tensor, config: HaloConfig, group: InputGroup) -> _Read:
-        this = weakref.ref(self)
+        this, key = weakref.ref(self), id(x)
 
         def forget(x: weakref.ref[Tensor]) -> None:
-            inputs = this()
-            if inputs is not None and inputs._last is not None and inputs._last.x is x:
-                inputs._last = None
+            reads = {} if (inputs := this()) is None else inputs._reads
+            if key in reads and reads[key].x is x:
+                del reads[key]
 
-        self._last = _Read(weakref.ref(x, forget), _state(x, config), group)
-        return self._last
+        read = self._reads[key] = _Read(weakref.ref(x, forget), _state(x, config), group)
+        return read
 
     def __reduce__(self) -> tuple[type[SharedInputs], tuple[()]]:
         return SharedInputs, ()
@@ -164,7 +165,6 @@ def _state(x: Tensor, config: HaloConfig) -> tuple[Any, ...]:
         x._version,
         x.requires_grad,
         torch.is_grad_enabled(),
-        torch._C._current_graph_task_id(),
         autocast_dtype(x),
         (config.format, config.scaling, config.rotate_k, config.equalize),
         None if mode is None else weakref.ref(mode),

@@ -244,10 +244,11 @@ def test_rounded_once_and_saved_once(recipe: str, roundings: list[Any]) -> None:
 
 def test_off_by_default_and_lone_layers_stay_plain(roundings: list[Any]) -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
-    convert_to_halo_training(copy.deepcopy(model), recipe="int8")
     convert_to_halo_training(model, recipe="int8", share_inputs=True)
     for _ in range(3):
         model(torch.randn(4, 32)).sum().backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+    assert model[1].input_group.settled
     assert roundings == []
     unshared = build(share=False)
     step(unshared, batch())
@@ -328,6 +329,26 @@ def test_what_changed_in_between_is_rounded_again(
     assert len(roundings) == times
     for mine, other in zip(ours, step(twin, x), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("equalising", [True, False])
+def test_others_may_read_other_tensors_in_between(roundings: list[Any], equalising: bool) -> None:
+    model = nn.ModuleList(nn.Linear(32, 32) for _ in range(5))
+    convert_to_halo_training(model, recipe="fp8" if equalising else "halo1_fp8", share_inputs=True)
+
+    def run(x: Tensor, other: Tensor) -> None:
+        a, b, c, d, e = model
+        (b(a(x)) + c(other) + d(x) + e(other)).sum().backward()
+
+    for _ in range(2):
+        roundings.clear()
+        run(torch.randn(4, 32), torch.randn(4, 32))
+        torch.optim.SGD(model.parameters(), 0.1).step()
+    assert len(roundings) == 2
+    a, b, c, d, e = (layer.input_group for layer in model)
+    assert a is d
+    assert c is e
+    assert len({a, b, c}) == 3
 
 
 @pytest.mark.parametrize("switch", ["no_grad", "autocast", "requires_grad"])
@@ -583,6 +604,9 @@ def test_nothing_outlives_the_step(monkeypatch: pytest.MonkeyPatch, keep_x: bool
         assert len(alive) == 4
         assert all(ref() is None for ref in alive)
         x = torch.randn(4, 40)
+        for name in ("q", "k", "v"):
+            model[0].get_submodule(name)(x)
+        assert alive[-1]() is None
         model[0].q(x)  # and the others never come
         assert alive[-1]() is not None
         del x
