@@ -466,6 +466,17 @@ def test_two_forwards_before_the_first_backward(mode: str) -> None:
         assert equal(*([p.grad for p in model.parameters()] for model in models))
 
 
+def test_optimizer_steps_inside_backward() -> None:
+    """Groups must not settle between a forward and its recomputation."""
+    models = build(blocks=2), Checkpointed(build(blocks=2), "selective")
+    for model in models:
+        for parameter in model.parameters():
+            optimizer = torch.optim.SGD([parameter], 0.1)
+            parameter.register_post_accumulate_grad_hook(lambda _, o=optimizer: o.step())
+    for seed in range(2):
+        assert equal(*(step(model, batch(seed)) for model in models))
+
+
 def test_gradient_accumulation_never_uses_a_weight_rounded_with_older_factors() -> None:
     model = build()
     x = [batch(seed) for seed in range(4)]
