@@ -2,8 +2,8 @@
 
 The only file that names ``torch.ops``. Each op has a reference in :mod:`halo_train.reference`, which is its CPU
 implementation. On CUDA an op in :data:`KERNEL_OPS` runs its kernel in ``csrc/`` and raises when the kernels are not
-built; ``int8_matmul`` runs a Triton kernel; the other ops run their reference until a kernel is written for them. Quantising float64 values, or
-without rounding, is for checks: it is the reference on every device.
+built; ``int8_matmul`` runs a Triton kernel. Quantising float64 values, or without rounding, is for checks: it is the
+reference on every device.
 """
 
 from __future__ import annotations
@@ -212,14 +212,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def kernel_status() -> dict[str, Any]:
     """What the build left behind: ``{"loaded": bool, "reason": str, "build": dict, "ops": {op: implementation}}``."""
-    ops = {name: _implementation(name) for name in _SCHEMAS}
+    triton = "Triton kernel on Hopper, torch._int_mm elsewhere"
+    ops = {name: triton if name in _TRITON_OPS else "CUDA kernel" for name in _SCHEMAS}
     return {"loaded": not _why_not_loaded, "reason": _why_not_loaded, "build": _build_info(), "ops": ops}
-
-
-def _implementation(op: str) -> str:
-    if op in _TRITON_OPS:
-        return "Triton kernel on Hopper, torch._int_mm elsewhere"
-    return "CUDA kernel" if op in KERNEL_OPS else "PyTorch reference on the GPU"
 
 
 def _has_kernel_types(x: Tensor, dtype: torch.dtype) -> bool:
@@ -355,8 +350,8 @@ torch.library.register_autograd(
     "halo_train::hadamard_axis", _backward_hadamard_axis, setup_context=_setup_hadamard_axis, lib=_library
 )
 _why_not_loaded = _load()
-for _name, (_, _reference) in _SCHEMAS.items():
-    if _name not in KERNEL_OPS:
-        _library.impl(_name, _TRITON_OPS.get(_name, _reference), "CUDA")
+for _name in _SCHEMAS:
+    if _name in _TRITON_OPS:
+        _library.impl(_name, _TRITON_OPS[_name], "CUDA")
     elif _why_not_loaded:
         _library.impl(_name, _refuse(_name), "CUDA")
