@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import signal
 import sysconfig
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,6 +209,38 @@ def test_a_signal_to_the_whole_group_leaves_the_batches_coming() -> None:
         assert worker.is_alive()
     worker.join(10)
     assert not worker.is_alive()
+
+
+def _stream_until_killed(connection: Any) -> None:
+    with BatchStream(_numbered(40), 2, 0, 0) as stream:
+        next(stream)
+        (worker,) = multiprocessing.active_children()
+        connection.send(worker.pid)
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_a_run_that_is_killed_leaves_no_process_behind(method: str) -> None:
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe()
+    run = context.Process(target=_stream_until_killed, args=(theirs,))
+    run.start()
+    worker = ours.recv()
+    os.kill(worker, 0)  # it is there
+    run.kill()
+    run.join()
+    deadline = time.monotonic() + 20
+    while _runs(worker):
+        assert time.monotonic() < deadline, "the process that prepares batches outlives its run"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # ended; nobody has asked for its exit code
 
 
 def test_fewer_rows_than_a_batch_is_an_error() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -252,7 +255,7 @@ class BatchStream:
                 sampler=itertools.count(position + rank, world_size),
                 num_workers=1,
                 prefetch_factor=_AHEAD,
-                worker_init_fn=_leave_signals_to_the_run,
+                worker_init_fn=_belong_to_the_run,
                 pin_memory=torch.cuda.is_available(),  # by a thread, so that taking a batch costs the loop nothing
                 # DataLoader draws a seed for its workers; from the global generator that would change the run's dropout.
                 generator=torch.Generator(),
@@ -278,10 +281,19 @@ class BatchStream:
         self._batches = None  # ends the process
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def _belong_to_the_run(worker: int) -> None:
     # Ctrl-C and job schedulers signal every process of a group, but the run wants its batches until it has saved.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    # A run that is killed cannot end its processes; DataLoader notices only where they were forked.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class FixedBatches(Sequence[Batch]):
