@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -40,3 +43,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def same_random_numbers_in_every_run():
     """A bound that one draw in a thousand misses would fail a build a week."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def compiled_code_runs_compiled_afterwards() -> Iterator[None]:
+    """QuantMetrics that is not closed leaves torch.compile off for the tests that follow in its process."""
+    yield
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    assert frames is None or frames._stance.stance == "default"

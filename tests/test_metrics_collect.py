@@ -380,6 +380,7 @@ def test_memory_held_between_forward_and_backward():
     assert not metrics._pending
     sums = [r.sums for parts in metrics._results.values() for rs in parts.values() for r in rs]
     assert sum(t.nbytes for t in tensors_of(sums) if 1024 in t.shape) <= 1024 * 56  # until step()
+    metrics.close()
 
 
 def tensors_of(value) -> list[torch.Tensor]:
