@@ -1,4 +1,4 @@
-"""Inputs that several layers read: rounded and saved once, right when anything changes in between, the same after a resume."""
+"""Inputs that several layers read: rounded and saved once, and right when anything changes in between."""
 
 from __future__ import annotations
 
@@ -8,102 +8,42 @@ import io
 import pickle
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from shared_input_fixtures import (
+    GROUPS,
+    QUANTISED,
+    Pair,
+    batch,
+    build,
+    count_roundings,
+    equal,
+    plain_first,
+    plain_twin,
+    relative,
+    settled,
+    step,
+)
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from halo_train import (
     RECIPES,
-    HaloConfig,
     HaloLinear,
     convert_to_halo_training,
     equalizer_state_dict,
-    load_equalizer_state_dict,
     revert,
 )
 from halo_train.functional import halo_linear, round_input
 from halo_train.metrics.products import sqnr_db
 from halo_train.quantize import Equalizer, equalizer_exponents
 
-QUANTISED = [name for name in RECIPES if name != "bf16"]
 
-
-class Block(nn.Module):
-    """q, k, v read h; o reads their sum; gate and up read a second h, down their product. Widths that need padding."""
-
-    def __init__(self, width: int = 40, kv: int = 24, inner: int = 72) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(width, n, bias=n == kv) for n in (width, kv, kv))
-        self.o = nn.Linear(width, width)
-        self.gate, self.up = nn.Linear(width, inner), nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = nn.functional.layer_norm(x, x.shape[-1:])
-        x = x + self.o(self.q(h) * torch.cat([self.k(h), self.v(h)], -1)[..., : x.shape[-1]])
-        h = nn.functional.layer_norm(x, x.shape[-1:])
-        return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
-
-
-GROUPS = [("q", "k", "v"), ("gate", "up")]
-
-
-def batch(seed: int = 0, tokens: int = 5) -> Tensor:
-    x = torch.randn(2, tokens, 40, generator=torch.Generator().manual_seed(seed))
-    x[..., 3] *= 30
-    return x.requires_grad_()
-
-
-def build(recipe: str | HaloConfig = "fp8", share: bool = True, blocks: int = 1) -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(*(Block() for _ in range(blocks)))
-    convert_to_halo_training(model, recipe=recipe, share_inputs=share)
-    return model
-
-
-def settled(recipe: str | HaloConfig = "fp8", blocks: int = 1) -> nn.Sequential:
-    """After a first forward and with the groups' factors."""
-    model = build(recipe, blocks=blocks)
-    with torch.no_grad():
-        model(batch())
-    equalizer_state_dict(model)
-    return model
-
-
-def plain_twin(model: nn.Module) -> nn.Module:
-    """The same weights and factors, nothing shared."""
-    twin = copy.deepcopy(model)
-    for layer in twin.modules():
-        if isinstance(layer, HaloLinear):
-            layer.shared_inputs = None
-    return twin
-
-
-def step(model: nn.Module, x: Tensor) -> list[Tensor]:
-    model.zero_grad()
-    x = x.detach().requires_grad_()
-    y = model(x)
-    y.square().mean().backward()
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
-def equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+@pytest.fixture
+def roundings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    return count_roundings(monkeypatch)
 
 
 class Count(TorchDispatchMode):
@@ -114,19 +54,6 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.ops["quantize"] += "quantize" in op.name()
         return op(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def roundings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Calls of round_input, one entry each."""
-    calls: list[Any] = []
-
-    def counting(*args: Any) -> Any:
-        calls.append(args[0].shape)
-        return round_input(*args)
-
-    monkeypatch.setattr("halo_train.shared_input.round_input", counting)
-    return calls
 
 
 @pytest.mark.parametrize("recipe", QUANTISED)
@@ -277,30 +204,6 @@ def test_one_equalizer_over_all_weights_of_a_group() -> None:
     assert torch.equal(block.gate.equalizer(), block.up.equalizer())
 
 
-def plain_first(model: nn.Sequential) -> nn.Module:
-    """What ``model`` was before its first forward, without sharing."""
-    twin = plain_twin(model)
-    for layer in twin.modules():
-        if isinstance(layer, HaloLinear):
-            layer.reset_equalizer()
-    return twin
-
-
-class Pair(nn.Module):
-    """Two layers with something between them."""
-
-    def __init__(self, between: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(32, 16), nn.Linear(32, 16)
-        self.between = between
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x * 1
-        y = self.a(h)
-        changed = self.between(h)
-        return y + self.b(h if changed is None else changed)
-
-
 @pytest.mark.parametrize("equalising", [True, False])
 @pytest.mark.parametrize(
     ("between", "times"),
@@ -373,110 +276,6 @@ def test_another_mode_is_another_rounding(roundings: list[Any], switch: str) -> 
     assert x.grad.abs().sum() > 0
 
 
-def selective(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = op.name() in ("halo_train::quantize_rows", "halo_train::int8_matmul", "aten::_scaled_mm")
-    of_weight = bool(args) and isinstance(args[0], nn.Parameter)
-    return CheckpointPolicy.MUST_SAVE if keep and not of_weight else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-CHECKPOINTS = {
-    "full": partial(checkpoint, use_reentrant=False),
-    "reentrant": partial(checkpoint, use_reentrant=True),
-    "selective": partial(
-        checkpoint,
-        use_reentrant=False,
-        context_fn=partial(create_selective_checkpoint_contexts, selective),
-    ),
-}
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, blocks: nn.Module, mode: str) -> None:
-        super().__init__()
-        self.blocks, self.mode = blocks, mode
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = CHECKPOINTS[self.mode](block, x)
-        return x
-
-
-@pytest.mark.parametrize("mode", CHECKPOINTS)
-@pytest.mark.parametrize("recipe", ["fp8", "int8", "halo2_int8"])
-def test_recomputing_gives_the_same_bits_from_the_first_step_on(recipe: str, mode: str) -> None:
-    plain, recomputed = build(recipe, blocks=2), Checkpointed(build(recipe, blocks=2), mode)
-    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (plain, recomputed)]
-    for seed in range(3):
-        ours, theirs = (step(model, batch(seed)) for model in (recomputed, plain))
-        assert equal(ours, theirs)
-        for optimizer in optimizers:
-            optimizer.step()
-    assert recomputed.blocks[0].q.input_group.settled
-
-
-class Cross(nn.Module):
-    """Layers inside two checkpointed regions and outside of them, all reading one tensor, as cross-attention does."""
-
-    def __init__(self, region: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(6))
-        self.region = region
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x * 1
-        y = self.layers[0](h)
-        for a, b in ((1, 2), (3, 4)):
-            y = y + self.region(lambda h, y, a=a, b=b: self.layers[a](h) * self.layers[b](h).tanh(), h, y)
-        return y + self.layers[5](h)
-
-
-@pytest.mark.parametrize("mode", ["full", "selective"])
-@pytest.mark.parametrize("recipe", ["fp8", "halo1_int8"])
-def test_a_group_across_checkpointed_regions(mode: str, recipe: str) -> None:
-    torch.manual_seed(0)
-    model = Cross(lambda function, *args: function(*args))
-    convert_to_halo_training(model, recipe=recipe, share_inputs=True)
-    recomputed = copy.deepcopy(model)
-    recomputed.region = CHECKPOINTS[mode]
-    optimizers = [torch.optim.SGD(m.parameters(), 1e-3) for m in (model, recomputed)]
-    for seed in range(3):
-        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(seed))
-        if mode == "full":
-            assert equal(step(model, x), step(recomputed, x))
-        else:  # each region is a group of its own
-            if seed:
-                equalizer_state_dict(recomputed)
-            plain = plain_twin(recomputed)
-            plain.region = model.region
-            for ours, other in zip(step(recomputed, x), step(plain, x), strict=True):
-                torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
-        for optimizer in optimizers:
-            optimizer.step()
-
-
-@pytest.mark.parametrize("mode", CHECKPOINTS)
-def test_two_forwards_before_the_first_backward(mode: str) -> None:
-    """As in preference training: the second must not settle the groups, for the first is yet to be recomputed."""
-    models = build(), Checkpointed(build(), mode)
-    for seed in range(2):
-        for model in models:
-            model.zero_grad()
-            (model(batch(seed)).square().mean() + model(batch(9 - seed)).square().mean()).backward()
-            torch.optim.SGD(model.parameters(), 0.1).step()
-        assert equal(*([p.grad for p in model.parameters()] for model in models))
-
-
-def test_optimizer_steps_inside_backward() -> None:
-    """Groups must not settle between a forward and its recomputation."""
-    models = build(blocks=2), Checkpointed(build(blocks=2), "selective")
-    for model in models:
-        for parameter in model.parameters():
-            optimizer = torch.optim.SGD([parameter], 0.1)
-            parameter.register_post_accumulate_grad_hook(lambda _, o=optimizer: o.step())
-    for seed in range(2):
-        assert equal(*(step(model, batch(seed)) for model in models))
-
-
 def test_gradient_accumulation_never_uses_a_weight_rounded_with_older_factors() -> None:
     model = build()
     x = [batch(seed) for seed in range(4)]
@@ -528,30 +327,6 @@ def test_evaluation_between_steps(context: Any) -> None:
     step(model.train(), batch(2))
     with context():
         assert torch.equal(model(batch(1)), ours)
-
-
-def train(model: nn.Module, steps: range, optimizer: torch.optim.Optimizer) -> Iterator[list[Tensor]]:
-    for seed in steps:
-        results = step(model, batch(seed))
-        optimizer.step()
-        yield results
-
-
-@pytest.mark.parametrize("recipe", ["fp8", "halo1_int8"])
-@pytest.mark.parametrize("saved_after", [1, 3])
-def test_a_resumed_run_is_the_same_run(recipe: str, saved_after: int) -> None:
-    whole = build(recipe)
-    optimizer = torch.optim.SGD(whole.parameters(), 0.1)
-    expected = list(train(whole, range(5), optimizer))
-
-    first = build(recipe)
-    list(train(first, range(saved_after), torch.optim.SGD(first.parameters(), 0.1)))
-    equalizer, weights = equalizer_state_dict(first), first.state_dict()
-    resumed = build(recipe)
-    resumed.load_state_dict(weights)
-    load_equalizer_state_dict(resumed, equalizer)
-    rest = list(train(resumed, range(saved_after, 5), torch.optim.SGD(resumed.parameters(), 0.1)))
-    assert all(equal(a, b) for a, b in zip(rest, expected[saved_after:], strict=True))
 
 
 def test_reset_finds_groups_and_factors_anew() -> None:
@@ -644,87 +419,3 @@ def test_bad_input_gets_the_message_of_the_plain_path(x: Tensor) -> None:
     with pytest.raises(ValueError, match="halo_linear: "):
         model[0].q(x)
     assert model[0].q(torch.empty(0, 40)).shape == (0, 40)
-
-
-def sharded(rank: int, share: bool) -> list[Tensor]:
-    """Under FSDP2 every layer rounds for itself, also if a forward before has found groups."""
-    model = build(share=share)
-    model(batch(0))
-    fully_shard(model[0], reshard_after_forward=False)
-    fully_shard(model)
-    results = [*step(model, batch(rank))[:2], *step(model, batch(2 + rank))[:2]]
-    equalizer_state_dict(model)  # weights are still gathered, rounded with the factors they have
-    return [*results, *step(model, batch(4 + rank))[:2]]
-
-
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = DistributedDataParallel(build())
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for seed in range(
-        3
-    ):  # the groups settle in the second; DDP broadcasts the factors of rank 0 before the third
-        step(model, batch(10 * seed + rank))
-        if seed < 2:
-            optimizer.step()
-    result = {
-        "grads": [p.grad for p in model.parameters()],
-        "equalizer": equalizer_state_dict(model.module),
-        "weights": model.module.state_dict(),
-        "sharded": [sharded(rank, share) for share in (True, False)],
-    }
-    torch.save(result, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_ddp_and_fsdp2(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    assert all(torch.equal(e, ranks[1]["equalizer"][name]) for name, e in ranks[0]["equalizer"].items())
-    assert equal(ranks[0]["grads"], ranks[1]["grads"])
-    assert all(equal(*rank["sharded"]) for rank in ranks)
-    alone = build()
-    alone.load_state_dict(ranks[0]["weights"])
-    load_equalizer_state_dict(alone, ranks[0]["equalizer"])
-    grads = [step(alone, batch(20 + rank))[2:] for rank in range(2)]
-    for ours, *both in zip(ranks[0]["grads"], *grads, strict=True):
-        torch.testing.assert_close(ours, sum(both) / 2)
-
-
-FIELDS = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "pad_token_id": 0,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("kind", "shared"), [("Llama", 4), ("Qwen2", 4), ("Phi3", 0)])
-def test_models_of_transformers(kind: str, shared: int, roundings: list[Any]) -> None:
-    transformers = pytest.importorskip("transformers")
-    transformers.set_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**FIELDS))
-    convert_to_halo_training(model, recipe="int8", share_inputs=True)
-    ids = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(0))
-
-    def loss_and_gradient(model: nn.Module) -> tuple[Tensor, Tensor]:
-        model.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    loss_and_gradient(model)
-    equalizer_state_dict(model)
-    roundings.clear()
-    loss, grad = loss_and_gradient(model)
-    assert len(roundings) == shared  # q, k, v and gate, up of two layers; Phi3 has them fused
-    twin = plain_twin(model)
-    plain_loss, plain_grad = loss_and_gradient(twin)
-    assert torch.equal(loss, plain_loss)
-    assert relative(grad, plain_grad) < 0.02
-    model.eval()
-    prompt = ids[:, :4]
-    generated = model.generate(prompt, max_new_tokens=4, do_sample=False)
-    assert torch.equal(generated, twin.eval().generate(prompt, max_new_tokens=4, do_sample=False))
-    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    again, same = loss_and_gradient(model)
-    assert torch.equal(again, loss)
-    assert torch.equal(same, grad)
