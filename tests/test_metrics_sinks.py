@@ -37,7 +37,8 @@ def test_jsonl_holds_everything(tmp_path):
     assert [s.step for s in samples] == [1, 2]
     for read, written in zip(samples, collected, strict=True):
         assert (read.size, read.recipes) == (written.size, written.recipes)
-        assert read.flat() == pytest.approx(written.flat(), rel=1e-6)
+        # A median of two biases of opposite sign has fewer digits than they.
+        assert read.flat() == pytest.approx(written.flat(), rel=1e-6, abs=1e-9)
         for layer in written.histograms:
             for part, shares in written.histograms[layer].items():
                 assert read.histograms[layer][part] == pytest.approx(shares, abs=1e-6)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from halo_train import RECIPES, quantize
-from halo_train.config import Scaling
+from halo_train.config import Format, Scaling
 from halo_train.functional import quantize_operands
 from halo_train.metrics.batches import Batches
-from halo_train.metrics.operands import SampledRows, round_operand
+from halo_train.metrics.operands import SampledRows, Unrotated, round_operand
 from halo_train.metrics.statistics import (
     STATS_OF,
     Reduction,
@@ -273,6 +273,28 @@ def test_operands_are_those_of_the_layer(recipe):
         ours = round_operand(a, factor if config.equalize else None, config)
         assert torch.equal(ours.dequantize(), expected.dequantize())
     if config.scaling is Scaling.ROWWISE:
-        x_rows, w_rows = SampledRows(x[[3, 17]], w[[8, 0, 19]], d).rounded(config)
-        assert torch.equal(x_rows.dequantize(), op.x.dequantize()[[3, 17]])
-        assert torch.equal(w_rows.dequantize(), op.w.dequantize()[[8, 0, 19]])
+        rows = SampledRows(x[[3, 17]], w[[8, 0, 19]], Equalizer.of(d))
+        ours, parts = rows.rounded(config).dequantize(), rows.parts()
+        assert torch.equal(ours[parts["x"]], op.x.dequantize()[[3, 17]])
+        assert torch.equal(ours[parts["w"]], op.w.dequantize()[[8, 0, 19]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2", "int8"])
+def test_parts_are_rounded_as_the_whole(fmt, dtype):
+    """Bit for bit, with one scale or one a row; rows of zeros and NaN too."""
+    x = (torch.randn(40, 72, generator=generator()) * 3e-3).to(dtype)
+    x[7] = 0
+    columns, rows = torch.tensor([5, 0, 71]), torch.tensor([7, 31])
+    for planted in (False, True):
+        if planted:
+            x[31, 4] = float("nan")
+        unrotated = Unrotated(WholeTensor.of(x), dtype)
+        for scaling in Scaling:
+            whole = quantize(x, fmt, scaling=scaling).dequantize()
+            for ours, expected in (
+                (unrotated.columns(x[:, columns], Format(fmt), scaling), whole[:, columns]),
+                (unrotated.rows(x[rows], Format(fmt), scaling), whole[rows]),
+            ):
+                assert ours.scale.shape == expected.shape[:1]
+                assert torch.equal(ours.dequantize().nan_to_num(7), expected.nan_to_num(7))

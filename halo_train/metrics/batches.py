@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from ..quantize import Quantized
 from ..reference import QMAX
 from .statistics import (
     Reduction,
+    WholeTensor,
     exponent_reductions,
     outlier_reductions,
     product_reductions,
@@ -43,7 +45,7 @@ class Batches:
 
         Args:
             found: the reductions are appended to it, no later than by flush().
-            exact: [R, Q]. rounded: the same rows in 8 bits, data [R, Q], scale [R] or [].
+            exact: [R, Q]. rounded: the same rows in 8 bits, data [R, Q], scale [R].
             width: columns without padding.
         """
         self._add(_reduce_tensors, [found], exact[:, :width], rounded.data[:, :width], rounded.scale)
@@ -59,6 +61,39 @@ class Batches:
             found: T lists. blocks: [1 + T, R, Q] float64, the first exact.
         """
         self._add(_reduce_products, found, blocks)
+
+    def add_operand_scale(
+        self,
+        found: list[Reduction],
+        whole: WholeTensor,
+        rounded: Quantized,
+        factor: Tensor | None,
+        width: int,
+    ) -> None:
+        """amax, RMS and crest of X or W as it is rounded, from its scales and the norms of its columns.
+
+        Args:
+            whole: of the matrix [R, K] as it is.
+            rounded: scale [R'] or []; rows beyond R are padding.
+            factor: what equalisation multiplies the columns by, [K], or None.
+            width: columns of the operand: a rotation fills the padded ones too.
+        """
+        rows = len(whole.row_amax)
+        scale = rounded.scale[:rows] if rounded.scale.dim() else rounded.scale.expand(rows)
+        reduce = _operand_scale(QMAX.get(rounded.data.dtype, 1.0), rows * width)
+        factors = () if factor is None else (factor,)
+        self._add(reduce, [found], whole.row_amax, scale, whole.col_square, *factors)
+
+    def add_folded_scale(
+        self, found: list[Reduction], amax: Tensor, squares: Tensor, fold: Tensor, count: int
+    ) -> None:
+        """amax, RMS and crest of E with its rows or columns scaled.
+
+        Args:
+            amax, squares: [R], the largest magnitude and the sum of squares of each of them. fold: [R], what scales them.
+            count: elements of E.
+        """
+        self._add(_folded_scale(count), [found], amax, squares, fold)
 
     def flush(self) -> None:
         """Reduces what waits."""
@@ -98,6 +133,34 @@ def _reduce_operands(exact: Tensor, data: Tensor, scale: Tensor) -> list[list[Re
 
 def _reduce_products(blocks: Tensor) -> list[list[Reduction]]:
     return [[found] for found in product_reductions(blocks[:, :1], blocks[:, 1:])]
+
+
+# Cached: samples wait together whose way of being reduced is the same object.
+
+
+@functools.cache
+def _operand_scale(largest: float, count: int) -> _Reduce:
+    def reduce(row_amax: Tensor, scale: Tensor, squares: Tensor, *factors: Tensor) -> list[list[Reduction]]:
+        # A row of zeros has scale 1.
+        amax = torch.where(row_amax == 0, 0.0, scale * largest).amax(-1)
+        for factor in factors:
+            squares = squares * factor.square()
+        return _scales(amax, squares, count)
+
+    return reduce
+
+
+@functools.cache
+def _folded_scale(count: int) -> _Reduce:
+    def reduce(amax: Tensor, squares: Tensor, fold: Tensor) -> list[list[Reduction]]:
+        return _scales((amax * fold).amax(-1), squares * fold.double().square(), count)
+
+    return reduce
+
+
+def _scales(amax: Tensor, squares: Tensor, count: int) -> list[list[Reduction]]:
+    sums = (amax, squares.sum(-1, keepdim=True))
+    return [[Reduction("scale", sums, count, i)] for i in range(len(amax))]
 
 
 def _stack(tensors: tuple[Tensor, ...]) -> Tensor:

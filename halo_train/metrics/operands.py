@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import Format, HaloConfig, Scaling, storage_dtype
+from ..config import Format, HaloConfig, Scaling
 from ..functional import pad_tokens, quantize_grad_for_dgrad, quantize_grad_for_wgrad
 from ..gemm import MULTIPLE, matmul
 from ..hadamard import hadamard_transform, largest_block
-from ..quantize import Quantized, quantize
-from ..reference import QMAX, round_values, scales_of
+from ..quantize import Equalizer, Quantized, quantize
 from .sample import SampleSize
+from .statistics import WholeTensor
 
 
 class Draws:
@@ -28,7 +28,7 @@ class Draws:
         self._sizes = {"tokens": size.tokens, "outputs": size.out_features, "inputs": size.in_features}
         self._generator = generator
         self._drawn: dict[tuple[str, int], Tensor] = {}
-        self._signs: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._rotations: dict[tuple[int, torch.dtype], tuple[Quantized, Tensor]] = {}
 
     def take(self, axis: str, n: int) -> Tensor:
         """Different indices below n, all of them where the sample is not smaller.
@@ -42,13 +42,14 @@ class Draws:
             self._drawn[axis, n] = torch.arange(n, device=device) if order is None else order[:size]
         return self._drawn[axis, n]
 
-    def signs(self, n: int, dtype: torch.dtype) -> Tensor:
-        """Columns of the rotation of n input features, those drawn, as +1 and -1.
+    def rotation(self, n: int, dtype: torch.dtype) -> tuple[Quantized, Tensor]:
+        """Columns of the rotation of n input features, those drawn, and the 1 that raw data is scaled by to meet them.
 
         Returns:
-            [C', K'] in an 8-bit ``dtype``: one column a row, then rows of zeros; C' and K' are multiples of 16.
+            data [C', K'] of +1 and -1 in an 8-bit ``dtype``, one column a row, then rows of zeros; C' and K' are multiples
+            of 16. Both scales are [], float32.
         """
-        if (n, dtype) not in self._signs:
+        if (n, dtype) not in self._rotations:
             chosen = self.take("inputs", n)
             count = len(chosen)
             unit = torch.zeros(
@@ -57,34 +58,46 @@ class Draws:
             unit[:count].scatter_(1, chosen[:, None], 1.0)
             # +1 and -1 are exact in every 8-bit dtype, and e5m2 data multiplies e4m3 only.
             stored = torch.float8_e4m3fn if dtype == torch.float8_e5m2 else dtype
-            self._signs[n, dtype] = hadamard_transform(unit, scale=1.0).to(stored)
-        return self._signs[n, dtype]
+            signs, one = hadamard_transform(unit, scale=1.0).to(stored), unit.new_ones(())
+            self._rotations[n, dtype] = Quantized(signs, one / math.sqrt(largest_block(unit.shape[1]))), one
+        return self._rotations[n, dtype]
 
 
 class SampledRows:
     """Rows of X and of W one below the other, so that one call rounds both; padded to K' columns, a multiple of 16.
 
     Args:
-        x: [S, K]; w: [P, K]. d: what equalisation divides X by and multiplies W by, [K], or None.
+        x: [S, K]; w: [P, K]. equalizer: X is divided by its d and W multiplied, or None.
     """
 
-    def __init__(self, x: Tensor, w: Tensor, d: Tensor | None) -> None:
+    def __init__(self, x: Tensor, w: Tensor, equalizer: Equalizer | None) -> None:
         self._count, extra = len(x), -x.shape[1] % MULTIPLE
         self._plain = _pad(torch.cat([x, w]), 0, extra)
-        self._equalized = None if d is None else _pad(torch.cat([x / d, w * d]), 0, extra)
+        self._equalized = (
+            None if equalizer is None else _pad(torch.cat([x * equalizer.inverse, w * equalizer.d]), 0, extra)
+        )
 
-    def exact(self, config: HaloConfig | None) -> tuple[Tensor, Tensor]:
-        """Of X and of W what the recipe rounds; None: as they are."""
+    def parts(self) -> dict[str, slice]:
+        """Which rows are those of X and of W."""
+        return {"x": slice(self._count), "w": slice(self._count, None)}
+
+    def exact(self, config: HaloConfig | None) -> Tensor:
+        """[S + P, K'], what the recipe rounds; None: as they are."""
         rows = self._plain if config is None else self._before_rotation(config)
         if config is not None and config.rotate_k:
             rows = hadamard_transform(rows.to(torch.promote_types(rows.dtype, torch.float32)))
-        return rows[: self._count], rows[self._count :]
+        return rows
 
-    def rounded(self, config: HaloConfig) -> tuple[Quantized, Quantized]:
+    def rounded(self, config: HaloConfig) -> Quantized:
         """The same rounded with row scales."""
         rows = self._before_rotation(config)
-        q = quantize(rows, config.format, block=largest_block(rows.shape[1]) if config.rotate_k else 1)
-        return take_rows(q, slice(self._count)), take_rows(q, slice(self._count, None))
+        return quantize(rows, config.format, block=largest_block(rows.shape[1]) if config.rotate_k else 1)
+
+    def rounded_as_parts(self, fmt: Format, x_amax: Tensor, w_amax: Tensor) -> Quantized:
+        """As they are, rounded as in the whole X and the whole W with one scale each, of amax [] of them."""
+        rows = self._plain
+        amax = torch.cat([x_amax.expand(self._count), w_amax.expand(len(rows) - self._count)])
+        return _round_with_amax(rows, amax, fmt)
 
     def _before_rotation(self, config: HaloConfig) -> Tensor:
         return self._equalized if config.equalize and self._equalized is not None else self._plain
@@ -113,60 +126,67 @@ def round_operand(a: Tensor, factor: Tensor | None, config: HaloConfig) -> Quant
 
 
 def operand_columns(
-    q: Quantized, undo: Tensor | None, features: int, draws: Draws, *, rotated: bool
-) -> Tensor:
-    """The drawn input features of what a rounded operand stands for, rotation and equalisation undone.
+    q: Quantized, undo: Tensor | None, draws: Draws, features: int, out: Tensor, *, rotated: bool
+) -> None:
+    """The drawn input features of what the data of a rounded operand stands for, rotation and equalisation undone.
 
     A float8 GEMM sums in fewer bits than float32; 20 dB below what the rounding to float8 costs (numerics.md, section 5).
 
     Args:
-        q: data [R', K'], see :func:`round_operand`.
-        undo: what takes the equalisation back, [features], or None.
-
-    Returns:
-        [R', C] in the dtype of the scale.
+        q: data [R', K'], see :func:`round_operand`; its scale is not applied.
+        undo: what takes the equalisation of the drawn features back, [C], or None.
+        out: [R, C], receives the values.
     """
-    chosen = draws.take("inputs", features)
-    factor = q.scale.new_ones(len(chosen)) if undo is None else undo[chosen]
-    if not rotated:
-        return Quantized(_bytes(q.data)[:, chosen].view(q.data.dtype), q.scale).dequantize() * factor
-    signs = draws.signs(features, q.data.dtype)
-    factor = factor / math.sqrt(largest_block(signs.shape[1]))
-    if len(factor) < len(signs):
-        factor = F.pad(factor, (0, len(signs) - len(factor)))
-    return matmul(q, Quantized(signs, factor), q.scale.dtype)[:, : len(chosen)]
+    if rotated:
+        columns, one = draws.rotation(features, q.data.dtype)
+        values = matmul(Quantized(q.data, one), columns, q.scale.dtype)[: len(out), : out.shape[1]]
+    else:
+        chosen = draws.take("inputs", features)
+        values = _bytes(q.data)[: len(out), chosen].view(q.data.dtype).to(q.scale.dtype)
+    if undo is None:
+        out.copy_(values)
+    else:
+        torch.mul(values, undo, out=out)
 
 
 class Unrotated:
     """A matrix [R, K] rounded as it is, without rotation or fold, of which only slices are needed.
 
     Args:
-        row_amax: [R]; amax: [] of all of it.
+        whole: its reductions. dtype: its own.
     """
 
-    def __init__(self, row_amax: Tensor, amax: Tensor) -> None:
-        self._amax = {Scaling.ROWWISE: row_amax, Scaling.TENSORWISE: amax}
-        self._scales: dict[tuple[Format, Scaling], tuple[Tensor, Tensor]] = {}
+    def __init__(self, whole: WholeTensor, dtype: torch.dtype) -> None:
+        self._whole, self._dtype = whole, dtype
+        self._amax: dict[Scaling, Tensor] = {}
+
+    def amax(self, scaling: Scaling) -> Tensor:
+        """[R] or [] in the dtype of the matrix, exact: each is the magnitude of an element."""
+        if scaling not in self._amax:
+            amax = self._whole.row_amax if scaling is Scaling.ROWWISE else self._whole.amax
+            self._amax[scaling] = amax.to(self._dtype)
+        return self._amax[scaling]
 
     def columns(self, values: Tensor, fmt: Format, scaling: Scaling) -> Quantized:
-        """Some of its columns, [R, C]; or some rows [S, K], with one scale for all."""
-        dtype = storage_dtype(fmt, values.dtype)
-        wide = torch.promote_types(values.dtype, torch.float32)
-        if (fmt, scaling) not in self._scales:
-            self._scales[fmt, scaling] = scales_of(self._amax[scaling].to(wide), dtype)
-        scale, inverse = self._scales[fmt, scaling]
-        return Quantized(round_values(values.to(wide), inverse, dtype), scale)
+        """Some of its columns, [R, C], with one scale a row, all equal where the matrix has one."""
+        return _round_with_amax(values, self.amax(scaling).expand(len(values)), fmt)
 
     def rows(self, values: Tensor, fmt: Format, scaling: Scaling) -> Quantized:
-        """Some of its rows, [S, K]."""
+        """Some of its rows, [S, K]; or of its columns as rows where it has one scale."""
         return quantize(values, fmt) if scaling is Scaling.ROWWISE else self.columns(values, fmt, scaling)
 
 
 def take_rows(q: Quantized, rows: Tensor | slice) -> Quantized:
-    """The rows of a rounded matrix."""
+    """The rows of a rounded matrix, with one scale each."""
     # Not every device can index float8.
     data = _bytes(q.data)[rows].view(q.data.dtype)
-    return Quantized(data, q.scale[rows] if q.scale.dim() else q.scale)
+    return Quantized(data, q.scale[rows] if q.scale.dim() else q.scale.expand(len(data)))
+
+
+def below(upper: Quantized, lower: Quantized) -> Quantized:
+    """Rounded matrices with row scales, one below the other."""
+    data = torch.cat([_bytes(upper.data), _bytes(lower.data)]).view(upper.data.dtype)
+    return Quantized(data, torch.cat([upper.scale, lower.scale]))
 
 
 def grad_rows(
@@ -181,21 +201,19 @@ def grad_rows(
     """Rows of E as they are rounded for dgrad.
 
     Args:
-        e: [M, N]; tokens: [S] indices; rows: E[tokens]; unrotated: of E; w_scale: scales of the rounded W, [N] or [].
-        out: [S, N] float64, receives the values that they contribute to dX: rotation and fold undone.
+        e: [M, N]; tokens: [S] indices; rows: E[tokens]; unrotated: of E; w_scale: scales of the rounded W, [N].
+        out: [S, N] float64, receives the values that multiply W: rotation undone, the fold left in.
     """
     if config.rotate_m_dgrad:
         # Every token is mixed into every row.
         whole = quantize_grad_for_dgrad(pad_tokens(_pad(e, -e.shape[0] % MULTIPLE, 0)), w_scale, config)
         out.copy_(hadamard_transform(whole.dequantize(), axis=0)[tokens])
-        q = take_rows(whole, tokens)
-    elif config.scaling is Scaling.ROWWISE:
+        return take_rows(whole, tokens)
+    if config.scaling is Scaling.ROWWISE:
         q = quantize_grad_for_dgrad(rows, w_scale, config)
-        values_into(out, q)
     else:
         q = unrotated.rows(rows, config.grad_format, config.scaling)
-        values_into(out, q)
-    _unfold(out, w_scale)
+    values_into(out, q)
     return q
 
 
@@ -205,35 +223,30 @@ def grad_columns(
     """Columns of E as they are rounded for wgrad: rows of its transpose, [S, M].
 
     Args:
-        columns: [M, S] of E; unrotated: of E; x_scale: scales of the rounded X, [M] or [].
-        out: [S, M] float64, receives the values that they contribute to dW: fold undone.
+        columns: [M, S] of E; unrotated: of E; x_scale: scales of the rounded X, [M].
+        out: [S, M] float64, receives the values that multiply X: the fold left in.
     """
     if config.scaling is Scaling.ROWWISE:
         q = quantize_grad_for_wgrad(columns, x_scale, config)
     else:
         q = unrotated.rows(columns.t(), config.grad_format, config.scaling)
     values_into(out, q)
-    _unfold(out, x_scale)
     return q
 
 
-def largest_value(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """amax of the values that were rounded to ``dtype`` with these scales; zero rows are the caller's to exclude."""
-    return scale * QMAX.get(dtype, 1.0)
-
-
 def values_into(out: Tensor, q: Quantized) -> None:
-    """Writes the values that a rounded matrix stands for into a float64 one."""
+    """Writes the values that a rounded matrix with row scales stands for into a float64 one."""
     # float8 does not multiply; bfloat16 holds all of its values.
     data = q.data.bfloat16() if q.data.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else q.data
-    # Not a scalar: that would leave the product in bfloat16.
-    torch.mul(data, q.scale.reshape(-1, 1), out=out)
+    torch.mul(data, q.scale[:, None], out=out)
 
 
-def _unfold(values: Tensor, scale: Tensor) -> None:
-    # One scale for all is not folded.
-    if scale.dim():
-        values /= scale
+def _round_with_amax(values: Tensor, amax: Tensor, fmt: Format) -> Quantized:
+    """Parts [R, C] of rows whose largest magnitudes [R] are known, rounded as in the whole rows."""
+    # Columns of amax beside them decide the scales; as many as leave rows aligned that were.
+    known = amax[:, None].expand(-1, MULTIPLE)
+    q = quantize(torch.cat([values, known], 1), fmt)
+    return Quantized(q.data[:, : values.shape[1]], q.scale)
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:

@@ -22,15 +22,16 @@ from torch import Tensor
 from ..config import Format, HaloConfig, Scaling
 from ..gemm import MULTIPLE
 from ..linear import HaloLinear
-from ..quantize import Quantized, equalizer_exponents
+from ..quantize import Equalizer, Quantized, equalizer_exponents
+from ..reference import QMAX
 from .batches import Batches
 from .operands import (
     Draws,
     SampledRows,
     Unrotated,
+    below,
     grad_columns,
     grad_rows,
-    largest_value,
     operand_columns,
     round_operand,
     take_rows,
@@ -68,10 +69,9 @@ class LayerProbe:
         self._tokens = draws.take("tokens", x.shape[0])
         self._outputs = draws.take("outputs", weight.shape[0])
         self._inputs = draws.take("inputs", weight.shape[1])
-        self._d = self._take_equalizer(x, weight)
-        self._inverse = None if self._d is None else 1 / self._d
+        self._equalizer = self._take_equalizer(x, weight)
         x_whole, self._w_whole = WholeTensor.of(x), WholeTensor.of(weight)
-        self._w_unrotated = Unrotated(self._w_whole.row_amax, self._w_whole.amax)
+        self._w_unrotated = Unrotated(self._w_whole, weight.dtype)
         self.results: dict[str, list[Reduction]] = {}
         self._found("x").extend(x_whole.reductions())
         self._found("w").extend(self._w_whole.reductions())
@@ -83,31 +83,39 @@ class LayerProbe:
             self._measure_forward(x, x_whole, weight)
 
     def _measure_forward(self, x: Tensor, x_whole: WholeTensor, weight: Tensor) -> None:
-        rows = SampledRows(x[self._tokens], weight[self._outputs], self._d)
-        unrotated = Unrotated(x_whole.row_amax, x_whole.amax)
-        x_rows, w_rows = rows.exact(None)
-        x_hat, w_hat, columns = self._blocks(x_rows), self._blocks(w_rows), []
-        for i, config in enumerate(self._configs, start=1):
-            whole, picked = self._columns(x, unrotated, self._x_columns, config, self._inverse, self._d)
-            columns.append(picked)
-            self._x_scales.append(_of_rows(whole.scale, len(x)))
-            x_q, w_q = self._round_rows(rows, config, unrotated, whole)
-            values_into(x_hat[i], x_q)
-            values_into(w_hat[i], w_q)
+        rows = SampledRows(x[self._tokens], weight[self._outputs], self._equalizer)
+        unrotated = Unrotated(x_whole, x.dtype)
+        # Of X and below them of W: one kernel does for both.
+        exact_rows = rows.exact(None)
+        blocks = self._blocks(exact_rows)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        columns = x.new_empty((len(self._configs), *self._x_columns.shape), dtype=wide)
+        divided = None if self._equalizer is None else self._equalizer.inverse
+        undo = None if self._equalizer is None else self._equalizer.d[self._inputs]
+        for i, config in enumerate(self._configs):
+            whole = self._columns(x, unrotated, self._x_columns, config, divided, undo, columns[i])
+            scale = _of_rows(whole.scale, len(x))
+            columns[i].mul_(scale[:, None])
+            self._x_scales.append(scale)
+            rounded = self._round_rows(rows, config, unrotated, weight, whole)
+            values_into(blocks[i + 1], rounded)
             if config == self._own:
-                self._operand_scale("x", x_whole, whole, self._inverse)
-                x_exact, w_exact = rows.exact(config)
-                # A rotation fills the padded columns too.
-                width = x_exact.shape[1] if config.rotate_k else x.shape[1]
-                for name, exact, rounded in (("x", x_exact, x_q), ("w", w_exact, w_q)):
-                    self._batches.add_operand(self._found(f"{name}_operand"), exact, rounded, width)
-        self._x_errors = (torch.stack(columns) - self._x_columns).bfloat16()
-        self._products("fprop", x_hat @ w_hat.mT)
+                self._operand_scale("x_operand", x_whole, whole, divided)
+                exact = rows.exact(config)
+                width = exact.shape[1] if config.rotate_k else x.shape[1]
+                for name, part in rows.parts().items():
+                    found = self._found(f"{name}_operand")
+                    self._batches.add_operand(found, exact[part], take_rows(rounded, part), width)
+        self._x_errors = torch.empty_like(columns, dtype=torch.bfloat16)
+        torch.sub(columns, self._x_columns, out=self._x_errors)
+        parts = rows.parts()
+        self._products("fprop", blocks[:, parts["x"]] @ blocks[:, parts["w"]].mT)
         if self._own is not None:
             plain = dataclasses.replace(self._own, rotate_k=False, equalize=False)
-            x_q, w_q = self._round_rows(rows, plain, unrotated)
-            for name, exact, rounded in (("x", x_rows, x_q), ("w", w_rows, w_q)):
-                self._batches.add_tensor(self._found(name), exact, rounded, x.shape[1])
+            rounded = self._round_rows(rows, plain, unrotated, weight)
+            for name, part in parts.items():
+                taken = take_rows(rounded, part)
+                self._batches.add_tensor(self._found(name), exact_rows[part], taken, x.shape[1])
 
     def backward(self, e: Tensor) -> None:
         """e: [M, N] = dL/dY of the same call."""
@@ -115,28 +123,32 @@ class LayerProbe:
         self._found("e").extend(e_whole.reductions())
         if self._x_errors is None:
             return
-        weight, unrotated = self._layer.whole_weight(), Unrotated(e_whole.row_amax, e_whole.amax)
+        weight, unrotated = self._layer.whole_weight(), Unrotated(e_whole, e.dtype)
         e_rows, e_columns, w_columns = e[self._tokens], e[:, self._outputs], weight[:, self._inputs]
-        e_row_hat, e_column_hat = self._blocks(e_rows), self._blocks(e_columns.t())
-        w_hat, x_hat = self._blocks(w_columns), self._blocks(self._x_columns)
-        torch.add(x_hat[0], self._x_errors, out=x_hat[1:])
+        e_row_blocks, e_column_blocks = self._blocks(e_rows), self._blocks(e_columns.t())
+        w_blocks, x_blocks = self._blocks(w_columns), self._blocks(self._x_columns)
+        torch.add(x_blocks[0], self._x_errors, out=x_blocks[1:])
+        multiplied = None if self._equalizer is None else self._equalizer.d
+        undo = None if self._equalizer is None else self._equalizer.inverse[self._inputs]
         for i, (config, x_scale) in enumerate(zip(self._configs, self._x_scales, strict=True), start=1):
-            whole, picked = self._columns(
-                weight, self._w_unrotated, w_columns, config, self._d, self._inverse
-            )
-            w_hat[i] = picked
+            whole = self._columns(weight, self._w_unrotated, w_columns, config, multiplied, undo, w_blocks[i])
             w_scale = _of_rows(whole.scale, len(weight))
-            rows = grad_rows(e, e_rows, unrotated, self._tokens, w_scale, config, e_row_hat[i])
-            columns = grad_columns(e_columns, unrotated, x_scale, config, e_column_hat[i])
+            rows = grad_rows(e, e_rows, unrotated, self._tokens, w_scale, config, e_row_blocks[i])
+            columns = grad_columns(e_columns, unrotated, x_scale, config, e_column_blocks[i])
+            # Row scales of W and X are in E already: what it meets is the data alone.
+            if config.scaling is Scaling.ROWWISE:
+                x_blocks[i].div_(x_scale[:, None])
+            else:
+                w_blocks[i].mul_(w_scale[:, None])
             if config == self._own:
-                self._operand_scale("w", self._w_whole, whole, self._d)
+                self._operand_scale("w_operand", self._w_whole, whole, multiplied)
                 self._dgrad_operand(e, e_rows, e_whole, unrotated, w_scale, rows)
                 self._wgrad_operand(e_columns, e_whole, x_scale, columns)
                 plain = unrotated.rows(e_rows, config.grad_format, config.scaling)
                 self._batches.add_tensor(self._found("e"), e_rows, plain, e.shape[1])
-        self._products("dgrad", e_row_hat @ w_hat)
+        self._products("dgrad", e_row_blocks @ w_blocks)
         # Columns of dW stand where the other products have tokens.
-        self._products("wgrad", (e_column_hat @ x_hat).mT)
+        self._products("wgrad", (e_column_blocks @ x_blocks).mT)
 
     def _blocks(self, exact: Tensor) -> Tensor:
         """[1 + recipes, R, Q] float64: an operand of a product, exact and then as each recipe rounds it."""
@@ -149,20 +161,21 @@ class LayerProbe:
         rows: SampledRows,
         config: HaloConfig,
         x_unrotated: Unrotated,
+        weight: Tensor,
         x_operand: Quantized | None = None,
-    ) -> tuple[Quantized, Quantized]:
+    ) -> Quantized:
         """The sampled rows of X and W as a recipe rounds them; x_operand is the whole of X, where it changes X first."""
         if config.scaling is Scaling.ROWWISE:
             return rows.rounded(config)
         if x_operand is None or not _changes(config):
-            x_rows, w_rows = rows.exact(config)
-            return (
-                x_unrotated.rows(x_rows, config.format, config.scaling),
-                self._w_unrotated.rows(w_rows, config.format, config.scaling),
+            scaling = config.scaling
+            return rows.rounded_as_parts(
+                config.format, x_unrotated.amax(scaling), self._w_unrotated.amax(scaling)
             )
         # One scale for all of the operand: every row of W has a part in it.
-        w_operand = round_operand(self._layer.whole_weight(), self._d if config.equalize else None, config)
-        return take_rows(x_operand, self._tokens), take_rows(w_operand, self._outputs)
+        multiplied = None if self._equalizer is None or not config.equalize else self._equalizer.d
+        w_operand = round_operand(weight, multiplied, config)
+        return below(take_rows(x_operand, self._tokens), take_rows(w_operand, self._outputs))
 
     def _columns(
         self,
@@ -172,40 +185,37 @@ class LayerProbe:
         config: HaloConfig,
         factor: Tensor | None,
         undo: Tensor | None,
-    ) -> tuple[Quantized, Tensor]:
+        out: Tensor,
+    ) -> Quantized:
         """X or W [R, K] as a recipe rounds it.
 
         Args:
             columns: [R, C], those sampled.
-            factor, undo: what equalisation multiplies the columns of a by, and what takes that back.
+            factor, undo: what equalisation multiplies the columns of a by, [K], and what takes that back in those sampled, [C].
+            out: [R, C], receives what its data stands for in the sampled columns, rotation and equalisation undone.
 
         Returns:
-            The rounded operand, or its sampled columns only where the recipe rounds them as they are; and the values [R, C]
-            that stand in the sampled columns, rotation and equalisation undone.
+            The rounded operand, or its sampled columns only where the recipe rounds them as they are.
         """
         if not _changes(config):
             part = unrotated.columns(columns, config.format, config.scaling)
-            return part, part.dequantize()
+            out.copy_(part.data)
+            return part
         if not config.equalize:
             factor = undo = None
         operand = round_operand(a, factor, config)
-        values = operand_columns(operand, undo, a.shape[1], self._draws, rotated=config.rotate_k)
-        return operand, values[: len(a)]
+        operand_columns(operand, undo, self._draws, a.shape[1], out, rotated=config.rotate_k)
+        return operand
 
     def _operand_scale(
         self, name: str, whole: WholeTensor, rounded: Quantized, factor: Tensor | None
     ) -> None:
-        """amax and RMS of X or W as the layer's recipe rounds it, from its scales and the norms of its columns."""
+        """amax and RMS of X or W as the layer's recipe rounds it."""
         assert self._own is not None
-        largest = largest_value(_of_rows(rounded.scale, len(whole.row_amax)), rounded.data.dtype)
-        # A row of zeros has scale 1.
-        amax = torch.where(whole.row_amax == 0, 0.0, largest).max()
-        squares = whole.col_square
-        if factor is not None and self._own.equalize:
-            squares = squares * factor.square()
+        factor, columns = factor if self._own.equalize else None, len(whole.col_square)
         # A rotation fills the padded columns too.
-        width = len(squares) + (-len(squares) % MULTIPLE if self._own.rotate_k else 0)
-        self._found(f"{name}_operand").append(whole.scale(amax, squares, width))
+        width = columns + (-columns % MULTIPLE if self._own.rotate_k else 0)
+        self._batches.add_operand_scale(self._found(name), whole, rounded, factor, width)
 
     def _dgrad_operand(
         self,
@@ -218,31 +228,34 @@ class LayerProbe:
     ) -> None:
         """Rows of E diag(t), rotated along M for HALO-2."""
         assert self._own is not None
-        exact, squares, amax = e_rows, whole.col_square, whole.amax
-        if w_scale.dim():
-            squares = squares * w_scale.double().square()
+        found, folded = self._found("e_dgrad_operand"), self._own.scaling is Scaling.ROWWISE
         if self._own.rotate_m_dgrad:
-            exact = torch.empty_like(e_rows, dtype=torch.float64)
-            unrounded = self._own.without_rounding()
-            rows = grad_rows(e, e_rows, unrotated, self._tokens, w_scale, unrounded, exact)
-            exact = rows.dequantize()
-            amax = largest_value(rounded.scale, rounded.data.dtype).max()
-        elif w_scale.dim():
+            unrounded, out = self._own.without_rounding(), torch.empty_like(e_rows, dtype=torch.float64)
+            exact = grad_rows(e, e_rows, unrotated, self._tokens, w_scale, unrounded, out).dequantize()
+            squares = whole.col_square * w_scale.double().square() if folded else whole.col_square
+            found.append(whole.scale(rounded.scale.max() * QMAX.get(rounded.data.dtype, 1.0), squares))
+        elif folded:
             exact = e_rows * w_scale
-            amax = (torch.linalg.vector_norm(e, math.inf, dim=0) * w_scale).max()
-        self._found("e_dgrad_operand").append(whole.scale(amax, squares))
-        self._batches.add_operand(self._found("e_dgrad_operand"), exact, rounded, e.shape[1])
+            amax = torch.linalg.vector_norm(e, math.inf, dim=0)
+            self._batches.add_folded_scale(found, amax, whole.col_square, w_scale, e.numel())
+        else:
+            exact = e_rows
+            found.append(whole.scale(whole.amax, whole.col_square))
+        self._batches.add_operand(found, exact, rounded, e.shape[1])
 
     def _wgrad_operand(
         self, e_columns: Tensor, whole: WholeTensor, x_scale: Tensor, rounded: Quantized
     ) -> None:
         """Rows of (diag(s) E)^T."""
-        exact, squares, amax = e_columns.t(), whole.row_square, whole.amax
-        if x_scale.dim():
-            exact, amax = exact * x_scale, (whole.row_amax * x_scale).max()
-            squares = squares * x_scale.double().square()
-        self._found("e_wgrad_operand").append(whole.scale(amax, squares))
-        self._batches.add_operand(self._found("e_wgrad_operand"), exact, rounded, exact.shape[1])
+        assert self._own is not None
+        found, exact = self._found("e_wgrad_operand"), e_columns.t()
+        if self._own.scaling is Scaling.ROWWISE:
+            exact = exact * x_scale
+            count = len(whole.row_square) * len(whole.col_square)
+            self._batches.add_folded_scale(found, whole.row_amax, whole.row_square, x_scale, count)
+        else:
+            found.append(whole.scale(whole.amax, whole.row_square))
+        self._batches.add_operand(found, exact, rounded, exact.shape[1])
 
     def _products(self, product: str, blocks: Tensor) -> None:
         """blocks: [1 + recipes, R, Q], the exact product first."""
@@ -254,13 +267,13 @@ class LayerProbe:
     def _found(self, part: str) -> list[Reduction]:
         return self.results.setdefault(part, [])
 
-    def _take_equalizer(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """The layer's own d, or that which an equalising what-if recipe would take from this batch."""
+    def _take_equalizer(self, x: Tensor, weight: Tensor) -> Equalizer | None:
+        """That of the layer, or that which an equalising what-if recipe would take from this batch."""
         if not any(config.equalize for config in self._configs):
             return None
-        if self._layer.config.equalize:
-            return self._layer.equalizer()
-        return torch.exp2(equalizer_exponents(x, weight).float())
+        if not self._layer.config.equalize:
+            return Equalizer.of_exponents(equalizer_exponents(x, weight))
+        return Equalizer.of_exponents(self._layer.equalizer_exponent) if self._layer.equalizer_taken else None
 
 
 def _changes(config: HaloConfig) -> bool:
@@ -269,5 +282,5 @@ def _changes(config: HaloConfig) -> bool:
 
 
 def _of_rows(scale: Tensor, rows: int) -> Tensor:
-    """Scales without those of padded rows; one scale for all as it is."""
-    return scale[:rows] if scale.dim() else scale
+    """[rows], without the scales of padded rows."""
+    return scale[:rows] if scale.dim() else scale.expand(rows)

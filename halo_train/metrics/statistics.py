@@ -104,10 +104,9 @@ def exponent_reductions(rows: Tensor) -> list[Reduction]:
     bins, few = high - low, rows[:, :: max(1, rows.shape[1] // HISTOGRAM_ROWS)]
     exponents = few.float().abs().log2().floor()
     # The bins of all tensors side by side; zeros (-inf), inf and NaN are in none.
-    first = bins * torch.arange(len(rows), device=rows.device)
-    middles = exponents + (first[:, None, None] - low + 0.5)
     total = bins * len(rows)
-    counts = torch.histc(middles, total, 0, total).view(len(rows), bins)
+    middle = torch.arange(0.5 - low, total - low, bins, device=rows.device)
+    counts = torch.histc(exponents + middle[:, None, None], total, 0, total).view(len(rows), bins)
     return [Reduction("exponents", (counts,), member=i) for i in range(len(rows))]
 
 
