@@ -1,28 +1,43 @@
-"""What QuantMetrics costs on the linear layers of a Llama-3-8B: 200 steps with and without, and one sample of all 224.
+"""What QuantMetrics costs: 200 steps with and without, of whole training and of the linear layers alone, and one sample of 224.
 
-    python benchmarks/bench_metrics.py            # about 80 s on an H200; writes benchmarks/results/<date>-metrics-<gpu>.json
+    python benchmarks/bench_metrics.py            # about 150 s on an H200; writes benchmarks/results/<date>-metrics-<gpu>.json
+    python benchmarks/bench_metrics.py --tiny --device cpu      # shows that it runs
 
-Only the linear layers and the products between gate and up run: no attention, norms, loss or optimiser, whose time would
-make the share of the metrics smaller. As many of the 32 blocks take part in the 200 steps as the time allows; then one plain
-and one sampled step of all 32 blocks, without repetition of weights, are timed.
+``training_steps`` is the run time that users have: a Llama-3-8B cut to fewer blocks, attention, norms, output layer, loss and
+fused AdamW included. In ``linear_steps`` only the linear layers and the products between gate and up run, which makes the share
+of the metrics larger. As many of the 32 blocks take part as the time allows. ``all_layers`` times one plain and one sampled
+step of the linear layers of all 32 blocks, without repetition of weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from common import RESULTS, environment, save_json
+from llama import Llama, Shape
 from torch import nn
 
 from halo_train import QuantMetrics, convert_to_halo_training
 
 BLOCKS = 32
+TINY = Shape(2, 64, 4, 2, 224, 128, 64)
+
+
+class Run(NamedTuple):
+    """A converted model and one training step of it."""
+
+    model: nn.Module
+    step: Callable[[], None]
 
 
 class Block(nn.Module):
@@ -43,140 +58,177 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def build(blocks: int, args: argparse.Namespace) -> nn.Sequential:
+def linear_run(blocks: int, tokens: int, args: argparse.Namespace) -> Run:
+    """The linear layers of so many blocks, their gradients and that of the input."""
+    hidden, kv, intermediate = args.shape.hidden, args.shape.kv_heads * args.head, args.shape.intermediate
     torch.manual_seed(0)
     with torch.device(args.device):
-        torch.set_default_dtype(torch.bfloat16)
-        model = nn.Sequential(
-            *(Block(args.hidden, args.hidden // 4, args.hidden * 7 // 2) for _ in range(blocks))
-        )
-        torch.set_default_dtype(torch.float32)
+        model = nn.Sequential(*(Block(hidden, kv, intermediate) for _ in range(blocks))).bfloat16()
+        x = torch.randn(tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
     convert_to_halo_training(model, recipe=args.recipe)
-    return model
+
+    def step() -> None:
+        for p in (x, *model.parameters()):
+            p.grad = None
+        y = model(x)
+        y.backward(y.detach())  # a square loss
+
+    return Run(model, step)
 
 
-def tokens(count: int, args: argparse.Namespace) -> torch.Tensor:
-    return torch.randn(count, args.hidden, device=args.device, dtype=torch.bfloat16, requires_grad=True)
+def training_run(blocks: int, args: argparse.Namespace) -> Run:
+    """A training step of a Llama: weights, gradients and moments in bfloat16."""
+    torch.manual_seed(0)
+    shape = dataclasses.replace(args.shape, blocks=blocks)
+    with torch.device(args.device):
+        model = Llama(shape).bfloat16()
+        tokens = torch.randint(shape.vocabulary, (args.sequences, shape.tokens + 1))
+    convert_to_halo_training(model, recipe=args.recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        model(tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Run(model, step)
 
 
-def train_step(model: nn.Module, x: torch.Tensor) -> None:
-    for p in (x, *model.parameters()):
-        p.grad = None
-    y = model(x)
-    y.backward(y.detach())  # a square loss
-
-
-def seconds(model: nn.Module, x: torch.Tensor, steps: int, metrics: QuantMetrics | None) -> float:
-    synchronise(x)
+def seconds(run: Run, steps: int, metrics: QuantMetrics | None) -> float:
+    synchronise()
     started = time.perf_counter()
     for _ in range(steps):
-        train_step(model, x)
+        run.step()
         if metrics is not None:
             metrics.step()
-    synchronise(x)
+    synchronise()
     return time.perf_counter() - started
 
 
-def synchronise(x: torch.Tensor) -> None:
-    if x.is_cuda:
+def synchronise() -> None:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def peak_gib(x: torch.Tensor) -> float:
-    return torch.cuda.max_memory_allocated() / 2**30 if x.is_cuda else float("nan")
+def peak_gib() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
 
 
-def reset_peak(x: torch.Tensor) -> None:
-    if x.is_cuda:
+def reset_peak() -> None:
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
-def many_steps(args: argparse.Namespace, x: torch.Tensor) -> dict[str, float]:
-    """Alternating quarters with and without, so that clocks and neighbours hit both alike."""
-    model = build(1, args)
-    seconds(model, x, 2, None)
-    single = seconds(model, x, 3, None) / 3
-    blocks = max(1, min(BLOCKS, int(args.seconds * 0.55 / (2 * args.steps * single))))
-    model = build(blocks, args)
-    metrics = QuantMetrics(model, every=args.every)
-    seconds(model, x, 2, metrics)  # steps 1, sampled, and 2: warm-up of both paths
-    metrics.step_number = 0
+def blocks_for(build: Callable[[int], Run], duration: float, args: argparse.Namespace) -> int:
+    """How many blocks run 2 x ``steps`` steps in so many seconds."""
+    times = []
+    for blocks in (1, 2):
+        run = build(blocks)
+        seconds(run, 2, None)
+        times.append(seconds(run, 3, None) / 3)
+    a_block = max(times[1] - times[0], 0.1 * times[0])  # of tiny ones, noise
+    return max(1, min(BLOCKS, 1 + int((duration / (2 * args.steps) - times[0]) / a_block)))
+
+
+def with_and_without(
+    build: Callable[[int], Run], duration: float, args: argparse.Namespace
+) -> dict[str, float]:
+    """Alternating parts of ``every`` steps with and without, so that clocks and neighbours hit both alike."""
+    blocks = args.shape.blocks if args.tiny else blocks_for(build, duration, args)
+    run = build(blocks)
+    metrics = QuantMetrics(run.model, every=args.every)
+    seconds(run, 2, metrics)  # steps 1, sampled, and 2: warm-up of both paths
     with_metrics, without = [], []
-    quarter = args.every
-    for _ in range(args.steps // quarter):
+    for _ in range(args.steps // args.every):
         metrics.step_number = 0
-        reset_peak(x)
-        without.append(seconds(model, x, quarter, None))
-        plain_peak = peak_gib(x)
-        reset_peak(x)
+        reset_peak()
+        without.append(seconds(run, args.every, None))
+        plain_peak = peak_gib()
+        reset_peak()
         # One sample in every ``every`` steps: hooks go on after step every - 1.
-        with_metrics.append(seconds(model, x, quarter, metrics))
-        sampled_peak = peak_gib(x)
+        with_metrics.append(seconds(run, args.every, metrics))
+        sampled_peak = peak_gib()
         assert metrics.last is not None
-        assert metrics.last.step == quarter
+        assert metrics.last.step == args.every
+    metrics.close()
+    steps = len(without) * args.every
     return {
         "blocks": blocks,
-        "steps": len(without) * quarter,
-        "ms_per_step_without": 1e3 * sum(without) / (len(without) * quarter),
-        "ms_per_step_with": 1e3 * sum(with_metrics) / (len(with_metrics) * quarter),
+        "layers": len(metrics.last.values),
+        "steps": steps,
+        "ms_per_step_without": 1e3 * sum(without) / steps,
+        "ms_per_step_with": 1e3 * sum(with_metrics) / steps,
         "overhead_percent": 100 * (sum(with_metrics) / sum(without) - 1),
-        "overhead_percent_by_quarter": [
-            100 * (a / b - 1) for a, b in zip(with_metrics, without, strict=True)
-        ],
+        "overhead_percent_by_part": [100 * (a / b - 1) for a, b in zip(with_metrics, without, strict=True)],
         "peak_gib_without": plain_peak,
         "peak_gib_with": sampled_peak,
     }
 
 
-def all_layers(args: argparse.Namespace, x: torch.Tensor) -> dict[str, float]:
+def all_layers(args: argparse.Namespace) -> dict[str, float]:
     """One sample of every layer against plain steps, and what that is at the given rhythm."""
-    model = build(args.blocks, args)
-    seconds(model, x, 1, None)
-    reset_peak(x)
-    plain = statistics.median(seconds(model, x, 1, None) for _ in range(3))
-    plain_peak = peak_gib(x)
-    metrics = QuantMetrics(model, every=1)
-    seconds(model, x, 1, metrics)
-    reset_peak(x)
-    sampled = statistics.median(seconds(model, x, 1, metrics) for _ in range(2))
+    gc.collect()  # 32 blocks need the memory of the runs before
+    run = linear_run(args.shape.blocks if args.tiny else args.blocks, args.all_layers_tokens, args)
+    seconds(run, 1, None)
+    reset_peak()
+    plain = statistics.median(seconds(run, 1, None) for _ in range(3))
+    plain_peak = peak_gib()
+    metrics = QuantMetrics(run.model, every=1)
+    seconds(run, 1, metrics)
+    reset_peak()
+    sampled = statistics.median(seconds(run, 1, metrics) for _ in range(2))
     metrics.close()
     assert metrics.last is not None
     return {
         "layers": len(metrics.last.values),
+        "tokens": args.all_layers_tokens,
         "values": len(metrics.last.flat()),
         "ms_plain_step": 1e3 * plain,
         "ms_sampled_step": 1e3 * sampled,
         "overhead_percent_at_every": 100 * (sampled - plain) / (args.every * plain),
         "peak_gib_plain": plain_peak,
-        "peak_gib_sampled": peak_gib(x),
+        "peak_gib_sampled": peak_gib(),
     }
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="fp8")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument(
-        "--all-layers-tokens", type=int, default=8192, help="fewer, to fit the activations of 32 blocks"
-    )
-    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--sequences", type=int, default=2, help="of 8192 tokens, in a training step")
+    parser.add_argument("--tokens", type=int, default=16384, help="of the linear layers alone")
+    parser.add_argument("--all-layers-tokens", type=int, default=16384)
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="of the step that samples every layer")
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=80, help="for everything")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=150, help="for everything")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="a few thousand weights, to see that it runs")
     parser.add_argument("--commit", help="where the sources are no git checkout")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    x = torch.randn(args.tokens, args.hidden, device=args.device, dtype=torch.bfloat16, requires_grad=True)
+    if args.every > args.steps:
+        parser.error(f"--steps must be at least --every, one sample; got {args.steps} and {args.every}")
+    args.shape = TINY if args.tiny else Shape()
+    args.head = args.shape.hidden // args.shape.heads
+    if args.tiny:
+        args.tokens = args.all_layers_tokens = args.sequences * args.shape.tokens
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    # Setting up, trying one and two blocks and the step of all layers take about a fifth.
     results = {
         "environment": environment(args.commit),
         "command": " ".join(["python", *sys.argv]),
         "arguments": {name: str(value) for name, value in vars(args).items()},
-        "steps": many_steps(args, x),
-        "all_layers": all_layers(args, x),
+        "training_steps": with_and_without(lambda n: training_run(n, args), 0.5 * args.seconds, args),
+        "linear_steps": with_and_without(
+            lambda n: linear_run(n, args.tokens, args), 0.3 * args.seconds, args
+        ),
+        "all_layers": all_layers(args),
     }
-    for part in ("steps", "all_layers"):
+    for part in ("training_steps", "linear_steps", "all_layers"):
         print(part)
         for name, value in results[part].items():
             shown = ", ".join(f"{v:.2f}" for v in value) if isinstance(value, list) else f"{value:.2f}"

@@ -122,12 +122,13 @@ def rounding_reductions(before: Tensor, after: Tensor, saturated: Tensor) -> lis
     sums = (
         square.sum(-1).sqrt(),
         torch.linalg.vector_norm(after - before, dim=-1),
-        torch.linalg.vector_norm(square, dim=elements),
+        # The number of elements is in the sum, so that tensors of all widths are finished together.
+        math.sqrt(count) * torch.linalg.vector_norm(square, dim=elements),
         torch.linalg.vector_norm(before, 0, dim=elements),  # the number of elements that are not zero
         torch.linalg.vector_norm(after, 0, dim=elements),
         saturated.sum(elements, dtype=before.dtype),
     )
-    return [Reduction("rounding", sums, count, i) for i in range(len(before))]
+    return [Reduction("rounding", sums, member=i) for i in range(len(before))]
 
 
 def product_reductions(exact: Tensor, approximate: Tensor) -> list[Reduction]:
@@ -196,7 +197,7 @@ def _finish_columns(rows: int, square: Tensor, total: Tensor) -> Tensor:
 
 
 def _finish_rounding(
-    count: int,
+    _: int,
     signal: Tensor,
     noise: Tensor,
     fourth: Tensor,
@@ -204,7 +205,7 @@ def _finish_rounding(
     kept: Tensor,
     saturated: Tensor,
 ) -> Tensor:
-    kurtosis = count * (fourth / signal.square().sum(-1)).square()
+    kurtosis = (fourth / signal.square().sum(-1)).square()
     # Zeros (padding) have nothing to lose: shares are of the nonzero elements.
     some = nonzero.clamp(min=1)
     underflow, saturation = (nonzero - kept) / some, saturated / some
