@@ -64,16 +64,14 @@ class WholeTensor(NamedTuple):
         rows, columns = ops.moments(x)
         return WholeTensor(rows[0], rows[1], rows[2], columns[0], columns[1], rows[0].max())
 
-    def scale(self, amax: Tensor, squares: Tensor, width: int | None = None) -> Reduction:
+    def scale(self, amax: Tensor, squares: Tensor) -> Reduction:
         """For amax, rms and crest of the matrix with its rows or columns scaled.
 
         Args:
             amax: [] of the scaled matrix.
             squares: its sums of squares: ``row_square`` or ``col_square`` times the squares of the factors.
-            width: its columns, where a rotation along padded rows made more of them.
         """
-        count = len(self.row_square) * (width or len(self.col_square))
-        return Reduction("scale", (amax[None], squares[None]), count)
+        return Reduction("scale", (amax[None], squares[None]), len(self.row_square) * len(self.col_square))
 
     def reductions(self) -> list[Reduction]:
         """For amax, rms, crest, nonfinite and both outlier statistics."""
