@@ -38,6 +38,7 @@ from halo_train.training.config import Config, EvalSection
 from halo_train.training.data import BatchStream, ShuffledBatches
 from halo_train.training.distributed import (
     Ranks,
+    callable_in_parts,
     join,
     own_files,
     require_several_possible,
@@ -60,6 +61,7 @@ from halo_train.training.loop import (
     evaluate,
     pick_device,
 )
+from halo_train.training.loss import TokenLoss
 from halo_train.training.model import build_loss, export_model
 from halo_train.training.optim import build_optimizer, learning_rate, set_learning_rate
 from halo_train.training.packing import require_isolation
@@ -73,6 +75,7 @@ from halo_train.training.precision import (
 from halo_train.training.prepare import Data, load_data, require_same_data
 from halo_train.training.report import Result, plot_losses, run_table, summarise
 from halo_train.training.run_folder import check_run_folder, make_run_folder
+from halo_train.training.sharded_load import weights_while_used
 from halo_train.training.trackers import Trackers
 from halo_train.training.watchdog import locate_non_finite
 
@@ -151,11 +154,11 @@ def train(
     cfg, label, device = config.train, config.quant.label, ranks.device
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    # FSDP2 brings it to the GPUs block by block.
-    loss_of = build_loss(config, data.tokenizer, torch.device("cpu") if ranks.several else device)
-    model = loss_of.model
+    loss_of = build_loss(config, data.tokenizer, device, sharded=ranks.several)
+    model, path = loss_of.model, Path(config.model.path)
     if config.data.packing:
-        require_isolation(model, config.model.path)
+        with weights_while_used(model, path):
+            require_isolation(model, config.model.path)
 
     # The first validation comes before the conversion: the layers take their equaliser from a training batch.
     checkpoint = latest_checkpoint(checkpoints)
@@ -168,7 +171,7 @@ def train(
     if cfg.activation_checkpointing != "none":
         checkpoint_activations(model, cfg.activation_checkpointing)
     if ranks.several:
-        shard(loss_of, model, ranks)
+        shard(loss_of, model, ranks, path)
     optimizer = build_optimizer(model, cfg)
     progress = load_checkpoint(checkpoint, model, optimizer) if checkpoint else Progress()
     if checkpoint:
@@ -282,9 +285,9 @@ def train(
                 trackers.log(step, valid_loss=valid)
                 bar.note(f"validation loss {valid:.4f} at step {step}")
             if data.questions and (last or (config.eval.every and step % config.eval.every == 0)):
-                score = answer(model, data, config.eval)
-                (folder / "answers").mkdir(exist_ok=True)
-                write_atomically(folder / "answers" / f"step-{step}.json", score.to_json())
+                score = answer(loss_of, data, config.eval, ranks)
+                (files / "answers").mkdir(exist_ok=True)
+                write_atomically(files / "answers" / f"step-{step}.json", score.to_json())
                 metrics.write(step=step, exact_match=score.exact_match)
                 trackers.log(step, exact_match=score.exact_match)
                 bar.note(f"{score} at step {step}")
@@ -313,14 +316,16 @@ def train(
     )
 
 
-def answer(model: nn.Module, data: Data, section: EvalSection) -> Score:
+def answer(loss_of: TokenLoss, data: Data, section: EvalSection, ranks: Ranks) -> Score:
     """Lets the model, as it trains, answer the questions of the section ``eval``."""
-    with torch.compiler.set_stance("force_eager"):  # every length would be compiled apart
+    # Compiled, every length would be compiled apart.
+    with torch.compiler.set_stance("force_eager"), callable_in_parts(loss_of):
         return exact_match(
-            model,
+            loss_of.model,
             data.tokenizer,
             data.questions,
             section.pattern,
             max_new_tokens=section.max_new_tokens,
             batch=section.batch,
+            ranks=ranks,
         )

@@ -14,6 +14,8 @@ import torch
 from training_fixtures import halo_train, metrics, write_run
 from transformers import AutoModelForCausalLM
 
+from halo_train.training.model import build_model, export_model, train_tokenizer
+
 RUN = ["train.grad_accum=6", "train.micro_batch=2"]
 
 
@@ -67,6 +69,37 @@ def test_two_processes_then_three_then_one(tmp_path: Path):
         again = AutoModelForCausalLM.from_pretrained(several / "export")
         for name, p in again.named_parameters():
             torch.testing.assert_close(p, before[name], rtol=0.1, atol=0.03, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_from_a_directory_packed_with_answers(tmp_path: Path):
+    for name in ("alone", "two"):
+        (tmp_path / name).mkdir()
+        file = write_run(tmp_path / name)
+    tokenizer = train_tokenizer(["def f(x): return x + 1", "Add 1 to x."] * 3, 290)
+    config = tmp_path / "two" / "model.json"
+    export_model(build_model(config, tokenizer, 0, 64, torch.bfloat16), tokenizer, tmp_path / "hf")
+    asked = [
+        f"model.path={tmp_path / 'hf'}",
+        "data.packing=true",
+        f"eval.exact_match={tmp_path / 'two' / 'rows.jsonl'}",
+        "eval.batch=5",
+        "eval.max_new_tokens=6",
+        "log.eval_every=6",
+    ]
+    assert halo_train("run", str(tmp_path / "alone" / "tiny.yaml"), *RUN, *asked) == 0
+    result = start(file, 2, *asked)
+    assert result.returncode == 0, result.stderr
+    assert "into its CPU memory" not in result.stdout
+    one, several = tmp_path / "alone" / "runs" / "tiny", tmp_path / "two" / "runs" / "tiny"
+    for key in ("loss", "valid_loss"):
+        for step, value in curve(one, key).items():
+            assert curve(several, key)[step] == pytest.approx(value, rel=0.03), (key, step)
+    scores = [json.loads((run / "answers" / "step-6.json").read_text()) for run in (one, several)]
+    assert [len(score["samples"]) for score in scores] == [24, 24]
+    assert [s["prompt"] for s in scores[0]["samples"]] == [s["prompt"] for s in scores[1]["samples"]]
+    assert all(s["generated"] for s in scores[1]["samples"])
+    assert curve(several, "exact_match") == {6: scores[1]["exact_match"]}
 
 
 @pytest.mark.slow

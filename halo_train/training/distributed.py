@@ -11,19 +11,21 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .blocks import blocks
 from .config import Config
-from .data import Batch
 from .errors import UserError
+from .sharded_load import fill_shards
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,15 @@ class Ranks:
         distributed.all_reduce(total)
         return total.tolist()
 
-    def share(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    def union(self, values: dict[int, T]) -> dict[int, T]:
+        """Of all processes, the same on each."""
+        if not self.several:
+            return values
+        parts: list[dict[int, T]] = [{}] * self.world_size
+        distributed.all_gather_object(parts, values)
+        return {key: value for part in parts for key, value in part.items()}
+
+    def share(self, batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
         """This process's part of ``batches`` and whether each counts: all get as many, the last repeated where one is missing.
 
         Sharded layers need every process in every forward.
@@ -137,25 +147,39 @@ def require_several_possible(config: Config, ranks: Ranks) -> None:
             f"train.grad_accum counts the micro-batches of all {ranks.world_size} processes together and must be a multiple of "
             f"{ranks.world_size}; got {config.train.grad_accum}; with the same value a run is the same on any number of GPUs"
         )
-    refused = {
-        "eval.exact_match": (config.eval.exact_match, None),
-        "train.optimizer": (config.train.optimizer, "adamw"),
-    }
-    for field, (value, accepted) in refused.items():
-        if value != accepted:
-            raise UserError(
-                f"{field} must be {'unset' if accepted is None else accepted} with several processes; got {value!r}"
-            )
+    if config.train.optimizer != "adamw":
+        raise UserError(
+            f"train.optimizer must be adamw with several processes; got {config.train.optimizer!r}"
+        )
 
 
-def shard(loss_of: nn.Module, model: nn.Module, ranks: Ranks) -> None:
-    """FSDP2 around each block of the model and around the loss, whose forward reads the output layer itself."""
+def shard(loss_of: nn.Module, model: nn.Module, ranks: Ranks, path: Path) -> None:
+    """FSDP2 around each block of the model and around the loss, whose forward reads the output layer itself.
+
+    Args:
+        path: of the model; parameters on the meta device get their values from there.
+    """
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for block in blocks(model, "a run of several processes"):
         fully_shard(block, mesh=mesh)
     fully_shard(loss_of, mesh=mesh)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        fill_shards(model, path, ranks.device)
     # Equal weights, but other dropout on each process.
     torch.manual_seed(torch.initial_seed() + ranks.rank)
+
+
+@contextmanager
+def callable_in_parts(loss_of: nn.Module) -> Iterator[None]:
+    """While active, the model inside may be called by itself: what FSDP2 gathers in the loss's forward is there."""
+    if not isinstance(loss_of, FSDPModule):
+        yield
+        return
+    loss_of.unshard()
+    try:
+        yield
+    finally:
+        loss_of.reshard()
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:

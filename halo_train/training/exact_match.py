@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .distributed import Ranks
 from .errors import UserError
 from .formats import Conversation, Row
 from .generate import greedy
@@ -169,6 +170,7 @@ def exact_match(
     max_new_tokens: int,
     batch: int,
     progress: Callable[[int], object] = lambda finished: None,
+    ranks: Ranks | None = None,
 ) -> Score:
     """Lets the model answer every question, greedily, under bfloat16 autocast.
 
@@ -176,7 +178,7 @@ def exact_match(
 
     Args:
         asked: from :func:`questions`, at least one.
-        batch, progress: see :func:`halo_train.training.generate.greedy`.
+        batch, progress, ranks: see :func:`halo_train.training.generate.greedy`.
     """
     window = getattr(model.config, "max_position_embeddings", None) or math.inf
     short = [question for question in asked if len(question.ids) + max_new_tokens <= window]
@@ -191,6 +193,7 @@ def exact_match(
             pad_id=pad,
             batch=batch,
             progress=progress,
+            ranks=ranks,
         )
     texts = {
         id(question): tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -173,7 +173,7 @@ def measure_logit_map(model: nn.Module) -> LogitMap:
             logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
         except Exception as error:  # of code that we do not know
             raise ValueError(f"it cannot be tried out: {type(error).__name__}: {error}") from error
-    if len(seen) != 1 or not torch.equal(seen[0], hidden):
+    if len(seen) != 1 or seen[0].device != hidden.device or not torch.equal(seen[0], hidden):
         raise ValueError("its output layer does not get the last hidden states as they are")
     scale = logits[0, 0, 0].item() / small
     limit = logits[0, 0, 1].item()

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from .config import Config
 from .errors import UserError
 from .loss import TokenLoss
+from .sharded_load import WholeModelNeeded, empty_model
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -108,16 +109,21 @@ def build_model(
     """A causal language model: loaded from a directory, or random from a config file, made on the device itself.
 
     Args:
+        device: ``meta`` for a directory gives :func:`halo_train.training.sharded_load.empty_model`.
         seed: of the random weights.
         seq_len: longest sequence that it has to take.
         dtype: of the weights, but for those of a directory that transformers keeps in float32.
 
     Raises:
+        WholeModelNeeded: a directory that cannot be loaded later, on ``meta`` only.
         UserError: not loadable as a causal language model; the tokenizer has more entries than the embedding; the model
             takes shorter sequences only.
     """
+    later = torch.device(device).type == "meta"
     try:
-        if path.is_dir():
+        if path.is_dir() and later:
+            model = empty_model(path, dtype)
+        elif path.is_dir():
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         else:
             config = read_model_config(path)
@@ -143,14 +149,28 @@ def build_model(
         raise UserError(
             f"data.seq_len must be at most the model's max_position_embeddings={longest}; got {seq_len}"
         )
-    return model.to(device)
+    return model if later else model.to(device)
 
 
-def build_loss(config: Config, tokenizer: Any, device: torch.device) -> TokenLoss:
-    """The model of the run inside its loss, on the device. Errors as in :func:`build_model`."""
+def build_loss(config: Config, tokenizer: Any, device: torch.device, sharded: bool = False) -> TokenLoss:
+    """The model of the run inside its loss, on the device. Errors as in :func:`build_model`.
+
+    Args:
+        sharded: :func:`halo_train.training.distributed.shard` follows, which brings the model to the device. Where it can read
+            the weights too, the parameters stay on the meta device until then; else it says why not.
+    """
     dtype = getattr(torch, config.model.dtype)
-    path, seed = Path(config.model.path), config.run.seed
-    return TokenLoss(build_model(path, tokenizer, seed, config.data.seq_len, dtype, device))
+    path = Path(config.model.path)
+
+    def build(device: torch.device | str) -> TokenLoss:
+        return TokenLoss(build_model(path, tokenizer, config.run.seed, config.data.seq_len, dtype, device))
+
+    if sharded and path.is_dir():
+        try:
+            return build("meta")
+        except WholeModelNeeded as reason:
+            print(f"each process loads the whole model into its CPU memory: {reason} ({path})", flush=True)
+    return build("cpu" if sharded else device)
 
 
 def export_model(

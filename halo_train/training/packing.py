@@ -93,6 +93,8 @@ def require_isolation(model: nn.Module, name: str) -> None:
         UserError: it does not keep documents apart.
     """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    if device.type == "meta":  # see sharded_load.weights_while_used
+        device = torch.device("cpu")
     entries = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     lengths, generator = (9, 7), torch.Generator().manual_seed(0)
     first, second = (torch.randint(entries, (n,), generator=generator).to(device) for n in lengths)
