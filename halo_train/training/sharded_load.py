@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -97,7 +97,7 @@ def fill_shards(model: nn.Module, path: Path, device: torch.device) -> None:
     filled: dict[int, nn.Parameter] = {}
     for name, entry in _entries(files, stored):
         old = stored[name]
-        if isinstance(old, nn.Parameter):
+        if isinstance(old, DTensor):
             filled[id(old)] = nn.Parameter(_shard(entry, old, device), old.requires_grad)
         else:
             old.copy_(entry[...])
@@ -141,15 +141,18 @@ def weights_while_used(model: nn.Module, path: Path) -> Iterator[None]:
             handle.remove()
 
 
-def _shard(entry: Any, parameter: Tensor, device: torch.device) -> Tensor:
+def _shard(entry: Any, parameter: DTensor, device: torch.device) -> DTensor:
     """The rows of a tensor in a file that this process has of ``parameter``."""
-    if not isinstance(parameter, DTensor):
-        return entry[...].to(device, parameter.dtype)
     mesh, rows = parameter.device_mesh, parameter.shape[0]
     start = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)  # as torch.chunk
-    local = entry[start : start + parameter._local_tensor.shape[0]].to(device, parameter.dtype)
+    stored = entry[start : start + parameter._local_tensor.shape[0]]
     return DTensor.from_local(
-        local, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        stored.to(device, parameter.dtype, copy=True),  # which else may be the mapped file itself
+        mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
     )
 
 
