@@ -75,6 +75,29 @@ def test_default_architectures_are_those_nvcc_knows(
     assert kernels._architectures(plan.archs) == ["sm_80", "sm_89", "sm_90a", "compute_89"]
 
 
+def test_a_machine_with_gpus_builds_for_these(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_nvcc(tmp_path)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    include = fake_headers(tmp_path)
+    smi = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for printed, archs in {
+        "9.0\n9.0": ("90a",),
+        "8.6\n8.9": ("80", "89"),
+        "7.5": ("80", "89", "90a"),  # none of ours: as without a GPU
+        "NVIDIA-SMI has failed": ("80", "89", "90a"),
+    }.items():
+        smi.write_text(f"#!/bin/sh\nprintf '{printed}\\n'\n")
+        smi.chmod(0o755)
+        assert kernels.make_plan(torch_include=include).archs == archs
+    smi.write_text("#!/bin/sh\necho 9.0\n")
+    assert kernels.make_plan(["all"], include).archs == ("80", "89", "90a")
+    monkeypatch.setenv("HALO_TRAIN_CUDA_ARCHS", "120")
+    assert kernels.make_plan(torch_include=include).archs == ("120",)
+
+
 def test_without_nvcc_nothing_is_built_and_the_record_says_so(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -110,8 +110,8 @@ def make_plan(archs: Sequence[str] | None = None, torch_include: Path | None = N
     """Looks for what a build needs.
 
     Args:
-        archs: compute capabilities such as "90a"; None takes HALO_TRAIN_CUDA_ARCHS, or the default list without those
-            that this nvcc does not know.
+        archs: compute capabilities such as "90a", or "all" for the default list; None takes HALO_TRAIN_CUDA_ARCHS, or what
+            the GPUs of this machine run, or without GPUs "all". What this nvcc does not know is left out of the list.
         torch_include: PyTorch's include directory; None looks for it.
     """
     if archs is None and os.environ.get(ARCHS_VARIABLE):
@@ -130,15 +130,43 @@ def make_plan(archs: Sequence[str] | None = None, torch_include: Path | None = N
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_TORCH:
         return Plan(reason=f"PyTorch {version} is too old: its headers must be 2.10 or newer")
     release = re.search(r"V([\d.]+)", _output([nvcc, "--version"]))
-    if archs is None:
+    if archs is None or [arch.lower() for arch in archs] == ["all"]:
         known = set(re.findall(r"compute_(\w+)", _output([nvcc, "--list-gpu-arch"])))
-        archs = [arch for arch in DEFAULT_ARCHS if arch.rstrip("af") in known]
+        wanted = DEFAULT_ARCHS if archs else archs_of_this_machine() or DEFAULT_ARCHS
+        archs = [arch for arch in wanted if arch.rstrip("af") in known]
     bad = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]
     if bad or not archs:
         raise ValueError(
-            f"{ARCHS_VARIABLE} (--archs): must be 'none' or compute capabilities such as '80,90a'; got {', '.join(archs)!r}"
+            f"{ARCHS_VARIABLE} (--archs): must be 'none', 'all' or compute capabilities such as '80,90a'; got {', '.join(archs)!r}"
         )
     return Plan("", nvcc, release.group(1) if release else "", include, version, tuple(archs))
+
+
+def archs_of_this_machine() -> tuple[str, ...]:
+    """Of the default list, what the GPUs of this machine run; empty where there are none. Five take five times as long."""
+    nvidia_smi = shutil.which("nvidia-smi")
+    if nvidia_smi is None:
+        return ()
+    query = [nvidia_smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    capabilities = {
+        (int(major), int(minor)) for major, minor in re.findall(r"^(\d+)\.(\d+)\s*$", found, re.M)
+    }
+    # A GPU runs code for its own major version up to its minor one.
+    fits = [
+        max(
+            (a for a in DEFAULT_ARCHS if _capability(a)[0] == major and _capability(a)[1] <= minor),
+            key=_capability,
+            default="",
+        )
+        for major, minor in capabilities
+    ]
+    return tuple(arch for arch in DEFAULT_ARCHS if arch in fits)
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    number = int(arch.rstrip("af"))
+    return number // 10, number % 10
 
 
 def needs_torch() -> bool:
@@ -264,7 +292,8 @@ def _output(command: Sequence[object]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile csrc/ into halo_train/_kernels.so.")
     parser.add_argument(
-        "--archs", help=f"e.g. 90a,80 or none; default {ARCHS_VARIABLE} or {','.join(DEFAULT_ARCHS)}"
+        "--archs",
+        help=f"e.g. 90a,80, none, or all: {','.join(DEFAULT_ARCHS)}; default {ARCHS_VARIABLE}, or those of the GPUs here, or all",
     )
     parser.add_argument(
         "--torch-include", type=Path, help="PyTorch's include directory; default: look for it"
