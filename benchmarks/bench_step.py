@@ -16,8 +16,14 @@ import torch
 from common import environment, save_json
 from torch import nn
 
+from halo_train import convert_to_halo_training
 from halo_train.bench.linear import require_gpu
 from halo_train.bench.step import Case, add_arguments, measure, recipe_case, recipes, size_of
+
+SHARED = Case(
+    "fp8, shared inputs", lambda model: convert_to_halo_training(model, recipe="fp8", share_inputs=True)
+)
+"""q, k and v, and gate and up, round what they read once; in eager mode only."""
 
 
 def torchao_cases() -> list[Case]:
@@ -67,7 +73,7 @@ def main() -> None:
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
     require_gpu(parser)
-    cases = [*(recipe_case(recipe) for recipe in recipes(args)), *torchao_cases()]
+    cases = [*(recipe_case(recipe) for recipe in recipes(args)), SHARED, *torchao_cases()]
     rows = measure(size_of(args), cases, args)
     if not args.no_save:
         where = environment(args.commit)
