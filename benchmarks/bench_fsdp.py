@@ -75,7 +75,10 @@ def variants(device: str) -> list[Variant]:
                     after_step=after,
                 )
             )
-    halo = lambda model: convert_to_halo_training(model, recipe="fp8", module_filter_fn=in_block)  # noqa: E731
+
+    def halo(model: nn.Module) -> None:
+        convert_to_halo_training(model, recipe="fp8", module_filter_fn=in_block)
+
     return [
         *found,
         Variant("halo_train fp8", halo),

@@ -276,7 +276,8 @@ def _fake_quantize_grad(
 
 
 def _fake_equalizer_factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(exponent.new_empty(exponent.shape, dtype=torch.float32) for _ in range(2))  # type: ignore[return-value]
+    d = exponent.new_empty(exponent.shape, dtype=torch.float32)
+    return d, torch.empty_like(d)
 
 
 def _fake_quantize_tensor(
