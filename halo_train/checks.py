@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .fused_reference import ACTIVATIONS
+
 MAX_BLOCK = 32768
 """Largest Hadamard block of the CUDA kernel: one row of float32 has to fit the registers of one thread block."""
 
@@ -31,6 +33,38 @@ def check_matrix(op: str, x: Tensor, block: int, col_scale: Tensor | None) -> No
     check_block(op, block, x.shape[1])
     if col_scale is not None:
         check_vector(op, "col_scale", col_scale, x.shape[1], x)
+
+
+def check_norm(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    block: int,
+    col_scale: Tensor | None,
+) -> None:
+    check_matrix(op, x, block, col_scale)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            check_vector(op, name, vector, x.shape[1], x)
+    if bias is not None and not center:
+        raise ValueError(f"{op}: bias must be None for an RMSNorm; got one; use center=True for a LayerNorm")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must be at least 0; got {eps}")
+
+
+def check_gated(op: str, first: Tensor, activation: str, **others: Tensor) -> None:
+    """The named tensors are like ``first``, and the activation is known."""
+    for name, other in others.items():
+        if other.shape != first.shape or other.dtype != first.dtype or other.device != first.device:
+            raise ValueError(
+                f"{op}: {name} must have shape {tuple(first.shape)}, {first.dtype} on {first.device}; got {tuple(other.shape)}, "
+                f"{other.dtype} on {other.device}"
+            )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
 
 
 def check_hadamard(

@@ -1,7 +1,7 @@
 """The library's torch operators: schemas, shape checks, fake kernels, and which implementation serves which device.
 
-The only file that names ``torch.ops``. Each op has a reference in :mod:`halo_train.reference`, which is its CPU
-implementation. On CUDA an op in :data:`KERNEL_OPS` runs its kernel in ``csrc/`` and raises when the kernels are not
+The only file that names ``torch.ops``. Each op has a reference in :mod:`halo_train.reference` or
+:mod:`halo_train.fused_reference`, which is its CPU implementation. On CUDA an op in :data:`KERNEL_OPS` runs its kernel in ``csrc/`` and raises when the kernels are not
 built; ``int8_matmul`` runs a Triton kernel. Quantising float64 values, or without rounding, is for checks: it is the
 reference on every device.
 """
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import int8_gemm, reference
+from . import fused_reference, int8_gemm, reference
 from .checks import MAX_BLOCK as MAX_BLOCK
-from .checks import check_block, check_hadamard, check_matrix, check_vector
+from .checks import check_block, check_gated, check_hadamard, check_matrix, check_norm, check_vector
 from .checks import check_input as check_input
+from .fakes import FAKES
 
 MAX_ORDER = 64
 """Largest order of a matrix that the CUDA kernel takes beside the power of two: its input has to fit the registers."""
@@ -36,6 +37,9 @@ KERNEL_OPS = {
     "quantize_grad": "quantize.cu",
     "transpose_bytes": "transpose.cu",
     "quantize_tensor": "quantize.cu",
+    "norm_quantize": "rotate_quantize.cu",
+    "gated_quantize": "rotate_quantize.cu",
+    "gated_grad_quantize": "quantize.cu",
     "equalizer_factors": "equalizer.cu",
     "moments": "moments.cu",
 }
@@ -74,6 +78,21 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "quantize_tensor": (
         "(Tensor x, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
         reference.quantize_tensor,
+    ),
+    "norm_quantize": (
+        "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool center, ScalarType dtype, int block, Tensor? col_scale)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        fused_reference.norm_quantize,
+    ),
+    "gated_quantize": (
+        "(Tensor gate, Tensor up, str activation, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
+        fused_reference.gated_quantize,
+    ),
+    "gated_grad_quantize": (
+        "(Tensor dh, Tensor gate, Tensor up, str activation, ScalarType dtype, Tensor row_scale, "
+        "Tensor? gate_col_scale, Tensor? up_col_scale) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        fused_reference.gated_grad_quantize,
     ),
     "moments": ("(Tensor x) -> (Tensor, Tensor)", reference.moments),
     "int8_matmul": (
@@ -199,6 +218,74 @@ def quantize_tensor(
     return torch.ops.halo_train.quantize_tensor(x, dtype, block, col_scale)
 
 
+def norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    dtype: torch.dtype,
+    block: int = 1,
+    col_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A norm of the rows of x, rotated and rounded in one pass; see :func:`fused_reference.norm_quantize`. Not differentiable.
+
+    Raises:
+        ValueError: x is no matrix, a vector or the block does not fit, eps is negative, bias without ``center``.
+    """
+    check_norm("norm_quantize", x, weight, bias, eps, center, block, col_scale)
+    if not _has_kernel_types(x, dtype):
+        return fused_reference.norm_quantize(x, weight, bias, eps, center, dtype, block, col_scale)
+    return torch.ops.halo_train.norm_quantize(x, weight, bias, eps, center, dtype, block, col_scale)
+
+
+def gated_quantize(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    dtype: torch.dtype,
+    block: int = 1,
+    col_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """act(gate) * up, rotated and rounded in one pass; see :func:`fused_reference.gated_quantize`. Not differentiable.
+
+    Raises:
+        ValueError: gate is no matrix, up is none of its kind, unknown activation, the block or col_scale does not fit.
+    """
+    check_matrix("gated_quantize", gate, block, col_scale)
+    check_gated("gated_quantize", gate, activation, up=up)
+    if not _has_kernel_types(gate, dtype):
+        return fused_reference.gated_quantize(gate, up, activation, dtype, block, col_scale)
+    return torch.ops.halo_train.gated_quantize(gate, up, activation, dtype, block, col_scale)
+
+
+def gated_grad_quantize(
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    dtype: torch.dtype,
+    row_scale: Tensor,
+    gate_col_scale: Tensor | None = None,
+    up_col_scale: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The gradients of gate and up in both 8-bit forms, in two reads; see :func:`fused_reference.gated_grad_quantize`.
+
+    Raises:
+        ValueError: as gated_quantize.
+    """
+    op = "gated_grad_quantize"
+    check_matrix(op, dh, 1, gate_col_scale)
+    check_gated(op, dh, activation, gate=gate, up=up)
+    check_vector(op, "row_scale", row_scale, dh.shape[0], dh)
+    if up_col_scale is not None:
+        check_vector(op, "up_col_scale", up_col_scale, dh.shape[1], dh)
+    arguments = (dh, gate, up, activation, dtype, row_scale, gate_col_scale, up_col_scale)
+    if not _has_kernel_types(dh, dtype):
+        return fused_reference.gated_grad_quantize(*arguments)
+    return torch.ops.halo_train.gated_grad_quantize(*arguments)
+
+
 def int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
     """diag(scale_a) (a b^T) diag(scale_b) of int8 matrices; see :func:`reference.int8_matmul`."""
     return torch.ops.halo_train.int8_matmul(a, b, scale_a, scale_b, out_dtype)
@@ -249,67 +336,6 @@ def _refuse(op: str) -> Callable[..., Any]:
     return refuse
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _fake_hadamard(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _fake_quantize_rows(
-    x: Tensor, dtype: torch.dtype, block: int, col_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=_wide(x))
-
-
-def _fake_quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[1], x.shape[0]), dtype=dtype), x.new_empty(x.shape[1:], dtype=_wide(x))
-
-
-def _fake_quantize_grad(
-    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor, column_sums: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    a, u = _fake_quantize_rows(e, dtype, 1, col_scale)
-    b, v = _fake_quantize_rows_transposed(e, dtype, row_scale)
-    return a, u, b, v, e.new_empty(e.shape[1] if column_sums else 0, dtype=v.dtype)
-
-
-def _fake_equalizer_factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
-    d = exponent.new_empty(exponent.shape, dtype=torch.float32)
-    return d, torch.empty_like(d)
-
-
-def _fake_quantize_tensor(
-    x: Tensor, dtype: torch.dtype, block: int, col_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=_wide(x))
-
-
-def _fake_int8_matmul(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype
-) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-
-
-_FAKES: dict[str, Callable[..., Any]] = {
-    "hadamard": _fake_hadamard,
-    "hadamard_": lambda *_: None,
-    "hadamard_axis": _fake_hadamard,
-    "quantize_rows": _fake_quantize_rows,
-    "quantize_rows_transposed": _fake_quantize_rows_transposed,
-    "quantize_grad": _fake_quantize_grad,
-    "transpose_bytes": lambda x: x.new_empty((x.shape[1], x.shape[0])),
-    "equalizer_factors": _fake_equalizer_factors,
-    "quantize_tensor": _fake_quantize_tensor,
-    "moments": lambda x: (
-        x.new_empty((3, x.shape[0]), dtype=torch.float64),
-        x.new_empty((2, x.shape[1]), dtype=torch.float64),
-    ),
-    "int8_matmul": _fake_int8_matmul,
-}
-
-
 def _setup_hadamard(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, ctx.block, ctx.scale, signs, out_scale, matrix = inputs
     ctx.save_for_backward(signs, out_scale, matrix)
@@ -343,7 +369,7 @@ def _backward_hadamard_axis(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 for _name, (_schema, _reference) in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _reference, "CPU")
-    torch.library.register_fake(f"halo_train::{_name}", _FAKES[_name], lib=_library)
+    torch.library.register_fake(f"halo_train::{_name}", FAKES[_name], lib=_library)
 torch.library.register_autograd(
     "halo_train::hadamard", _backward_hadamard, setup_context=_setup_hadamard, lib=_library
 )

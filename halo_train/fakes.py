@@ -1,0 +1,95 @@
+"""What every operator returns but for the values: shapes and dtypes, for tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _hadamard(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _quantize_rows(x: Tensor, dtype: torch.dtype, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=_wide(x))
+
+
+def _quantize_rows_transposed(x: Tensor, dtype: torch.dtype, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[1], x.shape[0]), dtype=dtype), x.new_empty(x.shape[1:], dtype=_wide(x))
+
+
+def _quantize_grad(
+    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor, column_sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    a, u = _quantize_rows(e, dtype)
+    b, v = _quantize_rows_transposed(e, dtype)
+    return a, u, b, v, e.new_empty(e.shape[1] if column_sums else 0, dtype=v.dtype)
+
+
+def _equalizer_factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
+    d = exponent.new_empty(exponent.shape, dtype=torch.float32)
+    return d, torch.empty_like(d)
+
+
+def _quantize_tensor(x: Tensor, dtype: torch.dtype, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=_wide(x))
+
+
+def _int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.float64
+    return x.new_empty((3, x.shape[0]), dtype=wide), x.new_empty((2, x.shape[1]), dtype=wide)
+
+
+def _norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    dtype: torch.dtype,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rstd = x.new_empty((x.shape[0], 1), dtype=_wide(x))
+    return (*_quantize_rows(x, dtype), torch.empty_like(rstd) if center else rstd.new_empty(0), rstd)
+
+
+def _gated_quantize(
+    gate: Tensor, up: Tensor, activation: str, dtype: torch.dtype, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return _quantize_rows(gate, dtype)
+
+
+def _gated_grad_quantize(
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, dtype: torch.dtype, *_: Any
+) -> tuple[Tensor, ...]:
+    rows = [*_quantize_rows(dh, dtype), *_quantize_rows(dh, dtype)]
+    return (*rows, *_quantize_rows_transposed(dh, dtype), *_quantize_rows_transposed(dh, dtype))
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "hadamard": _hadamard,
+    "hadamard_": lambda *_: None,
+    "hadamard_axis": _hadamard,
+    "quantize_rows": _quantize_rows,
+    "quantize_rows_transposed": _quantize_rows_transposed,
+    "quantize_grad": _quantize_grad,
+    "transpose_bytes": lambda x: x.new_empty((x.shape[1], x.shape[0])),
+    "equalizer_factors": _equalizer_factors,
+    "quantize_tensor": _quantize_tensor,
+    "norm_quantize": _norm_quantize,
+    "gated_quantize": _gated_quantize,
+    "gated_grad_quantize": _gated_grad_quantize,
+    "moments": _moments,
+    "int8_matmul": _int8_matmul,
+}
