@@ -33,7 +33,7 @@ from torch import nn
 from halo_train import HaloConfig, revert
 from halo_train.quant_report import write_report
 from halo_train.training.blocks import checkpoint_activations, compile_blocks
-from halo_train.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from halo_train.training.checkpoint import CheckpointWriter, Progress, latest_checkpoint, load_checkpoint
 from halo_train.training.config import Config, EvalSection
 from halo_train.training.data import BatchStream, ShuffledBatches
 from halo_train.training.distributed import (
@@ -193,6 +193,7 @@ def train(
 
     loss_of.train()
     with (
+        CheckpointWriter(checkpoints, config.save.keep, background=config.save.background) as writer,
         MetricsFile(files / "metrics.jsonl", progress.step) as metrics,
         Trackers(
             config.log, files, f"{config.run.name}-{label}", config.model_dump(mode="json"), progress.step
@@ -240,6 +241,7 @@ def train(
                 where = "one process can tell"
                 if not ranks.several:
                     where = locate_non_finite(loss_of, micro_batches, device)
+                writer.wait()
                 saved = latest_checkpoint(checkpoints)
                 kept = (
                     f"the last checkpoint, {saved}, is kept" if saved else "no checkpoint was saved before it"
@@ -291,10 +293,13 @@ def train(
                 metrics.write(step=step, exact_match=score.exact_match)
                 trackers.log(step, exact_match=score.exact_match)
                 bar.note(f"{score} at step {step}")
-            (stopping,) = ranks.sums([stop.received or 0])
+            stopping, failed = ranks.sums([stop.received or 0, writer.failed])
+            if failed:
+                writer.wait()
             if step % config.save.every == 0 or last or stopping:
-                save_checkpoint(checkpoints, model, optimizer, progress, config.save.keep)
+                writer.save(model, optimizer, progress)
             if stopping:
+                writer.wait()
                 raise Interrupted(
                     stop.received or signal.SIGTERM,
                     f"stopped after step {step} of {data.steps}; repeat the command to go on ({folder})",

@@ -41,7 +41,7 @@ def test_two_processes_then_three_then_one(tmp_path: Path):
     assert halo_train("run", str(write_run(tmp_path / "alone")), *RUN) == 0
     file = write_run(tmp_path / "two")
     one, several = tmp_path / "alone" / "runs" / "tiny", tmp_path / "two" / "runs" / "tiny"
-    result = start(file, 2)
+    result = start(file, 2, "save.background=true")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("validation loss:") == 1
     for key in ("loss", "valid_loss", "trained_tokens"):

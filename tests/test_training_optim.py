@@ -11,7 +11,7 @@ from torch import nn
 from training_fixtures import metrics, run_in_two_parts
 
 from halo_train.training import optim
-from halo_train.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from halo_train.training.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from halo_train.training.config import TrainSection
 from halo_train.training.errors import UserError
 from halo_train.training.optim import (
@@ -131,7 +131,8 @@ def test_moments_in_8_bits_follow_the_exact_ones_and_resume(dtype: torch.dtype, 
     moment = optimizer.state[nets["adamw_8bit"].up.weight]["exp_avg"]
     assert moment.codes.dtype == torch.uint8
 
-    path = save_checkpoint(tmp_path, nets["adamw_8bit"], optimizer, Progress(4, 4), keep=1)
+    with CheckpointWriter(tmp_path, keep=1) as writer:
+        path = writer.save(nets["adamw_8bit"], optimizer, Progress(4, 4))
     steps(nets["adamw_8bit"], optimizer, lrs)
     torch.manual_seed(5)
     again = Net(dtype)

@@ -392,13 +392,16 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
             load_config(write_run(tmp_path / name, model=LLAMA | {"num_hidden_layers": 1}), overrides)
         )
     whole, killed = (config.run.dir / "tiny" for config in configs)
+    in_background = configs[1].model_copy(
+        update={"save": configs[1].save.model_copy(update={"background": True})}
+    )
     # A server that has imported everything and forks: a start takes a fraction of a second instead of several.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["halo_train.recipes.finetune"])
     moments = random.Random(0)
     for kill in range(20):
         before = _steps_saved(killed)
-        child = context.Process(target=finetune.run, args=(configs[1],))
+        child = context.Process(target=finetune.run, args=(in_background if kill % 4 > 1 else configs[1],))
         child.start()
         if kill % 2:
             time.sleep(moments.uniform(0, 1))  # while it starts, loads or runs

@@ -1,10 +1,11 @@
-"""Loss, optimizer and activation checkpointing of the recipes under FSDP2: two gloo processes against one without it."""
+"""Loss, optimizer, activation checkpointing and checkpoints of the recipes under FSDP2: two gloo processes against one without it."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -14,8 +15,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from halo_train import convert_to_halo_training
+from halo_train.training import checkpoint
 from halo_train.training.blocks import blocks, checkpoint_activations
+from halo_train.training.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from halo_train.training.config import TrainSection
+from halo_train.training.errors import RunFailed
 from halo_train.training.loss import TokenLoss
 from halo_train.training.optim import StochasticAdamW, build_optimizer
 
@@ -73,7 +77,37 @@ def worker(rank: int, folder: str) -> None:
             fully_shard(block)
         fully_shard(loss)
         torch.save(train(loss, IDS[2 * rank : 2 * rank + 2], 2), f"{folder}/{dtype}-{rank}.pt")
+    check_saving_in_the_background(loss, rank, Path(folder) / "checkpoints")
     dist.destroy_process_group()
+
+
+def check_saving_in_the_background(loss: TokenLoss, rank: int, folder: Path) -> None:
+    """Collectives of the training go on meanwhile; what fails on one rank fails on all."""
+    if rank == 0:
+        folder.mkdir()
+    optimizer = torch.optim.AdamW(loss.model.parameters(), 1e-2)
+    loss(IDS, IDS).backward()
+    optimizer.step()
+    saved = {name: _full(p).clone() for name, p in loss.model.named_parameters()}
+    with CheckpointWriter(folder, keep=1, background=True) as writer:
+        path = writer.save(loss.model, optimizer, Progress(1, 1))
+        for _ in range(3):
+            loss(IDS, IDS).backward()
+            optimizer.step()
+        writer.wait()
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+
+                def refuse(*_: object) -> None:
+                    raise OSError(28, "No space left on device")
+
+                patch.setattr(checkpoint.os, "rename", refuse)
+            writer.save(loss.model, optimizer, Progress(2, 2))
+            with pytest.raises(RunFailed, match=r"step-2 could not be written: .*No space .*is .*step-1"):
+                writer.wait()
+    assert load_checkpoint(path, loss.model, optimizer) == Progress(1, 1)
+    for name, p in loss.model.named_parameters():
+        assert torch.equal(_full(p), saved[name]), name
 
 
 def test_two_ranks_are_one(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from halo_train import equalizer_state_dict, load_equalizer_state_dict
@@ -36,48 +39,117 @@ class Progress:
     """Micro-batches taken from the data."""
 
 
-def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int
-) -> Path:
-    """Saves everything that the next step depends on to ``folder/step-N`` and deletes all but the newest ``keep``.
+class CheckpointWriter:
+    """Saves checkpoints to ``folder/step-N``, one at a time, and deletes all but the newest ``keep``.
 
-    The files are written to a temporary folder, flushed to the disk and renamed, so every ``step-N`` is complete. Every process
-    of a run calls this; each writes its shards, and any number of processes can go on from them.
+    The files are written to a temporary folder, flushed to the disk and renamed, so every ``step-N`` is complete. Every
+    process of a run makes a writer and calls its methods at the same places; each writes its shards, and any number of
+    processes can go on from them. It is a context manager, whose end waits for the last checkpoint.
 
-    Raises:
-        RunFailed: the disk is full or not writable; earlier checkpoints are untouched.
+    Args:
+        folder: of the run's checkpoints.
+        keep: how many.
+        background: ``save`` copies the state to CPU memory and returns; a thread writes it. The memory of that copy, pinned for
+            a GPU, is kept until the end.
     """
-    target = folder / f"step-{progress.step}"
-    if target.exists():
-        return target  # a resumed run that was stopped before its next step
-    temporary = folder / f".unfinished-{target.name}"
-    try:
-        if _first():
-            for leftover in folder.glob(".unfinished-*"):
-                shutil.rmtree(leftover)
-        _wait()
-        with _single_process_is_fine():
-            dcp.save(
-                _state(model, optimizer, progress),
-                checkpoint_id=temporary,
-                no_dist=not distributed.is_initialized(),
+
+    def __init__(self, folder: Path, keep: int, *, background: bool = False) -> None:
+        self._folder, self._keep = folder, keep
+        self._writing: Future[None] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._stager: DefaultStager | None = None
+        # Of its own: the collectives of a thread must not meet those of the training.
+        self._group = distributed.new_group(backend="gloo") if distributed.is_initialized() else None
+        self._resources = ExitStack()
+        self._resources.enter_context(_single_process_is_fine())
+        if background:
+            self._thread = self._resources.enter_context(ThreadPoolExecutor(1, "checkpoint"))
+            on_gpu = torch.cuda.is_available()
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=on_gpu,
+                    use_shared_memory=False,
+                    use_async_staging=False,
+                    use_non_blocking_copy=on_gpu,
+                )
             )
+            self._resources.callback(self._stager.close)
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+        """Saves everything that the next step depends on, after the checkpoint that is being written, if any.
+
+        Returns:
+            The checkpoint; with ``background`` it is there after :meth:`wait`.
+
+        Raises:
+            RunFailed: this one, or with ``background`` the one before, could not be written.
+        """
+        self.wait()
+        state, step = _state(model, optimizer, progress), progress.step
+        if self._thread is None or self._stager is None:
+            self._write(state, step)
+        else:
+            copy = self._stager.stage(state)
+            assert isinstance(copy, dict)  # a future with asynchronous staging
+            self._writing = self._thread.submit(self._write, copy, step)
+        return self._folder / f"step-{step}"
+
+    @property
+    def failed(self) -> bool:
+        """Whether :meth:`wait` is known to raise; processes learn it one after another."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is there.
+
+        Raises:
+            RunFailed: the disk is full or not writable; earlier checkpoints are untouched. It is raised once.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._resources:
+            try:
+                self.wait()
+            except Exception as error:
+                if kind is None:
+                    raise
+                print(error, file=sys.stderr)  # what ends the run is the exception that it met itself
+
+    def _write(self, state: dict[str, Any], step: int) -> None:
+        target = self._folder / f"step-{step}"
+        temporary = self._folder / f".unfinished-{target.name}"
+        cause: OSError | CheckpointException | None = None
+        try:
+            if _first():
+                for leftover in self._folder.glob(".unfinished-*"):
+                    shutil.rmtree(leftover)
+            if self._group is not None:
+                distributed.barrier(self._group)
+            dcp.save(state, checkpoint_id=temporary, process_group=self._group, no_dist=self._group is None)
+            if _first():
+                os.rename(temporary, target)
+                _flush_folder(self._folder)
+        except (OSError, CheckpointException) as error:
+            cause = error
+            shutil.rmtree(temporary, ignore_errors=True)
+        message: list[str | None] = [None if cause is None else _cause(cause)]
+        if self._group is not None:  # what only the first does can fail too
+            distributed.broadcast_object_list(message, src=0, group=self._group)
+        if message[0] is not None:
+            last = latest_checkpoint(self._folder)
+            kept = f"the last complete one is {last}" if last else "there is no earlier one"
+            raise RunFailed(
+                f"checkpoint {target} could not be written: {message[0]}; {kept}; free disk space and repeat the command to go on"
+            ) from cause
         if _first():
-            os.rename(temporary, target)
-            _flush_folder(folder)
-    except (OSError, CheckpointException) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        last = latest_checkpoint(folder)
-        kept = f"the last complete one is {last}" if last else "there is no earlier one"
-        raise RunFailed(
-            f"checkpoint {target} could not be written: {_cause(error)}; {kept}; free disk space and "
-            "repeat the command to go on"
-        ) from error
-    if _first():
-        for old in _checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    _wait()
-    return target
+            for old in _checkpoints(self._folder)[: -self._keep]:
+                shutil.rmtree(old)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
@@ -156,11 +228,6 @@ def _rng_key() -> str:
 
 def _first() -> bool:
     return not distributed.is_initialized() or distributed.get_rank() == 0
-
-
-def _wait() -> None:
-    if distributed.is_initialized():
-        distributed.barrier()
 
 
 def _empty_like(saved: dict[str, Any], prefix: str) -> dict[str, Tensor]:

@@ -172,6 +172,8 @@ class SaveSection(_Section):
     """Steps; the last step is always saved."""
     keep: _Positive = 2
     """Newest checkpoints that are kept."""
+    background: bool = False
+    """Training goes on while a checkpoint is written, which takes CPU memory for a copy of weights and optimiser state."""
 
 
 class EvalSection(_Section):
