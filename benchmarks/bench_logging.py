@@ -58,7 +58,9 @@ def seconds_of_steps(log: LogSection, folder: Path) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--step-ms", type=float, default=100, help="length of the training step to compare with")
+    parser.add_argument(
+        "--step-ms", type=float, default=100, help="length of the training step to compare with"
+    )
     step_ms = parser.parse_args().step_ms
     cases = {"metrics.jsonl and progress": {}}
     for package, field in (("wandb", "wandb"), ("tensorboard", "tensorboard")):
