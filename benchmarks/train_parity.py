@@ -39,14 +39,20 @@ from halo_train.config import Format, Scaling
 _FP8, _INT8 = RECIPES["fp8"], RECIPES["int8"]
 SCHEMES: dict[str, HaloConfig] = {
     "bf16": RECIPES["bf16"],
-    "fp8: equalised, rotated, folded": _FP8,
-    "int8: equalised, rotated, folded": _INT8,
+    "fp8": _FP8,
+    "int8": _INT8,
+    "fp8, folded dgrad": _FP8.with_folded_dgrad,
+    "int8, folded dgrad": _INT8.with_folded_dgrad,
     "e4m3 folded (fp8_plain)": RECIPES["fp8_plain"],
-    "e4m3 folded, rotated": replace(_FP8, equalize=False),
-    "int8 folded": replace(_INT8, equalize=False, rotate_k=False),
-    "int8 folded, rotated": replace(_INT8, equalize=False),
+    "e4m3 folded, rotated": replace(_FP8.with_folded_dgrad, equalize=False),
+    "int8 folded": replace(_INT8.with_folded_dgrad, equalize=False, rotate_k=False),
+    "int8 folded, rotated": replace(_INT8.with_folded_dgrad, equalize=False),
     "e4m3 tensorwise, e5m2 gradients": HaloConfig(
-        grad_format=Format.E5M2, scaling=Scaling.TENSORWISE, rotate_k=False, equalize=False
+        grad_format=Format.E5M2,
+        scaling=Scaling.TENSORWISE,
+        rotate_k=False,
+        requantize_w_dgrad=False,
+        equalize=False,
     ),
     "HALO-0 e4m3": RECIPES["halo0_fp8"],
     "HALO-1 e4m3": RECIPES["halo1_fp8"],

@@ -49,7 +49,7 @@ struct QuantizeTransposedArgs {
   const void* x;
   DType dtype;
   int64_t rows, cols, row_stride;
-  const float* row_scale;  // [rows]
+  const float* row_scale;  // [rows] or nullptr
   uint32_t* col_amax;      // [cols], as in QuantizeRowsArgs
   bool gather_col_amax;    // fill col_amax first, with a pass over x of its own
   QType qtype;

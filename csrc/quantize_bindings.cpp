@@ -137,8 +137,9 @@ void quantize_blocks(const char* op, const Tensor& x, halo_train::QuantizeRowsAr
   launch();
 }
 
-void quantize_transposed_into(const char* op, const Tensor& x, QType qtype, const Tensor& row_scale,
-                              const Tensor& col_amax, bool gather, const Tensor& q, const Tensor& scale,
+void quantize_transposed_into(const char* op, const Tensor& x, QType qtype,
+                              const std::optional<Tensor>& row_scale, const Tensor& col_amax, bool gather,
+                              const Tensor& q, const Tensor& scale,
                               const std::optional<Tensor>& sums = std::nullopt) {
   const int device = x.get_device_index();
   halo_train::QuantizeTransposedArgs args{};
@@ -147,7 +148,7 @@ void quantize_transposed_into(const char* op, const Tensor& x, QType qtype, cons
   args.rows = x.size(0);
   args.cols = x.size(1);
   args.row_stride = x.stride(0);
-  args.row_scale = static_cast<const float*>(row_scale.data_ptr());
+  args.row_scale = row_scale ? static_cast<const float*>(row_scale->data_ptr()) : nullptr;
   args.col_amax = static_cast<uint32_t*>(col_amax.data_ptr());
   args.gather_col_amax = gather;
   args.qtype = qtype;
@@ -196,14 +197,15 @@ std::tuple<Tensor, Tensor> quantize_tensor(const Tensor& x, ScalarType dtype, in
 }
 
 std::tuple<Tensor, Tensor> quantize_rows_transposed(const Tensor& input, ScalarType dtype,
-                                                    const Tensor& row_scale) {
+                                                    const std::optional<Tensor>& row_scale) {
   const DeviceGuard guard(input.get_device_index());
   const Tensor x = with_dense_rows(input);
   const int64_t rows = x.size(0), cols = x.size(1);
   const Quantised quantised = quantised_type(dtype);
   Tensor q = halo_train::empty({cols, rows}, x, quantised.dtype_code);
   Tensor scale = empty_floats({cols}, x);
-  const Tensor factors = factors_of(row_scale, rows, x);
+  std::optional<Tensor> factors;
+  if (row_scale) factors = factors_of(*row_scale, rows, x);
   if (x.numel() == 0) {
     torch::stable::fill_(scale, 1.0);  // rows of no elements
     return {q, scale};
@@ -214,7 +216,7 @@ std::tuple<Tensor, Tensor> quantize_rows_transposed(const Tensor& input, ScalarT
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& input, ScalarType dtype,
-                                                                 const Tensor& col_scale,
+                                                                 const std::optional<Tensor>& col_scale,
                                                                  const Tensor& row_scale, bool column_sums) {
   const int device = input.get_device_index();
   const DeviceGuard guard(device);
@@ -226,7 +228,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& i
   Tensor b = halo_train::empty({cols, rows}, e, quantised.dtype_code);
   Tensor v = empty_floats({cols}, e);
   Tensor sums = empty_floats({column_sums ? cols : 0}, e);
-  const Tensor t = factors_of(col_scale, cols, e), s = factors_of(row_scale, rows, e);
+  std::optional<Tensor> t;
+  if (col_scale) t = factors_of(*col_scale, cols, e);
+  const Tensor s = factors_of(row_scale, rows, e);
   if (e.numel() == 0) {
     torch::stable::fill_(u, 1.0);  // rows of no elements
     torch::stable::fill_(v, 1.0);

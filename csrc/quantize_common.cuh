@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(256) column_amax_kernel(RowsParams<T> p) {
     float v[8];
     load_columns<T, kVector>(x, p, row, c);
     x.floats(v);
-    const float factor = __ldg(p.row_scale + row);
+    const float factor = p.row_scale != nullptr ? __ldg(p.row_scale + row) : 1.0f;
 #pragma unroll
     for (int j = 0; j < 8; ++j) amax[j] = max(amax[j], magnitude(v[j] * factor));
   }

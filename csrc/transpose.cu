@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(Tile<kQuantizedRows>::kThreads)
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       load_columns<T, (kWidth > 1)>(x[r], p, row + r, column);
-      factor[r] = row + r < p.rows ? __ldg(p.row_scale + row + r) : 0.0f;
+      factor[r] = p.row_scale != nullptr && row + r < p.rows ? __ldg(p.row_scale + row + r) : 1.0f;
     }
   };
   load(first + 4 * word);

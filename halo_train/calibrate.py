@@ -19,7 +19,7 @@ from .recipe_file import save_recipe
 CANDIDATES: dict[str, HaloConfig] = {
     "fp8_plain": RECIPES["fp8_plain"],
     "fp8": RECIPES["fp8"],
-    "int8_plain": dataclasses.replace(RECIPES["int8"], rotate_k=False, equalize=False),
+    "int8_plain": dataclasses.replace(RECIPES["int8"].with_folded_dgrad, rotate_k=False, equalize=False),
     "int8": RECIPES["int8"],
 }
 """Each format with and without equalisation and rotation."""
@@ -149,7 +149,8 @@ def relative_time(config: HaloConfig, shape: tuple[int, int]) -> float:
     """Forward and backward of a layer beside bf16: GEMMs at library rates plus the bytes that rounding moves.
 
     A model of an H200 with every rounding in one pass, not a measurement of what runs now: X and W are read in 2 bytes an
-    element, written in 1 and transposed (5), E is rounded twice (6), dX and dW are rotated back (4 each).
+    element, written in 1 and transposed (5), E is rounded twice (6), dW is rotated back (4). For dgrad W is rounded by columns
+    instead of transposed (3 more), or dX is rotated back too (4).
 
     Args:
         shape: (out_features, in_features).
@@ -160,8 +161,12 @@ def relative_time(config: HaloConfig, shape: tuple[int, int]) -> float:
     if config.format is Format.HIGH_PRECISION:
         return 1.0
     moved = 5 * (m * k + n * k) + 6 * m * n
-    if config.rotate_k or config.equalize:
-        moved += 4 * (m * k + n * k)
+    undone = config.rotate_k or config.equalize
+    moved += 4 * n * k if undone else 0
+    if config.requantize_w_dgrad:
+        moved += 3 * n * k
+    elif undone:
+        moved += 4 * m * k
     return (ops / _OPS_PER_SECOND[config.format] + moved / _BYTES_PER_SECOND) / bf16
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable
 from enum import Enum
 from typing import TypeVar
@@ -54,11 +55,14 @@ class HaloConfig:
     grad_format: Format = Format.E4M3
     """Format of E in dgrad and wgrad."""
     scaling: Scaling = Scaling.ROWWISE
-    """ROWWISE folds the scales that lie on a contracted axis into E before E is rounded (docs/numerics.md, eq. 5-6)."""
+    """ROWWISE folds the scales that lie on a contracted axis into E before E is rounded (docs/numerics.md, eq. 5f, 6)."""
     rotate_k: bool = True
-    """Rotate X and W along K: inner in fprop, undone on the output of dgrad and wgrad."""
+    """Rotate X and W along K: inner in fprop, undone on the output of wgrad, and of dgrad where that takes the rotated W."""
     rotate_m_dgrad: bool = False
     """Rotate E along M before it is rounded for dgrad, undone on dX (HALO-2)."""
+    requantize_w_dgrad: bool = True
+    """Round W once more for dgrad, as it is, with one scale a column: nothing is folded into E and nothing undone on dX
+    (eq. 5). False: dgrad takes the W of fprop (eq. 5f)."""
     equalize: bool = True
     """Divide the columns of X by d and multiply those of W by d, d a power of two per channel, before rotating."""
     fast_accum: bool = True
@@ -85,6 +89,14 @@ class HaloConfig:
                 f"rotate_k={self.rotate_k}, rotate_m_dgrad={self.rotate_m_dgrad}, equalize={self.equalize}; set them to "
                 "False or choose an 8-bit format"
             )
+        if self.requantize_w_dgrad and (
+            self.scaling is Scaling.TENSORWISE or self.format is Format.HIGH_PRECISION
+        ):
+            raise ValueError(
+                "HaloConfig: requantize_w_dgrad rounds the columns of W with scales of their own, which needs "
+                f"scaling='rowwise' and an 8-bit format; got scaling={self.scaling.value!r}, format={self.format.value!r}; set it "
+                "to False"
+            )
 
     @staticmethod
     def from_recipe(name: str) -> HaloConfig:
@@ -105,6 +117,11 @@ class HaloConfig:
             return self
         return dataclasses.replace(self, format=Format.UNROUNDED, grad_format=Format.UNROUNDED)
 
+    @functools.cached_property
+    def with_folded_dgrad(self) -> HaloConfig:
+        """The same with a dgrad that takes the W of fprop, for a weight of which only that rounded form exists."""
+        return dataclasses.replace(self, requantize_w_dgrad=False) if self.requantize_w_dgrad else self
+
     @property
     def name(self) -> str:
         """Recipe name, or the fields of a config that is no named recipe."""
@@ -112,7 +129,8 @@ class HaloConfig:
             if config == self:
                 return name
         parts = [self.format.value, f"grad_{self.grad_format.value}", self.scaling.value]
-        parts += [flag for flag in ("rotate_k", "rotate_m_dgrad", "equalize") if getattr(self, flag)]
+        flags = ("rotate_k", "rotate_m_dgrad", "requantize_w_dgrad", "equalize")
+        parts += [flag for flag in flags if getattr(self, flag)]
         parts += [] if self.fast_accum else ["fast_accum=False"]
         return "custom(" + ", ".join(parts) + ")"
 
@@ -173,22 +191,27 @@ def _halo(level: int, fmt: Format) -> HaloConfig:
         scaling=Scaling.TENSORWISE,
         rotate_k=level >= 1,
         rotate_m_dgrad=level >= 2,
+        requantize_w_dgrad=False,
         equalize=False,
     )
 
 
 RECIPES: dict[str, HaloConfig] = {
     # (X D^-1) H_K = diag(s) Xq,  (W D) H_K = diag(t) Wq;  Y  = diag(s) (Xq Wq^T) diag(t)
-    # Q(E diag(t)) = diag(u) Ea;                           dX = diag(u) (Ea Wq) H_K^T D^-1
+    # Q(E) = diag(u) Ea,  Q(W^T) = diag(c) Wc;              dX = diag(u) (Ea Wc^T) diag(c)
     # Q((diag(s) E)^T) = diag(v) Eb;                       dW = diag(v) (Eb Xq) H_K^T D
     "fp8": HaloConfig(),
     # the same in integers
     "int8": HaloConfig(format=Format.INT8, grad_format=Format.INT8),
-    # the same with H_K = D = 1
-    "fp8_plain": HaloConfig(rotate_k=False, equalize=False),
+    # the same with H_K = D = 1 and Q(E diag(t)) = diag(u) Ea;  dX = diag(u) (Ea Wq)
+    "fp8_plain": HaloConfig(rotate_k=False, requantize_w_dgrad=False, equalize=False),
     # Y = X W^T, dX = E W, dW = E^T X
     "bf16": HaloConfig(
-        format=Format.HIGH_PRECISION, grad_format=Format.HIGH_PRECISION, rotate_k=False, equalize=False
+        format=Format.HIGH_PRECISION,
+        grad_format=Format.HIGH_PRECISION,
+        rotate_k=False,
+        requantize_w_dgrad=False,
+        equalize=False,
     ),
     # HALO v2 (arXiv 2501.02625) Table 1, one scale a tensor.
     # HALO-0: Y = Q(X) Q(W)^T,  dX = Q(E) Q(W),  dW = Q(E)^T Q(X)

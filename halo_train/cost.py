@@ -50,7 +50,12 @@ def predicted_speedup(tokens: int, shape: tuple[int, int], config: HaloConfig, r
     if config.format is Format.HIGH_PRECISION:
         return 1.0
     x, w, e = tokens * k, n * k, tokens * n
-    # X and W: read, written in 8 bits, transposed; E: read twice, written in both forms; dX and dW: read and written.
-    moved = 5 * (x + w) + 6 * e + (4 * (x + w) if config.rotate_k else 0)
+    # X, W: read, written in 8 bits, transposed. E: read twice, written in both forms. dX, dW: rotated back, read and written;
+    # or W is read twice and written once more instead of being transposed, and dX is left alone.
+    moved = 5 * (x + w) + 6 * e + (4 * w if config.rotate_k else 0)
+    if config.requantize_w_dgrad:
+        moved += 3 * w
+    elif config.rotate_k:
+        moved += 4 * x
     products = flops / (rates.int8 if config.format is Format.INT8 else rates.float8)
     return bf16 / max(products + moved / rates.bandwidth, rates.host_8bit)

@@ -26,7 +26,7 @@ def _quantize_rows_transposed(x: Tensor, dtype: torch.dtype, *_: Any) -> tuple[T
 
 
 def _quantize_grad(
-    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor, column_sums: bool
+    e: Tensor, dtype: torch.dtype, col_scale: Tensor | None, row_scale: Tensor, column_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     a, u = _quantize_rows(e, dtype)
     b, v = _quantize_rows_transposed(e, dtype)

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Format, HaloConfig, Scaling, storage_dtype
-from .functional import quantize_weight
 from .gemm import MULTIPLE
+from .operands import quantize_weight
 from .quantize import Quantized, column_amax, exponents_of_amax
 
 AGREEMENT_TIMEOUT = timedelta(minutes=10)

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .config import Format, HaloConfig, resolve_recipe
 from .fsdp import GatheredWeight, agreed_exponents, attach, regather
-from .functional import halo_linear, quantize_weight
-from .quantize import Equalizer, Quantized, column_amax, exponents_of_amax
+from .functional import halo_linear
+from .operands import round_weight
+from .quantize import Equalizer, RoundedWeight, column_amax, exponents_of_amax
 from .shared_input import InputGroup, SharedInputs, group_by_factors
 from .weight_cache import WeightCache
 
@@ -89,7 +90,10 @@ class HaloLinear(nn.Linear):
         if self.config.equalize and not self.equalizer_taken:
             self._take_equalizer(x)
         equalizer = Equalizer.of_exponents(self.equalizer_exponent) if self.equalizer_taken else None
-        rounded = weight.quantized() if isinstance(weight, GatheredWeight) else self._kept_weight(equalizer)
+        if isinstance(weight, GatheredWeight):
+            rounded: RoundedWeight | None = RoundedWeight(weight.quantized(), None)
+        else:
+            rounded = self._kept_weight(equalizer)
         # A rank without tokens has a gradient too, of zeros: FSDP2 reduces it with those of the others.
         empty = gathered and x.numel() == 0
         tokens = F.pad(x.reshape(-1, self.in_features), (0, 0, 0, 1)) if empty else x
@@ -97,9 +101,9 @@ class HaloLinear(nn.Linear):
             tokens,
             weight,
             self.bias,
-            config=self.config,
+            config=self.running_config,
             equalizer=equalizer,
-            quantized_weight=rounded,
+            rounded_weight=rounded,
             rounded_input=None if shared is None else shared.rounded(self, x, equalizer),
         )
         return y[:0].reshape(*x.shape[:-1], self.out_features) if empty else y
@@ -116,6 +120,12 @@ class HaloLinear(nn.Linear):
     def equalizer(self) -> Tensor | None:
         """d [in_features] float32, or None while it is all ones."""
         return Equalizer.of_exponents(self.equalizer_exponent).d if self.equalizer_taken else None
+
+    @property
+    def running_config(self) -> HaloConfig:
+        """The config that the products run with: ``config``; with a folded dgrad while FSDP2 has the weight gathered in 8 bits,
+        of which no rank has more than the rotated rows."""
+        return self.config.with_folded_dgrad if isinstance(self.weight, GatheredWeight) else self.config
 
     def whole_weight(self) -> Tensor:
         """The weight [N, K] itself, detached. Under FSDP2 every rank must call it: it is gathered in the dtype of the shards."""
@@ -150,7 +160,7 @@ class HaloLinear(nn.Linear):
         fits = x.dim() > 0 and x.shape[-1] == self.in_features
         return x.is_floating_point() and x.element_size() >= 2 and fits and not x.is_meta
 
-    def _kept_weight(self, equalizer: Equalizer | None) -> Quantized | None:
+    def _kept_weight(self, equalizer: Equalizer | None) -> RoundedWeight | None:
         """The rounded weight of an earlier micro-batch, if it still is that of this one."""
         if torch.compiler.is_compiling() or self.config.format is Format.HIGH_PRECISION:
             return None
@@ -159,7 +169,7 @@ class HaloLinear(nn.Linear):
             (self.config, self.equalizer_taken),
             (self.equalizer_exponent,),
             self.training,
-            lambda: quantize_weight(self.weight, None if equalizer is None else equalizer.d, self.config),
+            lambda: round_weight(self.weight, None if equalizer is None else equalizer.d, self.config),
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -65,11 +65,11 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         reference.quantize_rows,
     ),
     "quantize_rows_transposed": (
-        "(Tensor x, ScalarType dtype, Tensor row_scale) -> (Tensor, Tensor)",
+        "(Tensor x, ScalarType dtype, Tensor? row_scale) -> (Tensor, Tensor)",
         reference.quantize_rows_transposed,
     ),
     "quantize_grad": (
-        "(Tensor e, ScalarType dtype, Tensor col_scale, Tensor row_scale, bool column_sums) -> "
+        "(Tensor e, ScalarType dtype, Tensor? col_scale, Tensor row_scale, bool column_sums) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference.quantize_grad,
     ),
@@ -170,17 +170,20 @@ def quantize_rows(
     return torch.ops.halo_train.quantize_rows(x, dtype, block, col_scale)
 
 
-def quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows_transposed(
+    x: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """8-bit rows of (diag(row_scale) x)^T, one scale a row; see :func:`reference.quantize_rows_transposed`."""
     check_matrix("quantize_rows_transposed", x, 1, None)
-    check_vector("quantize_rows_transposed", "row_scale", row_scale, x.shape[0], x)
+    if row_scale is not None:
+        check_vector("quantize_rows_transposed", "row_scale", row_scale, x.shape[0], x)
     if not _has_kernel_types(x, dtype):
         return reference.quantize_rows_transposed(x, dtype, row_scale)
     return torch.ops.halo_train.quantize_rows_transposed(x, dtype, row_scale)
 
 
 def quantize_grad(
-    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor, column_sums: bool = False
+    e: Tensor, dtype: torch.dtype, col_scale: Tensor | None, row_scale: Tensor, column_sums: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both 8-bit forms of a gradient and its column sums in two reads; see :func:`reference.quantize_grad`."""
     check_matrix("quantize_grad", e, 1, col_scale)

@@ -64,11 +64,11 @@ def quantize(
     return Quantized(data.reshape(x.shape), scale if tensorwise else scale.reshape(x.shape[:-1]))
 
 
-def quantize_transposed(x: Tensor, fmt: Format | str, row_scale: Tensor) -> Quantized:
+def quantize_transposed(x: Tensor, fmt: Format | str, row_scale: Tensor | None = None) -> Quantized:
     """Rounds (diag(row_scale) x)^T with one scale a row of the result.
 
     Args:
-        x: [M, N]; row_scale: [M].
+        x: [M, N]; row_scale: [M], or None for ones.
 
     Returns:
         data [N, M], scale [N].
@@ -78,12 +78,12 @@ def quantize_transposed(x: Tensor, fmt: Format | str, row_scale: Tensor) -> Quan
 
 
 def quantize_grad(
-    e: Tensor, fmt: Format | str, col_scale: Tensor, row_scale: Tensor, column_sums: bool = False
+    e: Tensor, fmt: Format | str, col_scale: Tensor | None, row_scale: Tensor, column_sums: bool = False
 ) -> tuple[Quantized, Quantized, Tensor | None]:
     """Rows of E diag(col_scale) and rows of (diag(row_scale) E)^T, in two reads of E, and on the way its column sums.
 
     Args:
-        e: [M, N]; col_scale: [N]; row_scale: [M].
+        e: [M, N]; col_scale: [N], or None for ones; row_scale: [M].
 
     Returns:
         The first with data [M, N], the second with data [N, M], the sums [N] in float32 (float64 for float64) or None.
@@ -91,6 +91,15 @@ def quantize_grad(
     dtype = storage_dtype(parse_choice(Format, "fmt", fmt), e.dtype)
     a, u, b, v, sums = ops.quantize_grad(e, dtype, col_scale, row_scale, column_sums)
     return Quantized(a, u), Quantized(b, v), sums if column_sums else None
+
+
+class RoundedWeight(NamedTuple):
+    """W in the 8-bit forms that the products take, padded to multiples of 16."""
+
+    rows: Quantized
+    """(W D) H, data [N', K'], for fprop."""
+    columns: Quantized | None
+    """W^T, data [K', N'] with one scale a column of W, for a dgrad that requantizes W; else None: it takes the rows."""
 
 
 class Equalizer(NamedTuple):

@@ -94,28 +94,32 @@ def quantize_rows(
     return _round(y, y.abs().amax(dim=1) if y.shape[1] else y.new_zeros(y.shape[0]), dtype)
 
 
-def quantize_rows_transposed(x: Tensor, dtype: torch.dtype, row_scale: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows_transposed(
+    x: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Rows of (diag(row_scale) x)^T in 8 bits with one scale a row of the result.
 
     Args:
         x: [M, N], floating point.
-        row_scale: [M].
+        row_scale: [M], or None for ones.
 
     Returns:
         q [N, M] contiguous of ``dtype`` and scale [N].
     """
-    y = (x.to(_compute_dtype(x)) * row_scale.to(_compute_dtype(x))[:, None]).t()
+    y = x.to(_compute_dtype(x)).t()
+    if row_scale is not None:
+        y = y * row_scale.to(y.dtype)
     q, scale = _round(y, y.abs().amax(dim=1) if y.shape[1] else y.new_zeros(y.shape[0]), dtype)
     return q.contiguous(), scale
 
 
 def quantize_grad(
-    e: Tensor, dtype: torch.dtype, col_scale: Tensor, row_scale: Tensor, column_sums: bool = False
+    e: Tensor, dtype: torch.dtype, col_scale: Tensor | None, row_scale: Tensor, column_sums: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both rounded forms of a gradient, rows of E diag(col_scale) and rows of (diag(row_scale) E)^T, and its column sums.
 
     Args:
-        e: [M, N]; col_scale: [N]; row_scale: [M].
+        e: [M, N]; col_scale: [N], or None for ones; row_scale: [M].
         column_sums: also sum the columns of E, which is a bias gradient; the order of the sum is the implementation's.
 
     Returns:

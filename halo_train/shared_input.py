@@ -166,7 +166,7 @@ def _state(x: Tensor, config: HaloConfig) -> tuple[Any, ...]:
         x.requires_grad,
         torch.is_grad_enabled(),
         autocast_dtype(x),
-        (config.format, config.scaling, config.rotate_k, config.equalize),
+        (config.format, config.scaling, config.rotate_k, config.requantize_w_dgrad, config.equalize),
         None if mode is None else weakref.ref(mode),
         torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None,
     )

@@ -1,7 +1,7 @@
 """The rounded weight of a layer, kept from one micro-batch to the next while it cannot have changed.
 
-It costs one byte a weight, and only where it pays: from the second micro-batch of an optimiser step in which a layer sees
-several, and while that goes on.
+It costs two bytes a weight, one with a folded dgrad, and only where it pays: from the second micro-batch of an optimiser
+step in which a layer sees several, and while that goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .quantize import Quantized
+from .quantize import RoundedWeight
 
 _optimizer_steps = 0
 """Steps of any torch.optim.Optimizer: fused steps, and those of other libraries, write weights without a new version."""
@@ -49,7 +49,7 @@ class WeightCache:
         """Forgets the weight and its memory."""
         self._weight: weakref.ref[Tensor] | None = None
         self._key: tuple[Any, ...] = ()
-        self._value: Quantized | None = None
+        self._value: RoundedWeight | None = None
         self._pays = False
 
     def get(
@@ -58,8 +58,8 @@ class WeightCache:
         made_from: tuple[Any, ...],
         tensors: tuple[Tensor, ...],
         training: bool,
-        make: Callable[[], Quantized],
-    ) -> Quantized | None:
+        make: Callable[[], RoundedWeight],
+    ) -> RoundedWeight | None:
         """The rounded weight if this is a place to keep it or to have it kept, else None: round it where it is used.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import pytest
@@ -33,7 +34,16 @@ def test_config_is_hashable_picklable_and_knows_its_name():
         assert pickle.loads(pickle.dumps(config)) == config
         assert {config: name}[HaloConfig.from_recipe(name)] == name
         assert config.name == name
-    assert HaloConfig(rotate_k=False).name == "custom(e4m3, grad_e4m3, rowwise, equalize)"
+    assert HaloConfig(rotate_k=False).name == "custom(e4m3, grad_e4m3, rowwise, requantize_w_dgrad, equalize)"
+
+
+def test_folded_dgrad_is_the_only_difference():
+    for config in RECIPES.values():
+        folded = config.with_folded_dgrad
+        assert not folded.requantize_w_dgrad
+        assert dataclasses.replace(folded, requantize_w_dgrad=config.requantize_w_dgrad) == config
+        assert folded.with_folded_dgrad is folded
+    assert {name for name, config in RECIPES.items() if config.requantize_w_dgrad} == {"fp8", "int8"}
 
 
 def test_strings_are_accepted_for_enums():
@@ -60,6 +70,10 @@ def test_unknown_recipe_names_the_nearest(name, near):
         ({"format": "int8"}, "same arithmetic .* format='int8', grad_format='e4m3'"),
         ({"format": "e5m2", "grad_format": "e5m2"}, "cannot both be 'e5m2'"),
         ({"format": "high_precision", "grad_format": "high_precision"}, "takes no rotation .* rotate_k=True"),
+        (
+            {"scaling": "tensorwise"},
+            "requantize_w_dgrad .* needs scaling='rowwise'.* got scaling='tensorwise'",
+        ),
     ],
 )
 def test_refused_combinations(fields, message):

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from halo_train import RECIPES, HaloConfig, halo_linear
-from halo_train.functional import HaloLinearFunction, quantize_weight
+from halo_train import RECIPES, HaloConfig, halo_linear, quantize
+from halo_train.functional import HaloLinearFunction, round_input
+from halo_train.metrics.products import product_errors
+from halo_train.operands import round_weight
 
 SHAPES = [(64, 64, 64), (5, 7, 3), (100, 48, 33), (17, 130, 100), (300, 64, 96), (1, 16, 512), (33, 1, 1)]
 QUANTISED = [name for name in RECIPES if name != "bf16"]
@@ -23,12 +25,18 @@ def grads(function, x, w, b, e):
     return [y.detach(), *torch.autograd.grad(y, (x, w, b), e)]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+CONFIGS = {
+    **RECIPES,
+    **{f"{name}, folded": RECIPES[name].with_folded_dgrad for name in ("fp8", "int8")},
+}
+
+
+@pytest.mark.parametrize("recipe", CONFIGS)
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_without_rounding_every_recipe_is_nn_linear(recipe, m, n, k):
     x, w, b, e = torch.randn(m, k), torch.randn(n, k), torch.randn(n), torch.randn(m, n)
     d = torch.exp2(torch.randint(-3, 4, (k,)).float())
-    config = RECIPES[recipe].without_rounding()
+    config = CONFIGS[recipe].without_rounding()
     exact = grads(F.linear, x.double(), w.double(), b.double(), e.double())
     ours = grads(
         lambda *t: halo_linear(*t, config=config, equalizer=d if config.equalize else None), x, w, b, e
@@ -37,19 +45,20 @@ def test_without_rounding_every_recipe_is_nn_linear(recipe, m, n, k):
         assert relative(mine, true) < 1e-5, name
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", CONFIGS)
 def test_gradcheck_in_float64(recipe):
     x, w = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 6), (5, 6)))
     b = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    config = RECIPES[recipe].without_rounding()
+    config = CONFIGS[recipe].without_rounding()
     d = torch.tensor([1, 2, 0.5, 4, 1, 0.25], dtype=torch.float64) if config.equalize else None
     assert torch.autograd.gradcheck(
         lambda x, w, b: halo_linear(x, w, b, config=config, equalizer=d), (x, w, b)
     )
 
 
-def test_rotation_along_tokens_with_row_scales():
-    config = HaloConfig(rotate_m_dgrad=True).without_rounding()
+@pytest.mark.parametrize("requantize", [True, False])
+def test_rotation_along_tokens_with_row_scales(requantize):
+    config = HaloConfig(rotate_m_dgrad=True, requantize_w_dgrad=requantize).without_rounding()
     x, w, e = torch.randn(40, 32), torch.randn(24, 32), torch.randn(40, 24)
     ours = grads(lambda *t: halo_linear(*t, config=config), x, w, torch.zeros(24), e)
     for mine, true in zip(ours, grads(F.linear, x, w, torch.zeros(24), e), strict=True):
@@ -105,17 +114,61 @@ def saved_tensors(function):
     return saved
 
 
-@pytest.mark.parametrize("recipe", QUANTISED)
+@pytest.mark.parametrize("recipe", [name for name in CONFIGS if name != "bf16"])
 def test_saved_for_backward_is_one_byte_per_element(recipe):
     m, n, k = 256, 64, 128
+    config = CONFIGS[recipe]
     x = torch.randn(m, k, dtype=torch.bfloat16, requires_grad=True)
     w = torch.randn(n, k, dtype=torch.bfloat16, requires_grad=True)
-    d = torch.ones(k) if RECIPES[recipe].equalize else None
-    saved = saved_tensors(lambda: halo_linear(x, w, config=RECIPES[recipe], equalizer=d))
-    scales = (m + n) * 4 if RECIPES[recipe].scaling.value == "rowwise" else 8
-    factors = 0 if d is None else 2 * 4 * k  # d and 1/d
-    assert sum(t.numel() * t.element_size() for t in saved) == m * k + n * k + scales + factors
+    d = torch.ones(k) if config.equalize else None
+    saved = saved_tensors(lambda: halo_linear(x, w, config=config, equalizer=d))
+    assert any(t is w for t in saved) is config.requantize_w_dgrad
+    saved = [t for t in saved if t is not w]
+    folded = not config.requantize_w_dgrad
+    scales = (m + folded * n) * 4 if config.scaling.value == "rowwise" else 8
+    factors = 0 if d is None else (1 + folded) * 4 * k  # d, and 1/d to undo it on dX
+    assert sum(t.numel() * t.element_size() for t in saved) == m * k + folded * n * k + scales + factors
     assert {t.dtype for t in saved if t.numel() >= m * k} <= {torch.float8_e4m3fn, torch.int8}
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8"])
+def test_dgrad_is_by_columns_of_the_weight_as_it_is(recipe):
+    """Equation 5 by hand, and the weight is read again in backward: changed since, it is refused."""
+    x, w, e = torch.randn(40, 48, requires_grad=True), torch.randn(33, 48), torch.randn(40, 33)
+    w, config = w.requires_grad_(), RECIPES[recipe]
+    d = torch.exp2(torch.randint(-3, 4, (48,)).float())
+    y = halo_linear(x, w, config=config, equalizer=d)
+    (dx,) = torch.autograd.grad(y, x, e, retain_graph=True)
+    ea, wc = (quantize(t.detach(), config.format).dequantize().double() for t in (e, w.t()))
+    assert relative(dx, ea @ wc.t()) < 1e-6
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(e)
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8"])
+@pytest.mark.parametrize(
+    "outliers", ["none", "hot channels of X", "cold columns of W", "both", "hot rows of W"]
+)
+def test_requantized_dgrad_is_at_least_as_exact_as_the_folded_one(recipe, outliers):
+    g = torch.Generator().manual_seed(3)
+    x, w = torch.randn(256, 512, generator=g), torch.randn(384, 512, generator=g) / 22
+    e = torch.randn(256, 384, generator=g) * torch.exp(2 * torch.randn(256, 1, generator=g))
+    hot = torch.randperm(512, generator=g)[:6]
+    if outliers in ("hot channels of X", "both"):
+        x[:, hot] *= 64
+    if outliers in ("cold columns of W", "both"):
+        w[:, hot] /= 64
+    if outliers == "hot rows of W":
+        w[:4] *= 64
+    config = RECIPES[recipe]
+    new, old = (product_errors(x, w, e, c)["dgrad"] for c in (config, config.with_folded_dgrad))
+    floor = {"fp8": 28.0, "int8": 38.0 if outliers != "hot rows of W" else 0.0}[recipe]
+    assert min(new.sqnr_db, new.median_db) > floor
+    if outliers != "hot rows of W":
+        assert new.sqnr_db > old.sqnr_db - 0.5
+        assert new.p10_db > old.p10_db - 0.5
 
 
 def test_frozen_weight_saves_no_x_and_computes_no_wgrad(monkeypatch):
@@ -206,14 +259,32 @@ def test_bad_input(x, kwargs, message):
         halo_linear(x, torch.ones(16, 8), config=RECIPES["fp8"], **kwargs)
 
 
-def test_a_weight_that_comes_rounded():
+@pytest.mark.parametrize("recipe", CONFIGS)
+def test_a_weight_that_comes_rounded(recipe):
+    config = CONFIGS[recipe]
+    if recipe == "bf16":
+        return
     x, w, d = torch.randn(8, 48), torch.randn(33, 48), torch.exp2(torch.randint(-3, 4, (48,)).float())
-    config = RECIPES["fp8"]
-    rounded = quantize_weight(w, d, config)
-    y = halo_linear(x, w, config=config, equalizer=d)
-    nothing = torch.full_like(w, torch.nan)
-    assert torch.equal(halo_linear(x, nothing, config=config, equalizer=d, quantized_weight=rounded), y)
-    with pytest.raises(
-        ValueError, match=r"quantized_weight must have data of shape \(48, 48\).*got \(32, 48\)"
-    ):
-        halo_linear(x, w, config=config, quantized_weight=quantize_weight(w[:32], d, config))
+    x, w, e, d = x.requires_grad_(), w.requires_grad_(), torch.randn(8, 33), d if config.equalize else None
+    rounded = round_weight(w.detach(), d, config)
+    assert (rounded.columns is None) is not config.requantize_w_dgrad
+    results = []
+    for weight, given in ((w, None), (torch.full_like(w, torch.nan).requires_grad_(), rounded)):
+        y = halo_linear(x, weight, config=config, equalizer=d, rounded_weight=given)
+        results.append([y, *torch.autograd.grad(y, (x, weight), e)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_rounded_weight_or_input_that_does_not_fit_is_refused():
+    x, w, config = torch.randn(8, 48), torch.randn(33, 48), RECIPES["fp8"]
+    folded = config.with_folded_dgrad
+    for given in (round_weight(w[:32], None, config), round_weight(w, None, folded)):
+        with pytest.raises(
+            ValueError,
+            match=r"rows of shape \(48, 48\).*requantize_w_dgrad is set \(here True\).*got \((32|48), 48\)",
+        ):
+            halo_linear(x, w, config=config, rounded_weight=given)
+    with pytest.raises(ValueError, match=r"\(here False\).*got \(48, 48\) and \(48, 48\)"):
+        halo_linear(x, w, config=folded, rounded_weight=round_weight(w, None, config))
+    with pytest.raises(ValueError, match="layers with requantize_w_dgrad=True; got a config with False"):
+        halo_linear(x, w, config=folded, rounded_input=round_input(x, config))

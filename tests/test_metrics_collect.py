@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from halo_train import QuantMetrics, convert_to_halo_training
+from halo_train import RECIPES, HaloConfig, QuantMetrics, convert_to_halo_training
 from halo_train.metrics import PRODUCTS
 from halo_train.metrics.statistics import STATS_OF
 
@@ -25,7 +25,7 @@ ALL = 1 << 20
 WHAT_IF = ("fp8", "int8", "fp8_plain", "halo0_fp8", "halo1_int8", "halo2_fp8")
 
 
-def toy(recipe: str = "int8", k: int = 64) -> nn.Sequential:
+def toy(recipe: str | HaloConfig = "int8", k: int = 64) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(k, 128), nn.ReLU(), nn.Linear(128, 32), nn.Linear(32, 8))
     convert_to_halo_training(model, recipe=recipe)
@@ -92,7 +92,8 @@ def by_hand(x, w, e, recipe: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     xq, s = round_to((x / d) @ h, fmt, rowwise)
     wq, t = round_to((w * d) @ h, fmt, rowwise)
     y = (s * xq) @ (t * wq).T
-    fold_t, fold_s = (t.T, s) if rowwise else (1, 1)
+    twice = equalised  # rounded by columns for dgrad, as it is
+    fold_t, fold_s = (1 if twice else t.T, s) if rowwise else (1, 1)
     hm = np.eye(len(e))
     if recipe.startswith("halo2"):
         e_dgrad = np.pad(e, ((0, -len(e) % min(256, 1 << (len(e) - 1).bit_length())), (0, 0)))
@@ -100,7 +101,11 @@ def by_hand(x, w, e, recipe: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     else:
         e_dgrad = e
     ea, u = round_to(hm @ (e_dgrad * fold_t), fmt, rowwise)
-    dx = hm.T @ (u * (ea @ (wq if rowwise else t * wq))) @ h.T / d
+    if twice:
+        wc, c = round_to(w.T, fmt, rowwise)
+        dx = u * (ea @ wc.T) * c.T
+    else:
+        dx = hm.T @ (u * (ea @ (wq if rowwise else t * wq))) @ h.T / d
     eb, v = round_to((fold_s * e).T, fmt, rowwise)
     dw = (v * (eb @ (xq if rowwise else s * xq))) @ h.T * d
     rounded = {"fprop": y[:m, :n], "dgrad": dx[:m, :k], "wgrad": dw[:n, :k].T}
@@ -155,7 +160,8 @@ def test_operands_of_every_recipe(recipe):
     operands = {"x": x, "w": w, "e": e, "x_operand": (x / d) @ h, "w_operand": (w * d) @ h}
     s, t = (round_to(operands[f"{name}_operand"], fmt, rowwise)[1] for name in "xw")
     hm = hadamard(64)[:, :48] if recipe.startswith("halo2") else np.eye(48)
-    operands["e_dgrad_operand"] = hm @ (e * (t.T if rowwise else 1))
+    folded = rowwise and not layer.config.requantize_w_dgrad
+    operands["e_dgrad_operand"] = hm @ (e * (t.T if folded else 1))
     operands["e_wgrad_operand"] = ((s if rowwise else 1) * e).T
     for part, exact in operands.items():
         q, scale = round_to(exact, fmt, rowwise)
@@ -441,7 +447,7 @@ def fsdp_worker(rank: int, port: int, wrap: str) -> None:
         everything = torch.cat(
             [torch.randn(40, 64, generator=torch.Generator().manual_seed(r)) for r in range(2)]
         )
-        reference = toy("fp8")
+        reference = toy(RECIPES["fp8"].with_folded_dgrad)  # a gathered weight has no columns
         with torch.no_grad():
             reference(everything)  # the equalizers of all ranks' tokens
         expected = measure(reference, x, what_if=["int8"])

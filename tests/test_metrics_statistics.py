@@ -8,7 +8,6 @@ import torch
 
 from halo_train import RECIPES, quantize
 from halo_train.config import Format, Scaling
-from halo_train.functional import quantize_operands
 from halo_train.metrics.batches import Batches
 from halo_train.metrics.operands import SampledRows, Unrotated, round_operand
 from halo_train.metrics.statistics import (
@@ -21,6 +20,7 @@ from halo_train.metrics.statistics import (
     product_reductions,
     rounding_reductions,
 )
+from halo_train.operands import quantize_operands
 from halo_train.quantize import Equalizer
 
 

@@ -53,10 +53,15 @@ def test_transposed_with_folded_row_scales():
     assert q.data.is_contiguous()
     assert torch.equal(q.data, expected.data)
     assert torch.equal(q.scale, expected.scale)
+    for ours, ones in zip(
+        quantize_transposed(e, "int8"), quantize_transposed(e, "int8", torch.ones(40)), strict=True
+    ):
+        assert torch.equal(ours, ones)
 
 
-def test_both_forms_of_a_gradient():
-    e, t, s = torch.randn(40, 24), torch.rand(24) + 0.1, torch.rand(40) + 0.1
+@pytest.mark.parametrize("fold", [True, False])
+def test_both_forms_of_a_gradient(fold):
+    e, t, s = torch.randn(40, 24), torch.rand(24) + 0.1 if fold else None, torch.rand(40) + 0.1
     a, b, sums = quantize_grad(e, "e4m3", t, s)
     assert sums is None
     for ours, alone in ((a, quantize(e, "e4m3", col_scale=t)), (b, quantize_transposed(e, "e4m3", s))):

@@ -57,6 +57,9 @@ def test_every_op_gives_the_bits_of_the_reference(m, n, dtype, fmt):
     assert_same(
         ops.quantize_rows_transposed(gx, fmt, gr), reference.quantize_rows_transposed(x, fmt, row_scale)
     )
+    assert_same(ops.quantize_rows_transposed(gx, fmt), reference.quantize_rows_transposed(x, fmt))
+    grad = ops.quantize_grad(gx, fmt, None, gr)
+    assert_same(grad, reference.quantize_grad(x, fmt, None, row_scale))
     grad = ops.quantize_grad(gx, fmt, gc, gr)
     assert_same(grad, reference.quantize_grad(x, fmt, col_scale, row_scale))
     assert_same((ops.transpose_bytes(grad[0]),), (grad[0].cpu().t(),))
@@ -233,9 +236,11 @@ def test_opcheck():
     for fmt in FORMATS:
         torch.library.opcheck(namespace.quantize_rows, (x, fmt, 16, col_scale))
         torch.library.opcheck(namespace.quantize_rows_transposed, (x, fmt, row_scale))
+        torch.library.opcheck(namespace.quantize_rows_transposed, (x, fmt, None))
         torch.library.opcheck(namespace.quantize_tensor, (x, fmt, 16, col_scale))
         for sums in (False, True):
             torch.library.opcheck(namespace.quantize_grad, (x, fmt, col_scale, row_scale, sums))
+            torch.library.opcheck(namespace.quantize_grad, (x, fmt, None, row_scale, sums))
     torch.library.opcheck(namespace.transpose_bytes, (torch.ones(3, 5, dtype=torch.int8, device="cuda"),))
 
 

@@ -315,7 +315,8 @@ def test_autocast() -> None:
     assert torch.equal(ours[0], plain[0])
     assert {t.dtype for t in ours[1:]} == {torch.float32}
     for mine, other in zip(ours[1:], plain[1:], strict=True):
-        assert relative(mine, other) < 0.03
+        # The sum of dX is rounded to bfloat16: an E that differs in its last bit may get another e4m3 value, 6% away.
+        assert relative(mine, other) < 0.06
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

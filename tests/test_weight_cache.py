@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from halo_train import HaloLinear, functional, linear
+from halo_train import HaloLinear, operands
 
 
 @pytest.fixture
@@ -23,9 +23,8 @@ def rounded(monkeypatch) -> list[Tensor]:
         seen.append(weight)
         return original(weight, equalizer, config)
 
-    original = functional.quantize_weight
-    monkeypatch.setattr(functional, "quantize_weight", counting)
-    monkeypatch.setattr(linear, "quantize_weight", counting)
+    original = operands.quantize_weight
+    monkeypatch.setattr(operands, "quantize_weight", counting)
     return seen
 
 

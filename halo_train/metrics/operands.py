@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Format, HaloConfig, Scaling
-from ..functional import pad_tokens, quantize_grad_for_dgrad, quantize_grad_for_wgrad
 from ..gemm import MULTIPLE, matmul
 from ..hadamard import hadamard_transform, largest_block
+from ..operands import pad_tokens, quantize_grad_for_dgrad, quantize_grad_for_wgrad
 from ..quantize import Equalizer, Quantized, quantize
 from .sample import SampleSize
 from .statistics import WholeTensor
@@ -194,23 +194,24 @@ def grad_rows(
     rows: Tensor,
     unrotated: Unrotated,
     tokens: Tensor,
-    w_scale: Tensor,
+    fold: Tensor | None,
     config: HaloConfig,
     out: Tensor,
 ) -> Quantized:
     """Rows of E as they are rounded for dgrad.
 
     Args:
-        e: [M, N]; tokens: [S] indices; rows: E[tokens]; unrotated: of E; w_scale: scales of the rounded W, [N].
+        e: [M, N]; tokens: [S] indices; rows: E[tokens]; unrotated: of E; fold: row scales of the rounded W, [N], where they
+            are folded into E.
         out: [S, N] float64, receives the values that multiply W: rotation undone, the fold left in.
     """
     if config.rotate_m_dgrad:
         # Every token is mixed into every row.
-        whole = quantize_grad_for_dgrad(pad_tokens(_pad(e, -e.shape[0] % MULTIPLE, 0)), w_scale, config)
+        whole = quantize_grad_for_dgrad(pad_tokens(_pad(e, -e.shape[0] % MULTIPLE, 0)), fold, config)
         out.copy_(hadamard_transform(whole.dequantize(), axis=0)[tokens])
         return take_rows(whole, tokens)
     if config.scaling is Scaling.ROWWISE:
-        q = quantize_grad_for_dgrad(rows, w_scale, config)
+        q = quantize_grad_for_dgrad(rows, fold, config)
     else:
         q = unrotated.rows(rows, config.grad_format, config.scaling)
     values_into(out, q)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import Format, HaloConfig, Scaling
 from ..gemm import MULTIPLE
 from ..linear import HaloLinear
-from ..quantize import Equalizer, Quantized, equalizer_exponents
+from ..quantize import Equalizer, Quantized, equalizer_exponents, quantize_transposed
 from ..reference import QMAX
 from .batches import Batches
 from .operands import (
@@ -58,7 +58,8 @@ class LayerProbe:
         self, layer: HaloLinear, x: Tensor, what_if: Mapping[str, HaloConfig], draws: Draws, batches: Batches
     ) -> None:
         self._layer, self._draws, self._batches = layer, draws, batches
-        self._own = None if layer.config.format is Format.HIGH_PRECISION else layer.config
+        running = layer.running_config
+        self._own = None if running.format is Format.HIGH_PRECISION else running
         labels = {"": self._own, **{f"@{label}": config for label, config in what_if.items()}}
         self._labels = {
             label: c for label, c in labels.items() if c is not None and c.format is not Format.HIGH_PRECISION
@@ -128,21 +129,15 @@ class LayerProbe:
         e_row_blocks, e_column_blocks = self._blocks(e_rows), self._blocks(e_columns.t())
         w_blocks, x_blocks = self._blocks(w_columns), self._blocks(self._x_columns)
         torch.add(x_blocks[0], self._x_errors, out=x_blocks[1:])
-        multiplied = None if self._equalizer is None else self._equalizer.d
-        undo = None if self._equalizer is None else self._equalizer.inverse[self._inputs]
         for i, (config, x_scale) in enumerate(zip(self._configs, self._x_scales, strict=True), start=1):
-            whole = self._columns(weight, self._w_unrotated, w_columns, config, multiplied, undo, w_blocks[i])
-            w_scale = _of_rows(whole.scale, len(weight))
-            rows = grad_rows(e, e_rows, unrotated, self._tokens, w_scale, config, e_row_blocks[i])
+            fold = self._dgrad_weight(weight, w_columns, config, w_blocks[i])
+            rows = grad_rows(e, e_rows, unrotated, self._tokens, fold, config, e_row_blocks[i])
             columns = grad_columns(e_columns, unrotated, x_scale, config, e_column_blocks[i])
-            # Row scales of W and X are in E already: what it meets is the data alone.
+            # Row scales of X are in E already: what it meets is the data alone.
             if config.scaling is Scaling.ROWWISE:
                 x_blocks[i].div_(x_scale[:, None])
-            else:
-                w_blocks[i].mul_(w_scale[:, None])
             if config == self._own:
-                self._operand_scale("w_operand", self._w_whole, whole, multiplied)
-                self._dgrad_operand(e, e_rows, e_whole, unrotated, w_scale, rows)
+                self._dgrad_operand(e, e_rows, e_whole, unrotated, fold, rows)
                 self._wgrad_operand(e_columns, e_whole, x_scale, columns)
                 plain = unrotated.rows(e_rows, config.grad_format, config.scaling)
                 self._batches.add_tensor(self._found("e"), e_rows, plain, e.shape[1])
@@ -217,27 +212,50 @@ class LayerProbe:
         width = columns + (-columns % MULTIPLE if self._own.rotate_k else 0)
         self._batches.add_operand_scale(self._found(name), whole, rounded, factor, width)
 
+    def _dgrad_weight(
+        self, weight: Tensor, columns: Tensor, config: HaloConfig, out: Tensor
+    ) -> Tensor | None:
+        """What E meets in dgrad, and what is folded into E before: the row scales [N], or None.
+
+        Args:
+            columns: [N, C] of W, those sampled. out: [N, C] float64, receives the values.
+        """
+        if config == self._own or not config.requantize_w_dgrad:
+            multiplied = None if self._equalizer is None else self._equalizer.d
+            undo = None if self._equalizer is None else self._equalizer.inverse[self._inputs]
+            whole = self._columns(weight, self._w_unrotated, columns, config, multiplied, undo, out)
+            if config == self._own:
+                self._operand_scale("w_operand", self._w_whole, whole, multiplied)
+        if config.requantize_w_dgrad:
+            values_into(out.mT, quantize_transposed(columns, config.format))
+            return None
+        w_scale = _of_rows(whole.scale, len(weight))
+        if config.scaling is Scaling.ROWWISE:
+            return w_scale
+        out.mul_(w_scale[:, None])
+        return None
+
     def _dgrad_operand(
         self,
         e: Tensor,
         e_rows: Tensor,
         whole: WholeTensor,
         unrotated: Unrotated,
-        w_scale: Tensor,
+        fold: Tensor | None,
         rounded: Quantized,
     ) -> None:
-        """Rows of E diag(t), rotated along M for HALO-2."""
+        """Rows of E diag(fold), rotated along M for HALO-2."""
         assert self._own is not None
-        found, folded = self._found("e_dgrad_operand"), self._own.scaling is Scaling.ROWWISE
+        found = self._found("e_dgrad_operand")
         if self._own.rotate_m_dgrad:
             unrounded, out = self._own.without_rounding(), torch.empty_like(e_rows, dtype=torch.float64)
-            exact = grad_rows(e, e_rows, unrotated, self._tokens, w_scale, unrounded, out).dequantize()
-            squares = whole.col_square * w_scale.double().square() if folded else whole.col_square
+            exact = grad_rows(e, e_rows, unrotated, self._tokens, fold, unrounded, out).dequantize()
+            squares = whole.col_square if fold is None else whole.col_square * fold.double().square()
             found.append(whole.scale(rounded.scale.max() * QMAX.get(rounded.data.dtype, 1.0), squares))
-        elif folded:
-            exact = e_rows * w_scale
+        elif fold is not None:
+            exact = e_rows * fold
             amax = torch.linalg.vector_norm(e, math.inf, dim=0)
-            self._batches.add_folded_scale(found, amax, whole.col_square, w_scale, e.numel())
+            self._batches.add_folded_scale(found, amax, whole.col_square, fold, e.numel())
         else:
             exact = e_rows
             found.append(whole.scale(whole.amax, whole.col_square))

@@ -111,9 +111,9 @@ def _probe(
             return
         seen = True
         x = args[0].detach().reshape(-1, layer.in_features).to(y.dtype)
+        used = config or layer.running_config
 
         def on_grad(e: Tensor) -> None:
-            used = config or layer.config
             equalizer = layer.equalizer() if used.equalize else None
             flat = e.reshape(-1, layer.out_features)
             errors[name] = product_errors(x, layer.whole_weight(), flat, used, equalizer)

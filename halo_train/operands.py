@@ -1,0 +1,158 @@
+"""The rounded operands of a layer's three products, padded, rotated, equalised and folded as its HaloConfig says.
+
+Symbols and equations: docs/numerics.md. In short, with (X D^-1) H = diag(s) Xq and (W D) H = diag(t) Wq::
+
+    fprop   Xq, s and Wq, t
+    dgrad   Ea, u = rows of E,  Wc, c = rows of W^T;  folded: Ea, u = rows of E diag(t),  Wq^T
+    wgrad   Eb, v = rows of (diag(s) E)^T,  Xq^T
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import HaloConfig, Scaling
+from .gemm import MULTIPLE
+from .hadamard import hadamard_transform, largest_block
+from .quantize import Equalizer, Quantized, RoundedWeight, quantize, quantize_grad, quantize_transposed
+
+_MIN_TOKEN_BLOCK = 256
+"""A rotation along M spreads an outlier token over at least this many tokens; shorter axes are padded with zeros."""
+
+
+class Operands(NamedTuple):
+    """The rounded operands of a layer's forward, padded: X [M', K'] and W [N', K'], rotated along K'."""
+
+    x: Quantized
+    w: Quantized
+    block: int
+    """Order of the rotation along K'; 1 is none."""
+
+
+def quantize_operands(
+    x: Tensor,
+    weight: Tensor,
+    equalizer: Equalizer | None,
+    config: HaloConfig,
+    quantized_weight: Quantized | None = None,
+    quantized_input: Quantized | None = None,
+) -> Operands:
+    """Pads, equalises, rotates and rounds X [M, K] and W [N, K], unless they are given rounded (docs/numerics.md, eq. 3)."""
+    d, inverse = equalizer or (None, None)
+    return Operands(
+        quantize_input(x, inverse, config) if quantized_input is None else quantized_input,
+        quantize_weight(weight, d, config) if quantized_weight is None else quantized_weight,
+        rotation_block(weight.shape[1], config),
+    )
+
+
+def quantize_input(x: Tensor, inverse: Tensor | None, config: HaloConfig) -> Quantized:
+    """(X D^-1) H rounded, the first operand of fprop: X [M, K] padded to multiples of 16, to data [M', K']."""
+    return _quantize_rows(x, inverse, config)
+
+
+def quantize_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> Quantized:
+    """(W D) H rounded, the second operand of fprop: W [N, K] padded to multiples of 16, to data [N', K'].
+
+    With row scales a row depends on no other: rows rounded apart, as the shards of FSDP2 are, have the same bits.
+    """
+    return _quantize_rows(weight, d, config)
+
+
+def quantize_weight_columns(weight: Tensor, config: HaloConfig) -> Quantized:
+    """W^T rounded, the second operand of a dgrad that requantizes W: W [N, K] padded to multiples of 16, to data [K', N']."""
+    return quantize_transposed(pad_matrix(weight, MULTIPLE, MULTIPLE), config.format)
+
+
+def round_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> RoundedWeight:
+    """W [N, K] in the forms that the three products of ``config`` take, for ``halo_linear(rounded_weight=)``."""
+    columns = quantize_weight_columns(weight, config) if config.requantize_w_dgrad else None
+    return RoundedWeight(quantize_weight(weight, d, config), columns)
+
+
+def quantize_grad_for_dgrad(e: Tensor, fold: Tensor | None, config: HaloConfig) -> Quantized:
+    """E [M', N'] rounded for dgrad: rows of E diag(fold), or the whole E with one scale (rotated along M for HALO-2).
+
+    Args:
+        fold: the row scales t of W, [N'], for a folded dgrad with row scales; else None.
+    """
+    if config.scaling is Scaling.ROWWISE:
+        if config.rotate_m_dgrad:
+            e = hadamard_transform(e.to(torch.promote_types(e.dtype, torch.float32)), axis=0)
+        return quantize(e, config.grad_format, col_scale=fold)
+    block = largest_block(e.shape[0]) if config.rotate_m_dgrad else 1
+    q = quantize(e.t() if block > 1 else e, config.grad_format, scaling=Scaling.TENSORWISE, block=block)
+    return Quantized(q.transposed_data(), q.scale) if block > 1 else q
+
+
+def quantize_grad_for_wgrad(e: Tensor, x_scale: Tensor, config: HaloConfig) -> Quantized:
+    """E [M', N'] rounded and transposed for wgrad: rows of (diag(s) E)^T, or the whole E^T with one scale."""
+    if config.scaling is Scaling.ROWWISE:
+        return quantize_transposed(e, config.grad_format, x_scale)
+    q = quantize(e, config.grad_format, scaling=Scaling.TENSORWISE)
+    return Quantized(q.transposed_data(), q.scale)
+
+
+def round_grad(
+    e: Tensor,
+    fold: Tensor | None,
+    x_scale: Tensor,
+    needs_dx: bool,
+    needs_dw: bool,
+    needs_db: bool,
+    config: HaloConfig,
+) -> tuple[Quantized | None, Quantized | None, Tensor | None]:
+    """E [M', N'] rounded for dgrad and for wgrad, each only if it is needed; its column sums where they cost no pass."""
+    if needs_dx and needs_dw and not config.rotate_m_dgrad:
+        if config.scaling is Scaling.ROWWISE:
+            return quantize_grad(e, config.grad_format, fold, x_scale, column_sums=needs_db)
+        q = quantize(e, config.grad_format, scaling=Scaling.TENSORWISE)
+        return q, Quantized(q.transposed_data(), q.scale), None
+    for_dx = for_dw = None
+    if needs_dx:
+        for_dx = quantize_grad_for_dgrad(pad_tokens(e) if config.rotate_m_dgrad else e, fold, config)
+    if needs_dw:
+        for_dw = quantize_grad_for_wgrad(e, x_scale, config)
+    return for_dx, for_dw, None
+
+
+def contract_rows(q: Quantized, config: HaloConfig) -> Quantized:
+    """The transpose of q as the second operand of a product over its rows, both operands contiguous along them.
+
+    Row scales lie on the contracted axis, where a GEMM cannot apply them: they are folded into the other operand.
+    """
+    data = q.transposed_data()
+    scale = q.scale.new_ones(data.shape[0]) if config.scaling is Scaling.ROWWISE else q.scale
+    return Quantized(data, scale)
+
+
+def rotation_block(k: int, config: HaloConfig) -> int:
+    return largest_block(k + -k % MULTIPLE) if config.rotate_k else 1
+
+
+def pad_matrix(x: Tensor, rows: int, columns: int) -> Tensor:
+    extra = (-x.shape[0] % rows, -x.shape[1] % columns)
+    return F.pad(x, (0, extra[1], 0, extra[0])) if any(extra) else x
+
+
+def pad_tokens(e: Tensor) -> Tensor:
+    """E with zero tokens appended where its M is too odd for a rotation along M."""
+    m = e.shape[0]
+    if largest_block(m) >= _MIN_TOKEN_BLOCK:
+        return e
+    return pad_matrix(e, min(_MIN_TOKEN_BLOCK, 1 << (m - 1).bit_length()), 1)
+
+
+def pad_vector(v: Tensor, n: int) -> Tensor:
+    return F.pad(v, (0, n - v.shape[0]), value=1.0) if v.shape[0] < n else v
+
+
+def _quantize_rows(a: Tensor, factors: Tensor | None, config: HaloConfig) -> Quantized:
+    a = pad_matrix(a, MULTIPLE, MULTIPLE)
+    factors = None if factors is None else pad_vector(factors, a.shape[1])
+    block = rotation_block(a.shape[1], config)
+    return quantize(a, config.format, scaling=config.scaling, block=block, col_scale=factors)
