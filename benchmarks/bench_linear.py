@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, save_json
+from common import RESULTS, environment, save_json
 from torch import Tensor, nn
 
-from halo_train import RECIPES
+from halo_train import RECIPES, HaloConfig
 from halo_train.bench.linear import (
     Case,
     add_arguments,
@@ -32,16 +33,23 @@ from halo_train.bench.linear import (
 
 TORCHAO = ("tensorwise", "rowwise")
 
+VARIANTS: dict[str, HaloConfig] = {
+    "fp8 H=D=1": replace(RECIPES["fp8"], rotate_k=False, equalize=False),
+    "fp8 folded dgrad": RECIPES["fp8"].with_folded_dgrad,
+    "int8 folded dgrad": RECIPES["int8"].with_folded_dgrad,
+}
+"""What rotation and equalisation cost in time, and what the other form of dgrad does."""
 
-def torchao_cases(weight: Tensor) -> list[Case]:
-    """torchao's layers around ``weight``, compiled, then as they are."""
+
+def torchao_cases(weight: Tensor, eager: bool) -> list[Case]:
+    """torchao's layers around ``weight``, compiled, then as they are if ``eager``."""
     if importlib.util.find_spec("torchao") is None:
         return []
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     torch._dynamo.config.recompile_limit = 64  # All these layers share one compiled function.
     cases = []
-    for compiled in (True, False):
+    for compiled in (True, False) if eager else (True,):
         for recipe in TORCHAO:
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(weight.clone())
@@ -111,19 +119,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     parser.set_defaults(tokens=[512, 2048, 8192, 16384], recipes=list(RECIPES))
+    parser.add_argument("--no-torchao-eager", action="store_true", help="torchao compiled only")
     parser.add_argument("--commit", help="of the sources, where they are no git checkout")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
     require_gpu(parser)
     rows = measure(
         args.tokens,
         chosen_shapes(args),
-        lambda weight: [*(recipe_case(r, weight) for r in recipes(args)), *torchao_cases(weight)],
+        lambda weight: [
+            *(recipe_case(r, weight) for r in recipes(args)),
+            *(recipe_case(name, weight, config) for name, config in VARIANTS.items()),
+            *torchao_cases(weight, not args.no_torchao_eager),
+        ],
     )
     means = geometric_means(rows)
     if not args.no_save:
         where = environment(args.commit)
-        path = save_json("linear", {"environment": where, "rows": rows, "geometric_means": means})
+        path = save_json("linear", {"environment": where, "rows": rows, "geometric_means": means}, args.out)
         path.with_suffix(".md").write_text(table(rows, means, where))
         draw(rows, means, path.with_suffix(".png"))
         print(f"\n{path}")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from halo_train import RECIPES, HaloLinear
+from halo_train import RECIPES, HaloConfig, HaloLinear
 from halo_train.gemm import matmul
 from halo_train.quantize import Quantized
 
@@ -54,13 +54,13 @@ def time_us(step: Callable[[], Any], steps: int = STEPS, warm_up: int = WARM_UP)
     return statistics.median(1e3 * before.elapsed_time(after) for before, after in itertools.pairwise(marks))
 
 
-def recipe_case(recipe: str, weight: Tensor) -> Case:
-    """A HaloLinear of a recipe around ``weight`` [N, K]."""
+def recipe_case(recipe: str, weight: Tensor, config: HaloConfig | None = None) -> Case:
+    """A HaloLinear of a recipe around ``weight`` [N, K]; with a config, ``recipe`` is its name."""
+    config = config or RECIPES[recipe]
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.clone())
-    config = RECIPES[recipe]
     dtype = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}.get(config.format.value, torch.bfloat16)
-    return Case(recipe, HaloLinear.from_linear(linear, recipe), dtype)
+    return Case(recipe, HaloLinear.from_linear(linear, config), dtype)
 
 
 def measure_shape(cases: Sequence[Case], x: Tensor, e: Tensor) -> list[dict[str, float]]:
