@@ -124,7 +124,8 @@ class ShardedWeight(Tensor):
         rows = -(-self.layer.out_features // ranks)
         shard = self.plain()
         # All ranks send the same size; a row of zeros rounds to zeros with scale 1, as padding does on one GPU.
-        shard = F.pad(shard, (0, 0, 0, rows - shard.shape[0]))
+        if shard.shape[0] < rows:  # F.pad copies even where nothing is missing
+            shard = F.pad(shard, (0, 0, 0, rows - shard.shape[0]))
         data, scale = quantize_weight(shard, self.layer.equalizer(), self.layer.config)
         return Quantized(data[:rows], scale[:rows])
 
