@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import ops
 from .config import Format, HaloConfig
-from .gemm import MULTIPLE, matmul
+from .gemm import MULTIPLE, matmul, matmul_rows
 from .hadamard import hadamard_transform
 from .operands import (
     contract_rows,
@@ -228,11 +228,10 @@ class HaloLinearFunction(torch.autograd.Function):
             for_dx, for_dw, sums = round_grad(padded, fold, x.scale, needs_dx, needs_dw, needs_db, config)
             dx = dw = db = None
             if for_dx is not None:
-                if not config.requantize_w_dgrad:
-                    w = contract_rows(w, config)
-                elif weight is not None:
+                if weight is not None:
                     w = quantize_weight_columns(weight, config)
-                dx = matmul(for_dx, w, ctx.x_dtype, config.fast_accum)
+                product = matmul if config.requantize_w_dgrad else matmul_rows
+                dx = product(for_dx, w, ctx.x_dtype, config.fast_accum)
                 if config.rotate_m_dgrad:
                     dx = hadamard_transform(dx, axis=0)
                 if ctx.from_carrier:

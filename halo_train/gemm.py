@@ -40,6 +40,41 @@ def matmul(a: Quantized, b: Quantized, out_dtype: torch.dtype, fast_accum: bool 
     return reference.scaled_matmul(a.data, b.data, a.scale, b.scale, out_dtype)
 
 
+def matmul_rows(a: Quantized, b: Quantized, out_dtype: torch.dtype, fast_accum: bool = True) -> Tensor:
+    """diag(a.scale) (a.data b.data), contracted over the rows of b: those have no scales, or a has them folded in.
+
+    Under torch.compile it is one operator: else the compiler transposes a weight in forward and keeps that until backward,
+    when FSDP2 gathers the weight anyway.
+
+    Args:
+        a: data [M, N]. b: data [N, K]; one scale of all of it is applied, row scales are not.
+        out_dtype, fast_accum: as in :func:`matmul`.
+
+    Returns:
+        [M, K], not differentiable.
+    """
+    product = _matmul_rows_op if torch.compiler.is_compiling() else _matmul_rows
+    return product(a.data, a.scale, b.data, b.scale, out_dtype, fast_accum)
+
+
+def _matmul_rows(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype, fast_accum: bool
+) -> Tensor:
+    data = Quantized(b, b_scale).transposed_data()
+    scale = b_scale.new_ones(data.shape[0]) if b_scale.dim() else b_scale
+    return matmul(Quantized(a, a_scale), Quantized(data, scale), out_dtype, fast_accum)
+
+
+_matmul_rows_op = torch.library.custom_op("halo_train::matmul_rows", _matmul_rows, mutates_args=())
+
+
+@_matmul_rows_op.register_fake
+def _matmul_rows_fake(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype, fast_accum: bool
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
+
 def _float8_cuda(a: Quantized, b: Quantized, out_dtype: torch.dtype, fast_accum: bool) -> Tensor:
     _check_float8_gpu(a.data.device.index)
     rows = a.scale.dim(), b.scale.dim()

@@ -354,6 +354,19 @@ def check_frozen_and_shared_weights(rank: int, world: int, device: str, folder: 
     assert model[0].up.weight.grad is not None
 
 
+@contextlib.contextmanager
+def tensors_saved() -> Iterator[list[Tensor]]:
+    """What is kept for backward."""
+    saved: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        yield saved
+
+
 def keeping_rounded_inputs() -> Any:
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         kept = op == torch.ops.halo_train.quantize_rows.default and not isinstance(args[0], nn.Parameter)
@@ -381,7 +394,12 @@ def check_activation_checkpointing_and_compile(rank: int, world: int, device: st
         if variant == "compiled":
             torch.compiler.reset()
             model[0].compile(backend="aot_eager", fullgraph=True)
-        y = model(x)
+        with tensors_saved() as saved:
+            y = model(x)
+        if variant == "compiled":
+            # Not a transposed copy: the gathered weight, which FSDP2 has freed by now.
+            kept = [t for t in saved if t.shape == (96, WIDTH) and t.element_size() == 1]
+            assert [t.untyped_storage().size() for t in kept] == [0] * len(model)
         y.square().mean().backward()
         results.append([y, *(p.grad.full_tensor() for p in model.parameters())])
     for name, variant in zip(("checkpointed", "selectively", "compiled"), results[1:], strict=False):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halo_train import Quantized, quantize
-from halo_train.gemm import matmul
+from halo_train.gemm import matmul, matmul_rows
 
 
 @pytest.mark.parametrize("fmt", ["e4m3", "e5m2", "int8"])
@@ -17,6 +17,17 @@ def test_equals_the_product_of_the_dequantised_operands(fmt, scaling):
     torch.testing.assert_close(
         matmul(a, b, torch.float32).double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max()
     )
+
+
+@pytest.mark.parametrize("fmt", ["e4m3", "int8"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_contracting_rows_applies_one_scale_and_no_row_scales(fmt, compiled):
+    product = torch.compile(matmul_rows, backend="aot_eager", fullgraph=True) if compiled else matmul_rows
+    a, b = quantize(torch.randn(48, 32), fmt), quantize(torch.randn(32, 64), fmt)
+    exact = a.dequantize().double() @ b.data.double()
+    for scale, expected in ((b.scale, exact), (torch.tensor(0.5), 0.5 * exact)):
+        found = product(a, Quantized(b.data, scale), torch.float32).double()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("m", [1, 3, 16, 17])
