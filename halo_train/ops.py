@@ -16,90 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused_reference, int8_gemm, reference
+from . import fused_reference, reference
 from .checks import MAX_BLOCK as MAX_BLOCK
 from .checks import check_block, check_gated, check_hadamard, check_matrix, check_norm, check_vector
 from .checks import check_input as check_input
 from .fakes import FAKES
+from .schemas import KERNEL_OPS as KERNEL_OPS
+from .schemas import SCHEMAS, TRITON_OPS
 
 MAX_ORDER = 64
 """Largest order of a matrix that the CUDA kernel takes beside the power of two: its input has to fit the registers."""
 
 MATRIX_POWERS = (64, 128, 256, 512)
 """Powers of two beside a matrix in the CUDA kernel: 64 columns for each warp, a row of float32 in shared memory."""
-
-KERNEL_OPS = {
-    "hadamard": "hadamard.cu",
-    "hadamard_": "hadamard.cu",
-    "hadamard_axis": "hadamard_columns.cu",
-    "quantize_rows": "quantize.cu",
-    "quantize_rows_transposed": "transpose.cu",
-    "quantize_grad": "quantize.cu",
-    "transpose_bytes": "transpose.cu",
-    "quantize_tensor": "quantize.cu",
-    "norm_quantize": "rotate_quantize.cu",
-    "gated_quantize": "rotate_quantize.cu",
-    "gated_grad_quantize": "quantize.cu",
-    "equalizer_factors": "equalizer.cu",
-    "moments": "moments.cu",
-}
-"""Ops that have a CUDA kernel, and the file in ``csrc/`` that holds it."""
-
-_TRITON_OPS: dict[str, Callable[..., Any]] = {"int8_matmul": int8_gemm.int8_matmul}
-
-_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "hadamard": (
-        "(Tensor x, int block, float scale, Tensor? signs=None, Tensor? out_scale=None, Tensor? matrix=None) -> Tensor",
-        reference.hadamard,
-    ),
-    "hadamard_": (
-        "(Tensor(a!) x, int block, float scale, Tensor? signs=None, Tensor? out_scale=None, Tensor? matrix=None) -> ()",
-        reference.hadamard_,
-    ),
-    "hadamard_axis": (
-        "(Tensor x, int block, float scale, Tensor? signs=None) -> Tensor",
-        reference.hadamard_axis,
-    ),
-    "quantize_rows": (
-        "(Tensor x, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
-        reference.quantize_rows,
-    ),
-    "quantize_rows_transposed": (
-        "(Tensor x, ScalarType dtype, Tensor? row_scale) -> (Tensor, Tensor)",
-        reference.quantize_rows_transposed,
-    ),
-    "quantize_grad": (
-        "(Tensor e, ScalarType dtype, Tensor? col_scale, Tensor row_scale, bool column_sums) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-        reference.quantize_grad,
-    ),
-    "transpose_bytes": ("(Tensor x) -> Tensor", reference.transpose_bytes),
-    "equalizer_factors": ("(Tensor exponent) -> (Tensor, Tensor)", reference.equalizer_factors),
-    "quantize_tensor": (
-        "(Tensor x, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
-        reference.quantize_tensor,
-    ),
-    "norm_quantize": (
-        "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool center, ScalarType dtype, int block, Tensor? col_scale)"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
-        fused_reference.norm_quantize,
-    ),
-    "gated_quantize": (
-        "(Tensor gate, Tensor up, str activation, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
-        fused_reference.gated_quantize,
-    ),
-    "gated_grad_quantize": (
-        "(Tensor dh, Tensor gate, Tensor up, str activation, ScalarType dtype, Tensor row_scale, "
-        "Tensor? gate_col_scale, Tensor? up_col_scale) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        fused_reference.gated_grad_quantize,
-    ),
-    "moments": ("(Tensor x) -> (Tensor, Tensor)", reference.moments),
-    "int8_matmul": (
-        "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype) -> Tensor",
-        reference.int8_matmul,
-    ),
-}
 
 _LIBRARY_FILE = Path(__file__).with_name("_kernels.so")
 _BUILD_FILE = Path(__file__).with_name("_kernels.json")
@@ -303,7 +232,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def kernel_status() -> dict[str, Any]:
     """What the build left behind: ``{"loaded": bool, "reason": str, "build": dict, "ops": {op: implementation}}``."""
     triton = "Triton kernel on Hopper, torch._int_mm elsewhere"
-    ops = {name: triton if name in _TRITON_OPS else "CUDA kernel" for name in _SCHEMAS}
+    ops = {name: triton if name in TRITON_OPS else "CUDA kernel" for name in SCHEMAS}
     return {"loaded": not _why_not_loaded, "reason": _why_not_loaded, "build": _build_info(), "ops": ops}
 
 
@@ -369,7 +298,7 @@ def _backward_hadamard_axis(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return (dx if signs is None else dx * signs.to(dx.dtype)[:, None]), None, None, None
 
 
-for _name, (_schema, _reference) in _SCHEMAS.items():
+for _name, (_schema, _reference) in SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _reference, "CPU")
     torch.library.register_fake(f"halo_train::{_name}", FAKES[_name], lib=_library)
@@ -380,8 +309,8 @@ torch.library.register_autograd(
     "halo_train::hadamard_axis", _backward_hadamard_axis, setup_context=_setup_hadamard_axis, lib=_library
 )
 _why_not_loaded = _load()
-for _name in _SCHEMAS:
-    if _name in _TRITON_OPS:
-        _library.impl(_name, _TRITON_OPS[_name], "CUDA")
+for _name in SCHEMAS:
+    if _name in TRITON_OPS:
+        _library.impl(_name, TRITON_OPS[_name], "CUDA")
     elif _why_not_loaded:
         _library.impl(_name, _refuse(_name), "CUDA")

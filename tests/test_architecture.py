@@ -19,6 +19,7 @@ LAYERS = [
     ["config", "reference", "hadamard_matrices", "fakes"],
     ["fused_reference"],
     ["checks", "int8_gemm"],
+    ["schemas"],
     ["ops", "recipe_file", "cost"],
     ["hadamard", "quantize"],
     ["gemm"],
@@ -93,7 +94,7 @@ def test_only_ops_names_torch_ops():
 def test_every_op_has_a_reference_of_its_name_and_every_kernel_a_source_file():
     status = ops.kernel_status()["ops"]
     assert all(callable(getattr(reference, name, None) or getattr(fused_reference, name)) for name in status)
-    assert set(ops.KERNEL_OPS) | set(ops._TRITON_OPS) == set(status)
+    assert set(ops.KERNEL_OPS) | set(ops.TRITON_OPS) == set(status)
     for source in ops.KERNEL_OPS.values():
         assert (ROOT / "csrc" / source).exists()
 

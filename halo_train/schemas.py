@@ -1,0 +1,81 @@
+"""The library's operators as tables: schema and reference of each, and what serves it on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import fused_reference, int8_gemm, reference
+
+KERNEL_OPS = {
+    "hadamard": "hadamard.cu",
+    "hadamard_": "hadamard.cu",
+    "hadamard_axis": "hadamard_columns.cu",
+    "quantize_rows": "quantize.cu",
+    "quantize_rows_transposed": "transpose.cu",
+    "quantize_grad": "quantize.cu",
+    "transpose_bytes": "transpose.cu",
+    "quantize_tensor": "quantize.cu",
+    "norm_quantize": "rotate_quantize.cu",
+    "gated_quantize": "rotate_quantize.cu",
+    "gated_grad_quantize": "quantize.cu",
+    "equalizer_factors": "equalizer.cu",
+    "moments": "moments.cu",
+}
+"""Ops that have a CUDA kernel, and the file in ``csrc/`` that holds it."""
+
+TRITON_OPS: dict[str, Callable[..., Any]] = {"int8_matmul": int8_gemm.int8_matmul}
+
+SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "hadamard": (
+        "(Tensor x, int block, float scale, Tensor? signs=None, Tensor? out_scale=None, Tensor? matrix=None) -> Tensor",
+        reference.hadamard,
+    ),
+    "hadamard_": (
+        "(Tensor(a!) x, int block, float scale, Tensor? signs=None, Tensor? out_scale=None, Tensor? matrix=None) -> ()",
+        reference.hadamard_,
+    ),
+    "hadamard_axis": (
+        "(Tensor x, int block, float scale, Tensor? signs=None) -> Tensor",
+        reference.hadamard_axis,
+    ),
+    "quantize_rows": (
+        "(Tensor x, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
+        reference.quantize_rows,
+    ),
+    "quantize_rows_transposed": (
+        "(Tensor x, ScalarType dtype, Tensor? row_scale) -> (Tensor, Tensor)",
+        reference.quantize_rows_transposed,
+    ),
+    "quantize_grad": (
+        "(Tensor e, ScalarType dtype, Tensor? col_scale, Tensor row_scale, bool column_sums) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+        reference.quantize_grad,
+    ),
+    "transpose_bytes": ("(Tensor x) -> Tensor", reference.transpose_bytes),
+    "equalizer_factors": ("(Tensor exponent) -> (Tensor, Tensor)", reference.equalizer_factors),
+    "quantize_tensor": (
+        "(Tensor x, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
+        reference.quantize_tensor,
+    ),
+    "norm_quantize": (
+        "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool center, ScalarType dtype, int block, Tensor? col_scale)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        fused_reference.norm_quantize,
+    ),
+    "gated_quantize": (
+        "(Tensor gate, Tensor up, str activation, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",
+        fused_reference.gated_quantize,
+    ),
+    "gated_grad_quantize": (
+        "(Tensor dh, Tensor gate, Tensor up, str activation, ScalarType dtype, Tensor row_scale, "
+        "Tensor? gate_col_scale, Tensor? up_col_scale) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        fused_reference.gated_grad_quantize,
+    ),
+    "moments": ("(Tensor x) -> (Tensor, Tensor)", reference.moments),
+    "int8_matmul": (
+        "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype) -> Tensor",
+        reference.int8_matmul,
+    ),
+}
