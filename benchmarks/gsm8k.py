@@ -253,7 +253,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=240, help="of fine-tuning")
     parser.add_argument("--limit", type=int, help="test questions")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--answers-at-once", type=int, default=512)
+    parser.add_argument("--answers-at-once", type=int, default=1400)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", help="where the sources are no git checkout")
     return parser.parse_args()

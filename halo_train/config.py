@@ -162,6 +162,8 @@ def parse_choice(kind: type[_Choice], field: str, value: str | _Choice) -> _Choi
     Raises:
         ValueError: no such member; names ``field``, the valid values and the nearest one.
     """
+    if isinstance(value, kind):  # torch.compile cannot call an enum in a backward before torch 2.12
+        return value
     try:
         return kind(value)
     except ValueError:
