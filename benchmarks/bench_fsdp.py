@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 4 benchmarks/bench_fsdp.py                          # about 150 s on 4 H200s
     torchrun --nproc-per-node 2 benchmarks/bench_fsdp.py --tiny --device cpu      # shows that it runs
 
-The shape is that of Llama-3-8B, cut to 8 blocks, vocabulary 128256, one sequence of 8192 tokens a GPU, weights and AdamW in
-float32, bfloat16 parameters in forward and backward, gradients reduced in float32, blocks and model sharded and blocks compiled
-one by one; the output layer stays in bfloat16 everywhere. Every variant starts from the same weights and sees the same tokens.
-Writes a dated JSON file.
+The shape is that of Llama-3-8B, cut to 8 blocks (those of transformers), vocabulary 128256, one sequence of 8192 tokens a GPU,
+weights and AdamW in float32, bfloat16 parameters in forward and backward, gradients reduced in float32, blocks and model
+sharded and blocks compiled one by one; the output layer stays in bfloat16 everywhere. Every variant starts from the same
+weights and sees the same tokens. Writes a dated JSON file.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from common import RESULTS, environment, save_json
-from llama import Llama, Shape
+from llama import Shape
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from halo_train import convert_to_halo_training
 
@@ -44,6 +47,35 @@ class Variant:
     convert: Callable[[nn.Module], Any]
     compiled: bool = True
     after_step: Callable[[nn.Module], None] | None = None
+
+
+class Llama(nn.Module):
+    """Embedding, the blocks of transformers, norm, output layer; returns the mean loss of the next token, in bfloat16."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        config = LlamaConfig(
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            attn_implementation="sdpa",
+        )
+        self.head = shape.hidden // shape.heads
+        self.embedding = nn.Embedding(shape.vocabulary, shape.hidden)
+        self.blocks = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(shape.blocks))
+        self.norm = nn.RMSNorm(shape.hidden, eps=1e-5)
+        self.lm_head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [1, tokens + 1]."""
+        x = self.embedding(tokens[:, :-1])
+        frequency = 500000.0 ** (-torch.arange(0, self.head, 2, device=x.device) / self.head)
+        angle = torch.outer(torch.arange(x.shape[1], device=x.device), frequency).repeat(1, 2)[None]
+        positions = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for block in self.blocks:
+            x = block(x, position_embeddings=positions)
+        return F.cross_entropy(self.lm_head(self.norm(x)).flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def in_block(module: nn.Module, name: str) -> bool:
