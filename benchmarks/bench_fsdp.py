@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from common import RESULTS, environment, save_json
 from llama import Shape
+from timeline import timeline
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -212,6 +213,12 @@ def measure(variant: Variant, shape: Shape, device: torch.device, steps: int) ->
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     mine = {"loss": loss.item(), "norm": norm.item(), "peak": peak, "ms": 1e3 * statistics.median(times)}
+    dist.barrier()
+    synchronise(device)
+    began = time.perf_counter()
+    step()
+    host = time.perf_counter() - began
+    gpu_ms = timeline(step) if device.type == "cuda" else None
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     return {
@@ -223,6 +230,8 @@ def measure(variant: Variant, shape: Shape, device: torch.device, steps: int) ->
         "grad_norm": mine["norm"],
         "grad_norm_equal_on_all_ranks": len({r["norm"] for r in ranks}) == 1,
         "warm_up_s": round(warm_up, 1),
+        "host_ms": 1e3 * host,
+        "gpu_ms": gpu_ms,
     }
 
 
@@ -243,7 +252,16 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{gib['reduce_scatter']:>10}{gib['all_reduce']:>10}{row['loss']:>9.4f}{row['grad_norm']:>8.3f}"
             + ("" if row["grad_norm_equal_on_all_ranks"] else "  norms differ between ranks")
         )
-    return "\n".join([*lines, "GiB of bytes: what one rank puts into the collectives of one step"])
+    lines.append("GiB of bytes: what one rank puts into the collectives of one step")
+    for row in rows:
+        if row["gpu_ms"]:
+            kernels = sorted(row["gpu_ms"]["kernels"].items(), key=lambda item: -item[1])
+            lines.append(
+                f"{row['name']}: host {row['host_ms']:.0f} ms; GPU computes {row['gpu_ms']['compute']:.1f}, waits for communication "
+                f"{row['gpu_ms']['exposed']:.1f}, idle {row['gpu_ms']['idle']:.1f}; "
+                + ", ".join(f"{name} {ms:.1f}" for name, ms in kernels)
+            )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -279,7 +297,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         if dist.get_rank() == 0:
             print(
-                table([*rows[:1], rows[-1]]).splitlines()[-2],
+                table([*rows[:1], rows[-1]]).splitlines()[2],
                 f"  {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
