@@ -12,6 +12,7 @@ from .config import HaloConfig, resolve_recipe
 from .cost import measured_rates, predicted_speedup
 from .linear import HaloLinear
 from .recipe_file import LayerRecipes, check_patterns, recipe_of_layer
+from .recognise import FusedPart, UnfusedPart, fuse_blocks, unfuse
 from .shared_input import SharedInputs
 
 MIN_FEATURES = 16
@@ -50,6 +51,9 @@ class ConversionReport:
 
     converted: list[ConvertedLayer]
     skipped: list[SkippedLayer]
+    fused: list[FusedPart] = dataclasses.field(default_factory=list)
+    unfused: list[UnfusedPart] = dataclasses.field(default_factory=list)
+    """Parts of transformer blocks (:mod:`halo_train.recognise`); both empty with ``fuse=False``."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and dicts, for JSON."""
@@ -66,6 +70,10 @@ class ConversionReport:
             lines.append(f"  {layer.name:<{width}}  {_dims(layer.shape):>16}  {layer.recipe}")
         for skip in self.skipped:
             lines.append(f"  {skip.name:<{width}}  {_dims(skip.shape):>16}  skipped: {skip.reason}")
+        for part in self.fused:
+            lines.append(f"  {part.name:<{width}}  fused: {part.what}")
+        for left in self.unfused:
+            lines.append(f"  {left.name:<{width}}  not fused: {left.reason}")
         return "\n".join(lines)
 
 
@@ -76,6 +84,7 @@ def convert_to_halo_training(
     module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
     tokens: int | None = None,
     share_inputs: bool = False,
+    fuse: bool = True,
 ) -> ConversionReport:
     """Replaces the linear layers inside ``module`` by HaloLinear, in place, sharing their parameters.
 
@@ -93,6 +102,9 @@ def convert_to_halo_training(
         share_inputs: layers that read the same tensor, as q, k and v do, rotate, round and save it once, from the second
             step on with one equalisation vector over all their weights. Compiled and under FSDP2 each layer rounds its
             input itself, and so do those whose first forward was compiled or in inference mode. Not measured on a GPU yet.
+        fuse: norms and gated MLPs of transformers' Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3, Phi and Phi-3 write what
+            they compute in 8 bits for the layers that read it, as far as they are as transformers makes them
+            (docs/blocks.md); the report says which. The values are those of the layers one by one, rounded once less.
 
     Returns:
         The report; print it.
@@ -148,17 +160,19 @@ def convert_to_halo_training(
     if not converted:
         raise ValueError(_nothing_to_convert(module, skipped))
     _replace(module, replacements)
-    return ConversionReport(converted, skipped)
+    fused, unfused = fuse_blocks(module) if fuse else ([], [])
+    return ConversionReport(converted, skipped, fused, unfused)
 
 
 def revert(module: nn.Module) -> nn.Module:
-    """Replaces every HaloLinear inside ``module`` by nn.Linear, in place, sharing the parameters.
+    """Replaces every HaloLinear inside ``module`` by nn.Linear, in place, sharing the parameters, and takes fused parts apart.
 
     Returns:
         ``module``; for a bare HaloLinear its nn.Linear.
     """
     if isinstance(module, HaloLinear):
         return module.to_linear()
+    unfuse(module)
     _replace(module, {id(m): m.to_linear() for m in module.modules() if isinstance(m, HaloLinear)})
     return module
 

@@ -15,7 +15,7 @@ and rounded by the layer: the shards of a tensor do not know its amax.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -221,20 +221,22 @@ def attach(layer: Layer, weight: Any) -> None:
 _WIRE_FORMATS = (Format.E4M3, Format.E5M2, Format.INT8)
 
 
-def agreed_exponents(x: Tensor, weight: Any) -> Tensor:
-    """log2 d of a sharded layer from the batches of all ranks, [in_features] int8. Every rank must call it.
+def agreed_exponents(x: Tensor, weights: Sequence[Any]) -> Tensor:
+    """log2 d of sharded layers that read x, from the batches of all ranks, [in_features] int8. Every rank must call it.
 
     One all-reduce of 2 K floats over each dimension of the mesh. See :func:`halo_train.quantize.equalizer_exponents`.
 
     Args:
         x: [M, K], the tokens of this rank; M may be 0.
-        weight: the sharded parameter, a DTensor.
+        weights: the sharded parameters, DTensors of one mesh.
     """
-    amax = torch.stack([column_amax(x), column_amax(weight._local_tensor.to(x.device))])
+    w_amax = torch.stack([column_amax(weight._local_tensor.to(x.device)) for weight in weights]).amax(0)
+    amax = torch.stack([column_amax(x), w_amax])
     # Not finite on one rank must be the same on all; how a maximum treats nan depends on the backend.
     amax = torch.nan_to_num(amax, nan=torch.inf, posinf=torch.inf)
-    for dim in range(weight.device_mesh.ndim):
-        dist.all_reduce(amax, dist.ReduceOp.MAX, group=weight.device_mesh.get_group(dim))
+    mesh = weights[0].device_mesh
+    for dim in range(mesh.ndim):
+        dist.all_reduce(amax, dist.ReduceOp.MAX, group=mesh.get_group(dim))
     return exponents_of_amax(amax[0], amax[1])
 
 

@@ -14,7 +14,7 @@ or, where W is rounded once only, the *folded* dgrad::
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,24 +23,21 @@ from torch import Tensor
 
 from . import ops
 from .config import Format, HaloConfig
-from .gemm import MULTIPLE, matmul, matmul_rows
+from .gemm import MULTIPLE, matmul
 from .hadamard import hadamard_transform
-from .operands import (
-    contract_rows,
-    pad_matrix,
-    pad_vector,
-    quantize_input,
-    quantize_operands,
-    quantize_weight_columns,
-    rotation_block,
-    round_grad,
+from .operands import contract_rows, pad_vector, quantize_input, quantize_operands, rotation_block
+from .products import (
+    as_matrix,
+    autocast_dtype,
+    crop,
+    dgrad,
+    for_dgrad,
+    round_gradient,
+    undo_fold,
+    wgrad,
+    without_autocast,
 )
 from .quantize import Equalizer, Quantized, RoundedWeight
-
-_AUTOCAST_DEVICES = frozenset(
-    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
-)
-"""Asked once: torch.compile cannot trace the question before torch 2.12."""
 
 
 def halo_linear(
@@ -91,7 +88,7 @@ def halo_linear(
     rows, columns = rounded_weight or (None, None)
     rounded = (*(rows or (None, None)), *(columns or (None, None)))
     operands = (weight, bias, *(equalizer or (None, None)), config, *rounded)
-    with nullcontext() if target is None else _without_autocast(x.device.type):
+    with nullcontext() if target is None else without_autocast(x.device.type):
         if rounded_input is not None:
             return HaloLinearFunction.apply(
                 rounded_input.carrier, *operands, *rounded_input.quantized, x.shape[:-1]
@@ -123,7 +120,7 @@ def round_input(x: Tensor, config: HaloConfig, equalizer: Equalizer | None = Non
     """
     ops.check_input("round_input", x)
     target = autocast_dtype(x)
-    with nullcontext() if target is None else _without_autocast(x.device.type):
+    with nullcontext() if target is None else without_autocast(x.device.type):
         carrier, data, scale = RoundInputFunction.apply(
             x if target is None else x.to(target), None if equalizer is None else equalizer.inverse, config
         )
@@ -137,7 +134,7 @@ class RoundInputFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, inverse: Tensor | None, config: HaloConfig
     ) -> tuple[Tensor, Tensor, Tensor]:
-        data, scale = quantize_input(_matrix(x), inverse, config)
+        data, scale = quantize_input(as_matrix(x), inverse, config)
         ctx.mark_non_differentiable(data, scale)
         ctx.set_materialize_grads(False)  # they would be as large as x
         ctx.x_shape, ctx.block, ctx.inverse = x.shape, 1, None
@@ -156,7 +153,7 @@ class RoundInputFunction(torch.autograd.Function):
             factors = None if ctx.inverse is None else pad_vector(ctx.inverse, dx.shape[1])
             dx = ops.hadamard(dx, ctx.block, 1.0 / math.sqrt(ctx.block), None, factors)
         k = ctx.x_shape[-1]
-        return _crop(dx, ctx.x_shape.numel() // k, k).reshape(ctx.x_shape), None, None
+        return crop(dx, ctx.x_shape.numel() // k, k).reshape(ctx.x_shape), None, None
 
 
 class HaloLinearFunction(torch.autograd.Function):
@@ -190,97 +187,47 @@ class HaloLinearFunction(torch.autograd.Function):
         equalizer = None if d is None or inverse is None else Equalizer(d, inverse)
         rows = None if w_data is None or w_scale is None else Quantized(w_data, w_scale)
         quantized_input = None if x_data is None or x_scale is None else Quantized(x_data, x_scale)
-        n, tokens = weight.shape[0], _matrix(x)
+        n, tokens = weight.shape[0], as_matrix(x)
         op = quantize_operands(tokens, weight, equalizer, config, rows, quantized_input)
         m = tokens.shape[0] if leading is None else leading.numel()
-        y = _crop(matmul(op.x, op.w, x.dtype, config.fast_accum), m, n)
+        y = crop(matmul(op.x, op.w, x.dtype, config.fast_accum), m, n)
         if bias is not None:
             y = y + bias.to(y.dtype)
 
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         # Row scales are saved with the data they belong to: wgrad needs s, a folded dgrad t.
         saved_x = (op.x.data, op.x.scale, d) if needs_dw else (None, None, None)
-        saved_w: tuple[Tensor | None, ...] = (None, None, None, None)
-        if needs_dx:
-            if not config.requantize_w_dgrad:
-                saved_w = (None, op.w.data, op.w.scale, inverse)
-            else:
-                saved_w = (weight, None, None, None) if wc_data is None else (None, wc_data, wc_scale, None)
-        ctx.save_for_backward(*saved_x, *saved_w)
+        columns = None if wc_data is None or wc_scale is None else Quantized(wc_data, wc_scale)
+        saved_w = for_dgrad(weight, op.w, columns, config) if needs_dx else (None, None, None)
+        ctx.save_for_backward(*saved_x, *saved_w, None if config.requantize_w_dgrad else inverse)
         ctx.config, ctx.block, ctx.from_carrier = config, op.block, quantized_input is not None
-        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        ctx.x_dtype, ctx.x_shape, ctx.weight_form = x.dtype, x.shape, (weight.shape, weight.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.x_shape, ctx.weight_shape = x.shape, weight.shape
         return y.view(*(x.shape[:-1] if leading is None else leading), n)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
         x_data, x_scale, d, weight, w_data, w_scale, inverse = ctx.saved_tensors
-        config, (n, k) = ctx.config, ctx.weight_shape
+        config, x, w = ctx.config, Quantized(x_data, x_scale), (weight, w_data, w_scale)
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        x, w = Quantized(x_data, x_scale), Quantized(w_data, w_scale)
-        fold = None if config.requantize_w_dgrad else w_scale
-        e = _matrix(e)
-        # A compiled backward is traced under the autocast of its forward; the products have their own dtypes.
-        with _without_autocast(e.device.type):
-            padded = pad_matrix(e, MULTIPLE, MULTIPLE)
-            for_dx, for_dw, sums = round_grad(padded, fold, x.scale, needs_dx, needs_dw, needs_db, config)
-            dx = dw = db = None
+        bias_dtype, dx, dw = ctx.bias_dtype if needs_db else None, None, None
+        e = as_matrix(e)
+        # A compiled backward is traced under the autocast of its forward.
+        with without_autocast(e.device.type):
+            for_dx, for_dw, db = round_gradient(e, w, x.scale, needs_dx, needs_dw, bias_dtype, config)
             if for_dx is not None:
-                if weight is not None:
-                    w = quantize_weight_columns(weight, config)
-                product = matmul if config.requantize_w_dgrad else matmul_rows
-                dx = product(for_dx, w, ctx.x_dtype, config.fast_accum)
+                dx = dgrad(for_dx, w, ctx.x_dtype, config)
                 if config.rotate_m_dgrad:
                     dx = hadamard_transform(dx, axis=0)
                 if ctx.from_carrier:
-                    dx = _crop(dx, *ctx.x_shape)
+                    dx = crop(dx, *ctx.x_shape)
                 else:
-                    if not config.requantize_w_dgrad:
-                        dx = _undo_k(dx, ctx.block, inverse)
-                    dx = _crop(dx, e.shape[0], k).reshape(ctx.x_shape)
+                    dx = undo_fold(dx, ctx.block, inverse, config)
+                    dx = crop(dx, e.shape[0], ctx.x_shape[-1]).reshape(ctx.x_shape)
             if for_dw is not None:
-                dw = matmul(for_dw, contract_rows(x, config), ctx.weight_dtype, config.fast_accum)
-                dw = _crop(_undo_k(dw, ctx.block, d), n, k)
-            if needs_db:
-                wide = torch.promote_types(e.dtype, torch.float32)
-                db = (e.sum(0, dtype=wide) if sums is None else sums[:n]).to(ctx.bias_dtype)
+                dw = wgrad(for_dw, contract_rows(x, config), ctx.block, d, ctx.weight_form, config)
         return dx, dw, db, *(None,) * 10
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of x before the products, or None outside autocast; float64 stays."""
-    device = x.device.type
-    if not _autocast_enabled(device):
-        return None
-    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
-
-
-def _autocast_enabled(device: str) -> bool:
-    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    # What is traced may run under another autocast than it is traced under.
-    needed = torch.compiler.is_compiling() or _autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if needed and device in _AUTOCAST_DEVICES else nullcontext()
-
-
-def _undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
-    """grad H^T diag(col_scale) for a product [rows, K'] that nothing else uses: in place, rounded once."""
-    if block > 1 or col_scale is not None:
-        factors = None if col_scale is None else pad_vector(col_scale, grad.shape[1])
-        ops.hadamard_(grad, block, 1.0 / math.sqrt(block), None, factors)
-    return grad
-
-
-def _matrix(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _crop(x: Tensor, rows: int, columns: int) -> Tensor:
-    return x if x.shape == (rows, columns) else x[:rows, :columns]
 
 
 def _check(

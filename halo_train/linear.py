@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .config import Format, HaloConfig, resolve_recipe
 from .fsdp import GatheredWeight, agreed_exponents, attach, regather
 from .functional import halo_linear
+from .fused import Projected
+from .fused_functions import Layer
 from .operands import round_weight
 from .quantize import Equalizer, RoundedWeight, column_amax, exponents_of_amax
-from .shared_input import InputGroup, SharedInputs, group_by_factors
+from .shared_input import InputGroup, JointFactors, SharedInputs, group_by_factors
 from .weight_cache import WeightCache
 
 _OWN_STATE = {
@@ -32,6 +35,7 @@ _OWN_STATE = {
     "ranks_agree",
     "shared_inputs",
     "input_group",
+    "joint",
 }
 """What from_linear and to_linear do not carry over as it is; hooks and everything else a user attached go along."""
 
@@ -56,6 +60,8 @@ class HaloLinear(nn.Linear):
     """That of the model, if its layers share inputs."""
     input_group: InputGroup | None
     """The layers that this one shares its input with, once it has seen one."""
+    joint: JointFactors | None
+    """The same in layers of a block that read one input and take one d together (:mod:`halo_train.fused_modules`)."""
 
     def __init__(
         self,
@@ -74,12 +80,15 @@ class HaloLinear(nn.Linear):
         self.ranks_agree = False
         self.shared_inputs = None
         self.input_group = None
+        self.joint = None
         self._weight_cache = WeightCache()
         zeros = torch.zeros(in_features, dtype=torch.int8, device=device)
         self.register_buffer("equalizer_exponent", zeros, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Projected) -> Tensor:
         """x [..., in_features] -> [..., out_features]; see :func:`halo_train.functional.halo_linear`."""
+        if isinstance(x, Projected):
+            return x.of(self)
         weight = self.weight
         gathered = isinstance(weight, GatheredWeight)
         if not gathered and not torch.compiler.is_compiling():
@@ -89,11 +98,7 @@ class HaloLinear(nn.Linear):
             shared.meet(self, x)
         if self.config.equalize and not self.equalizer_taken:
             self._take_equalizer(x)
-        equalizer = Equalizer.of_exponents(self.equalizer_exponent) if self.equalizer_taken else None
-        if isinstance(weight, GatheredWeight):
-            rounded: RoundedWeight | None = RoundedWeight(weight.quantized(), None)
-        else:
-            rounded = self._kept_weight(equalizer)
+        equalizer = self.factors()
         # A rank without tokens has a gradient too, of zeros: FSDP2 reduces it with those of the others.
         empty = gathered and x.numel() == 0
         tokens = F.pad(x.reshape(-1, self.in_features), (0, 0, 0, 1)) if empty else x
@@ -103,7 +108,7 @@ class HaloLinear(nn.Linear):
             self.bias,
             config=self.running_config,
             equalizer=equalizer,
-            rounded_weight=rounded,
+            rounded_weight=self._rounded_weight(equalizer),
             rounded_input=None if shared is None else shared.rounded(self, x, equalizer),
         )
         return y[:0].reshape(*x.shape[:-1], self.out_features) if empty else y
@@ -119,7 +124,16 @@ class HaloLinear(nn.Linear):
 
     def equalizer(self) -> Tensor | None:
         """d [in_features] float32, or None while it is all ones."""
-        return Equalizer.of_exponents(self.equalizer_exponent).d if self.equalizer_taken else None
+        factors = self.factors()
+        return None if factors is None else factors.d
+
+    def factors(self) -> Equalizer | None:
+        """d and 1/d, or None while they are all ones."""
+        return Equalizer.of_exponents(self.equalizer_exponent) if self.equalizer_taken else None
+
+    def operands(self, equalizer: Equalizer | None) -> Layer:
+        """What :mod:`halo_train.fused` takes of this layer; equalizer: its :meth:`factors`."""
+        return Layer(self.weight, self.bias, self._rounded_weight(equalizer))
 
     @property
     def running_config(self) -> HaloConfig:
@@ -160,6 +174,12 @@ class HaloLinear(nn.Linear):
         fits = x.dim() > 0 and x.shape[-1] == self.in_features
         return x.is_floating_point() and x.element_size() >= 2 and fits and not x.is_meta
 
+    def _rounded_weight(self, equalizer: Equalizer | None) -> RoundedWeight | None:
+        """As FSDP2 gathered it, or as it was kept from an earlier micro-batch."""
+        if isinstance(self.weight, GatheredWeight):
+            return RoundedWeight(self.weight.quantized(), None)
+        return self._kept_weight(equalizer)
+
     def _kept_weight(self, equalizer: Equalizer | None) -> RoundedWeight | None:
         """The rounded weight of an earlier micro-batch, if it still is that of this one."""
         if torch.compiler.is_compiling() or self.config.format is Format.HIGH_PRECISION:
@@ -184,29 +204,11 @@ class HaloLinear(nn.Linear):
             attach(self, self.weight)  # fn made a new shard
         return self
 
-    @torch.no_grad()
     def _take_equalizer(self, x: Tensor) -> None:
-        if not self._is_usable(x):
-            return
-        tokens = x.reshape(-1, self.in_features)
-        if "_sharded_weight" in self.__dict__:
-            self._take_sharded_equalizer(tokens)
-        elif x.numel():
-            x_amax, w_amax = column_amax(tokens), column_amax(self.weight)
-            self.equalizer_exponent.copy_(exponents_of_amax(x_amax, w_amax))
-            self.equalizer_taken = True
-            if self.input_group is not None:
-                self.input_group.record(x_amax, w_amax)
-
-    @_disable_dynamo  # torch.compiler.disable would import the compiler with this file
-    def _take_sharded_equalizer(self, tokens: Tensor) -> None:
-        sharded = self.__dict__["_sharded_weight"]
-        # Selective activation checkpointing is a mode that would keep what is rounded here for the recompute, which does not.
-        with _disable_current_modes():
-            self.equalizer_exponent.copy_(agreed_exponents(tokens, sharded))
-            self.equalizer_taken = True
-            if isinstance(self.weight, GatheredWeight):
-                regather(sharded, self.weight)
+        self.joint = None  # those of the others are not known here
+        taken_from = take_equalizers((self,), x)
+        if taken_from is not None and self.input_group is not None:
+            self.input_group.record(*taken_from)
 
     def _check_placement(self) -> None:
         layer = f"HaloLinear {self.fqn!r}"
@@ -258,6 +260,45 @@ def halo_linears(model: nn.Module) -> Iterator[tuple[str, HaloLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, HaloLinear))
 
 
+@torch.no_grad()
+def take_equalizers(layers: Sequence[HaloLinear], x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Gives layers that read x [..., K] one vector of factors: amax_k(W) is that over all their weights.
+
+    Returns:
+        column_amax of x and that of the weights, [K] each, if the factors were taken from x alone, and on one GPU.
+    """
+    first = layers[0]
+    if not first._is_usable(x):
+        return None
+    tokens = x.reshape(-1, first.in_features)
+    if "_sharded_weight" in first.__dict__:
+        _take_sharded_equalizers(layers, tokens)
+        return None
+    if not x.numel():
+        return None
+    x_amax, w_amax = column_amax(tokens), column_amax(first.weight)
+    for layer in layers[1:]:
+        w_amax = torch.maximum(w_amax, column_amax(layer.weight))
+    exponent = exponents_of_amax(x_amax, w_amax)
+    for layer in layers:
+        layer.equalizer_exponent.copy_(exponent)
+        layer.equalizer_taken = True
+    return x_amax, w_amax
+
+
+@_disable_dynamo  # torch.compiler.disable would import the compiler with this file
+def _take_sharded_equalizers(layers: Sequence[HaloLinear], tokens: Tensor) -> None:
+    shards = [layer.__dict__["_sharded_weight"] for layer in layers]
+    # Selective activation checkpointing is a mode that would keep what is rounded here for the recompute, which does not.
+    with _disable_current_modes():
+        exponent = agreed_exponents(tokens, shards)
+        for layer, shard in zip(layers, shards, strict=True):
+            layer.equalizer_exponent.copy_(exponent)
+            layer.equalizer_taken = True
+            if isinstance(layer.weight, GatheredWeight):
+                regather(shard, layer.weight)
+
+
 def equalizer_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """log2 d by layer name, [in_features] int8, of the layers that have taken it. Save it beside the weights.
 
@@ -296,6 +337,7 @@ def load_equalizer_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> 
         layer.input_group = None
         if name in state:
             layer.equalizer_exponent.copy_(state[name])
+    _check_joint_factors(layers, state)
     # Equal factors are those of a group; where not, layers of equal factors share if they should read the same tensor.
     group_by_factors(
         {
@@ -304,6 +346,24 @@ def load_equalizer_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> 
             if layers[name].shared_inputs is not None
         }
     )
+
+
+def _check_joint_factors(layers: Mapping[str, HaloLinear], state: Mapping[str, Tensor]) -> None:
+    """Ends the fusion of layers that were given different factors."""
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        if layer.joint is not None:
+            groups.setdefault(id(layer.joint), []).append(name)
+    for names in groups.values():
+        given = {tuple(state[name].tolist()) if name in state else None for name in names}
+        if len(given) > 1:
+            warnings.warn(
+                f"equalizer state of {', '.join(names)}: they read the same input and could round it once, but the state, saved without "
+                "convert_to_halo_training(fuse=True), has other factors for each; they run one by one. reset_equalizer() takes new ones",
+                stacklevel=3,
+            )
+            for name in names:
+                layers[name].joint = None
 
 
 def _is_sharded(weight: Any) -> bool:

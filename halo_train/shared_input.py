@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .config import HaloConfig
-from .functional import RoundedInput, autocast_dtype, round_input
+from .functional import RoundedInput, round_input
+from .products import autocast_dtype
 from .quantize import Equalizer, exponents_of_amax
 from .weight_cache import optimizer_steps
 
@@ -82,6 +83,10 @@ class InputGroup:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return InputGroup, (self.settled, self._in_step, self._amax)
+
+
+class JointFactors:
+    """Layers that have the same one of these take their factors together, one d over all their weights."""
 
 
 @dataclasses.dataclass

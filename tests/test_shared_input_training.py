@@ -215,7 +215,7 @@ def test_models_of_transformers(kind: str, shared: int, roundings: list[Any]) ->
     transformers = pytest.importorskip("transformers")
     transformers.set_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**FIELDS))
-    convert_to_halo_training(model, recipe="int8", share_inputs=True)
+    convert_to_halo_training(model, recipe="int8", share_inputs=True, fuse=False)
     ids = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
     def loss_and_gradient(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -252,7 +252,7 @@ def test_checkpointing_of_a_run(recipe: str, mode: Any) -> None:
     for checkpointing in (False, True):
         transformers.set_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**FIELDS)).train()
-        convert_to_halo_training(model, recipe=recipe, share_inputs=True)
+        convert_to_halo_training(model, recipe=recipe, share_inputs=True, fuse=False)
         if checkpointing:
             importlib.import_module("halo_train.training.blocks").checkpoint_activations(model, mode)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)

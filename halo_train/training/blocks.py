@@ -22,6 +22,7 @@ KEPT_OPS = frozenset(
     {
         "halo_train::quantize_rows",
         "halo_train::quantize_tensor",
+        "halo_train::norm_quantize",
         "halo_train::int8_matmul",
         "aten::_scaled_mm",
         "aten::mm",
@@ -34,7 +35,8 @@ KEPT_OPS = frozenset(
         "torch_attn::_varlen_attn",
     }
 )
-"""Ops whose outputs selective checkpointing keeps: the rounded inputs of the products, the products, attention."""
+"""Ops whose outputs selective checkpointing keeps: the rounded inputs of the products, the products, attention. But not what
+``gated_quantize`` writes, which is as wide as the MLP and one pass over gate and up, which are kept."""
 
 
 def checkpoint_activations(model: nn.Module, mode: Literal["selective", "full"]) -> None:

@@ -1,0 +1,299 @@
+"""The autograd Functions of :mod:`halo_train.fused`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .config import HaloConfig, storage_dtype
+from .gemm import MULTIPLE, matmul
+from .norms import Norm
+from .operands import contract_rows, pad_matrix, pad_vector, quantize_input, quantize_weight, rotation_block
+from .products import (
+    ForDgrad,
+    as_matrix,
+    crop,
+    dgrad,
+    for_dgrad,
+    round_gradient,
+    undo_fold,
+    wgrad,
+    without_autocast,
+)
+from .quantize import Quantized, RoundedWeight
+
+
+class Layer(NamedTuple):
+    """The operands of a linear layer."""
+
+    weight: Tensor
+    """[N, K]."""
+    bias: Tensor | None = None
+    """[N]."""
+    rounded: RoundedWeight | None = None
+    """What :func:`halo_train.functional.round_weight` made of the weight; None rounds it here."""
+
+
+class Arguments(NamedTuple):
+    """What is no tensor."""
+
+    config: HaloConfig
+    out_dtype: torch.dtype
+    norm: Norm | None
+    """Without its tensors."""
+    activation: str = ""
+
+
+class ProjectionsFunction(torch.autograd.Function):
+    """Y_i [..., N_i] from x [..., K], the norm's weight and bias, d and 1/d [K], and for each layer its weight, bias, and data and
+    scales of the rows and of the columns of its RoundedWeight. All but x and the weights may be None.
+
+    Saved, as far as a gradient needs it: the rounded input (1 byte an element) with its scales, and what dgrad takes of each
+    weight, as in HaloLinearFunction; with a norm x, rstd and the mean of a LayerNorm.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        arguments: Arguments,
+        x: Tensor,
+        gain: Tensor | None,
+        shift: Tensor | None,
+        d: Tensor | None,
+        inverse: Tensor | None,
+        *flat: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        layers, tokens = _unflatten(flat), as_matrix(x)
+        rounded, saved_norm = _round_input(tokens, arguments, gain, shift, inverse)
+        outputs: list[Tensor] = []
+        saved: list[Tensor | None] = []
+        for layer in layers:
+            y, w = _fprop(rounded, layer, d, arguments)
+            outputs.append(crop(y, tokens.shape[0], layer.weight.shape[0]).view(*x.shape[:-1], -1))
+            saved += w
+        needs_dy, needs_dw = any(ctx.needs_input_grad[1:4]), any(ctx.needs_input_grad[6::_PER_LAYER])
+        ctx.save_for_backward(
+            *_if(needs_dy, *saved_norm),
+            *_if(needs_dw, rounded.data),
+            *(rounded.scale, d, inverse),
+            *_if(needs_dy, *saved),
+        )
+        ctx.arguments, ctx.x_shape, ctx.forms = arguments, x.shape, [_Form.of(layer) for layer in layers]
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, needs, arguments = ctx.saved_tensors, ctx.needs_input_grad, ctx.arguments
+        data, scale, d, inverse = saved[5:9]
+        config, needs_dy, dy = arguments.config, any(needs[1:4]), None
+        block = rotation_block(ctx.x_shape[-1], config)
+        found: list[Tensor | None] = []
+        with without_autocast(scale.device.type):
+            x = None if data is None else contract_rows(Quantized(data, scale), config)
+            for i, (e, form) in enumerate(zip(grads, ctx.forms, strict=True)):
+                w, dw, db = saved[9 + 3 * i : 12 + 3 * i], None, None
+                needs_dw, needs_db = needs[6 + _PER_LAYER * i : 8 + _PER_LAYER * i]
+                if e is not None:
+                    bias_dtype = form.bias_dtype if needs_db else None
+                    for_dx, for_dw, db = round_gradient(
+                        as_matrix(e), w, scale, needs_dy, needs_dw, bias_dtype, config
+                    )
+                    if for_dx is not None:
+                        dy = _add(dy, dgrad(for_dx, w, arguments.out_dtype, config))
+                    if for_dw is not None and x is not None:
+                        dw = wgrad(for_dw, x, block, d, form.weight, config)
+                found += [dw, db, *_NO_GRADIENTS]
+            inputs = _input_backward(dy, block, inverse, ctx.x_shape, saved[:5], needs[1:4], arguments)
+        return None, *inputs, None, None, *found
+
+
+class GatedMLPFunction(torch.autograd.Function):
+    """Y [..., N] from x [..., K], the norm's weight and bias, d and 1/d of gate and up [K], those of down [F], and the layers as
+    in :class:`ProjectionsFunction`.
+
+    Saved: as there for gate and up; what they computed [M', F'], in the dtype of the products; h rounded, with its scales, and
+    what dgrad takes of down.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        arguments: Arguments,
+        x: Tensor,
+        gain: Tensor | None,
+        shift: Tensor | None,
+        d: Tensor | None,
+        inverse: Tensor | None,
+        down_d: Tensor | None,
+        down_inverse: Tensor | None,
+        *flat: Tensor | None,
+    ) -> Tensor:
+        config, layers, tokens = arguments.config, _unflatten(flat), as_matrix(x)
+        rounded, saved_norm = _round_input(tokens, arguments, gain, shift, inverse)
+        # As the products leave them, padded: what is padding is zero, and so is act(0) * 0.
+        gate, gate_w = _fprop(rounded, layers[0], d, arguments)
+        up, up_w = _fprop(rounded, layers[1], d, arguments)
+        block = rotation_block(layers[2].weight.shape[1], config)
+        factors = None if down_inverse is None else pad_vector(down_inverse, gate.shape[1])
+        dtype = storage_dtype(config.format, gate.dtype)
+        hidden = Quantized(*ops.gated_quantize(gate, up, arguments.activation, dtype, block, factors))
+        y, down_w = _fprop(hidden, layers[2], down_d, arguments)
+        needs_dy = any(ctx.needs_input_grad[1:4])
+        needs_gate, needs_up, needs_down = ctx.needs_input_grad[8:21:_PER_LAYER]
+        needs_dh = needs_dy or needs_gate or needs_up
+        ctx.save_for_backward(
+            *_if(needs_dy, *saved_norm),
+            *_if(needs_gate or needs_up, rounded.data),
+            *(rounded.scale, d, inverse, down_d, down_inverse),
+            *_if(needs_dh, gate, up),
+            *_if(needs_down, hidden.data),
+            hidden.scale,
+            *_if(needs_dy, *gate_w, *up_w),
+            *_if(needs_dh, *down_w),
+        )
+        ctx.arguments, ctx.x_shape, ctx.forms = arguments, x.shape, [_Form.of(layer) for layer in layers]
+        return crop(y, tokens.shape[0], layers[2].weight.shape[0]).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
+        saved, needs, arguments = ctx.saved_tensors, ctx.needs_input_grad, ctx.arguments
+        config = arguments.config
+        data, scale, d, inverse, down_d, down_inverse, gate, up, h_data, h_scale = saved[5:15]
+        gate_w, up_w, down_w = saved[15:18], saved[18:21], saved[21:24]
+        gate_form, up_form, down_form = ctx.forms
+        needs_dy, needs_bias = any(needs[1:4]), needs[21]
+        needs_gate, needs_up, needs_down = needs[8:21:_PER_LAYER]
+        needs_dh = needs_dy or needs_gate or needs_up
+        block, down_block = (rotation_block(f.weight[0][1], config) for f in (gate_form, down_form))
+        dy = dw_gate = dw_up = dw_down = None
+        with without_autocast(e.device.type):
+            bias_dtype = down_form.bias_dtype if needs_bias else None
+            for_dh, for_dw, db = round_gradient(
+                as_matrix(e), down_w, h_scale, needs_dh, needs_down, bias_dtype, config
+            )
+            if for_dw is not None:
+                h = contract_rows(Quantized(h_data, h_scale), config)
+                dw_down = wgrad(for_dw, h, down_block, down_d, down_form.weight, config)
+            if for_dh is not None:
+                dh = undo_fold(
+                    dgrad(for_dh, down_w, arguments.out_dtype, config), down_block, down_inverse, config
+                )
+                folds = (None, None) if config.requantize_w_dgrad else (gate_w[2], up_w[2])
+                dtype = storage_dtype(config.grad_format, dh.dtype)
+                parts = ops.gated_grad_quantize(dh, gate, up, arguments.activation, dtype, scale, *folds)
+                dgate, dup, dgate_t, dup_t = (Quantized(*parts[i : i + 2]) for i in (0, 2, 4, 6))
+                if needs_dy:
+                    dy = dgrad(dgate, gate_w, arguments.out_dtype, config)
+                    dy = _add(dy, dgrad(dup, up_w, arguments.out_dtype, config))
+                if needs_gate or needs_up:
+                    x = contract_rows(Quantized(data, scale), config)
+                    dw_gate = wgrad(dgate_t, x, block, d, gate_form.weight, config) if needs_gate else None
+                    dw_up = wgrad(dup_t, x, block, d, up_form.weight, config) if needs_up else None
+            inputs = _input_backward(dy, block, inverse, ctx.x_shape, saved[:5], needs[1:4], arguments)
+        of_layers = (dw_gate, None, *_NO_GRADIENTS, dw_up, None, *_NO_GRADIENTS, dw_down, db, *_NO_GRADIENTS)
+        return None, *inputs, None, None, None, None, *of_layers
+
+
+class _Form(NamedTuple):
+    """What backward needs to know of a layer."""
+
+    weight: tuple[torch.Size, torch.dtype]
+    bias_dtype: torch.dtype | None
+
+    @staticmethod
+    def of(layer: Layer) -> _Form:
+        weight, bias = layer.weight, layer.bias
+        return _Form((weight.shape, weight.dtype), None if bias is None else bias.dtype)
+
+
+_PER_LAYER = 6
+"""Tensors that a Function takes for a layer, one by one, because autograd sees no tensors inside tuples."""
+
+_NO_GRADIENTS = (None,) * 4
+"""Of those that are no parameters."""
+
+
+def flatten(layers: Sequence[Layer]) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for weight, bias, rounded in layers:
+        rows, columns = rounded or (None, None)
+        found += [weight, bias, *(rows or (None, None)), *(columns or (None, None))]
+    return found
+
+
+def _unflatten(flat: tuple[Tensor | None, ...]) -> list[Layer]:
+    found = []
+    for i in range(0, len(flat), _PER_LAYER):
+        weight, bias, data, scale, column_data, column_scale = flat[i : i + _PER_LAYER]
+        assert weight is not None
+        rounded = None
+        if data is not None and scale is not None:
+            columns = None
+            if column_data is not None and column_scale is not None:
+                columns = Quantized(column_data, column_scale)
+            rounded = RoundedWeight(Quantized(data, scale), columns)
+        found.append(Layer(weight, bias, rounded))
+    return found
+
+
+def _round_input(
+    tokens: Tensor, arguments: Arguments, gain: Tensor | None, shift: Tensor | None, inverse: Tensor | None
+) -> tuple[Quantized, tuple[Tensor | None, ...]]:
+    """(norm(x) D^-1) H rounded, and what the norm's backward takes: x, weight, bias, mean, rstd."""
+    config = arguments.config
+    if arguments.norm is None:
+        return quantize_input(tokens, inverse, config), (None,) * 5
+    norm, m = arguments.norm._replace(weight=gain, bias=shift), tokens.shape[0]
+    block = rotation_block(tokens.shape[1], config)
+    rounded, mean, rstd = norm.quantize(pad_matrix(tokens, MULTIPLE, 1), config, block, inverse)
+    return rounded, (tokens, gain, shift, mean[:m], rstd[:m])
+
+
+def _if(needed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tensors if needed else (None,) * len(tensors)
+
+
+def _fprop(x: Quantized, layer: Layer, d: Tensor | None, arguments: Arguments) -> tuple[Tensor, ForDgrad]:
+    """Y [M', N'] padded, and what dgrad takes of the weight."""
+    config, rounded = arguments.config, layer.rounded
+    rows = quantize_weight(layer.weight, d, config) if rounded is None else rounded.rows
+    y = matmul(x, rows, arguments.out_dtype, config.fast_accum)
+    if layer.bias is not None:
+        y = y + pad_vector(layer.bias.to(y.dtype), y.shape[1])
+    return y, for_dgrad(layer.weight, rows, None if rounded is None else rounded.columns, config)
+
+
+def _add(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total.add_(term)
+
+
+def _input_backward(
+    dy: Tensor | None,
+    block: int,
+    inverse: Tensor | None,
+    x_shape: torch.Size,
+    saved: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+    arguments: Arguments,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x and of the norm's weight and bias from the sum of the layers' dY [M', K']; saved: of :func:`_round_input`."""
+    if dy is None:
+        return None, None, None
+    k = x_shape[-1]
+    dy = crop(undo_fold(dy, block, inverse, arguments.config), x_shape.numel() // k, k)
+    if arguments.norm is None:
+        return dy.reshape(x_shape), None, None
+    x, gain, shift, mean, rstd = saved
+    assert x is not None
+    assert mean is not None
+    assert rstd is not None
+    norm = arguments.norm._replace(weight=gain, bias=shift)
+    dx, dgain, dshift = norm.backward(dy, x, mean, rstd, *needs)
+    return None if dx is None else dx.view(x_shape), dgain, dshift

@@ -1,0 +1,257 @@
+"""The parts of a transformer block that run fused: a norm whose readers are known, and a gated MLP.
+
+A module keeps its parameters, children and names; its class becomes a subclass of what it was (:func:`become`), whose forward
+falls back to the original one. Where a norm feeds layers that all take rounded inputs, it hands them no tensor but what they
+asked for::
+
+    norm(x) -> Projected      q, k and v, computed together; each layer takes its own
+    norm(x) -> NormedInput    x and the norm, for a gated MLP
+    norm(x) -> Tensor         as it was, where anything in this forward wants to see one: hooks, adapters, another dtype
+
+What is handed on is no tensor, so that nothing can read values that were not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .fsdp import GatheredWeight
+from .fused import NormedInput, Projected, halo_gated_mlp, halo_projections
+from .gemm import MULTIPLE
+from .linear import HaloLinear, take_equalizers
+from .norms import Norm
+from .products import autocast_dtype
+
+
+class Reader(NamedTuple):
+    """What reads a norm's output: a module that only hands it to its linear layers, or a :class:`HaloGatedMLP`."""
+
+    module: nn.Module
+    layers: tuple[str, ...]
+    """Names of the layers in the module; none for a HaloGatedMLP."""
+
+
+class NormFusion(NamedTuple):
+    """How a :class:`HaloNorm` runs."""
+
+    readers: tuple[Reader, ...]
+    """Everything that reads the output."""
+    eps_name: str
+    """Attribute that holds eps."""
+    center: bool
+    """LayerNorm; else RMSNorm."""
+    unit_offset: bool
+    """The gain is 1 + weight."""
+
+
+class FusedModule(nn.Module):
+    """Comes before the class that a module had: rounds what that writes, for the layers that read it."""
+
+    kind: type[FusedModule]
+    original: type[nn.Module]
+    own_state: tuple[str, ...]
+    """Attributes that the original class has not."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new, (self.kind, self.original), self.__dict__
+
+
+class HaloGatedMLP(FusedModule):
+    """down_proj(act_fn(gate_proj(x)) * up_proj(x)) as one autograd function, as long as its layers allow it."""
+
+    own_state = ("activation",)
+    act_fn: nn.Module
+    activation: str
+    """Of the gate, a key of :data:`halo_train.fused_reference.ACTIVATIONS`."""
+
+    def forward(self, x: Tensor | NormedInput) -> Tensor:
+        """x [..., K], or what a :class:`HaloNorm` hands on, -> [..., N]."""
+        norm = None
+        if isinstance(x, NormedInput):
+            norm, x = x.norm, x.x
+        else:
+            self.take_equalizers(x)
+            if not self.can_fuse(x):
+                return super().forward(x)
+        gate, up, down = self.layers()
+        equalizer, down_equalizer = gate.factors(), down.factors()
+        return halo_gated_mlp(
+            x,
+            gate.operands(equalizer),
+            up.operands(equalizer),
+            down.operands(down_equalizer),
+            activation=self.activation,
+            config=gate.running_config,
+            equalizer=equalizer,
+            down_equalizer=down_equalizer,
+            norm=norm,
+        )
+
+    def layers(self) -> tuple[Any, Any, Any]:
+        """gate, up and down: HaloLinear, unless somebody put something else there."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
+    def can_fuse(self, x: Tensor) -> bool:
+        """Whether nothing in this forward needs the layers themselves to be called."""
+        gate, up, down = self.layers()
+        return (
+            can_fuse((gate, up), x)
+            and is_usable(down)
+            and down.running_config == gate.running_config
+            and gate.bias is None
+            and up.bias is None
+        )
+
+    def take_equalizers(self, x: Tensor) -> None:
+        """Takes factors that are missing from the first batch: from x, and for down from what the other two make of it."""
+        gate, up, down = self.layers()
+        if any(lacks_equalizer(layer) for layer in (gate, up)):
+            take_jointly((gate, up), x)
+        if lacks_equalizer(down) and isinstance(gate, HaloLinear) and isinstance(up, HaloLinear):
+            with torch.no_grad(), _outside_modes():
+                # Not by calling the modules, whose hooks are there for other calls.
+                hidden = self.act_fn(HaloLinear.forward(gate, x)) * HaloLinear.forward(up, x)
+                take_equalizers((down,), hidden)
+
+
+class HaloNorm(FusedModule):
+    """A norm that hands on its output in 8 bits."""
+
+    own_state = ("fusion",)
+    fusion: NormFusion
+    weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor | Projected | NormedInput:
+        """x [..., K] -> its norm, in one of the forms at the top of this file."""
+        mlp = self.fusion.readers[0].module
+        if isinstance(mlp, HaloGatedMLP):
+            if any(lacks_equalizer(layer) for layer in mlp.layers()):
+                with torch.no_grad():
+                    mlp.take_equalizers(super().forward(x))
+            return (
+                NormedInput(x, self._as_norm())
+                if self._hands_on(x) and mlp.can_fuse(x)
+                else super().forward(x)
+            )
+        layers = [getattr(reader.module, name) for reader in self.fusion.readers for name in reader.layers]
+        if any(lacks_equalizer(layer) for layer in layers):
+            with torch.no_grad():
+                take_jointly(layers, super().forward(x))
+        if not (self._hands_on(x) and can_fuse(layers, x)):
+            return super().forward(x)
+        first, equalizer = layers[0], layers[0].factors()
+        outputs = halo_projections(
+            x,
+            [layer.operands(equalizer) for layer in layers],
+            config=first.running_config,
+            equalizer=equalizer,
+            norm=self._as_norm(),
+        )
+        return Projected(x.shape, tuple(layers), outputs)
+
+    def _as_norm(self) -> Norm:
+        fusion = self.fusion
+        bias, eps = getattr(self, "bias", None), getattr(self, fusion.eps_name)
+        return Norm(self.weight, bias, eps, fusion.center, fusion.unit_offset)
+
+    def _hands_on(self, x: Tensor) -> bool:
+        """Whether nothing between the norm and the layers wants to see a tensor, and that would have the dtype of x."""
+        same_dtype = autocast_dtype(x) is not None or self.fusion.unit_offset or self.weight.dtype == x.dtype
+        return (
+            same_dtype
+            and x.dim() > 0
+            and x.shape[-1] % MULTIPLE == 0
+            and type(self.weight) is nn.Parameter
+            and not any(is_watched(module) for module in (self, *(r.module for r in self.fusion.readers)))
+        )
+
+
+def become(module: nn.Module, kind: type[FusedModule], **attributes: Any) -> None:
+    """Gives a module the class ``kind`` before its own, and its attributes."""
+    module.__dict__.update(attributes)
+    module.__class__ = _class_of(kind, type(module))
+
+
+def restore(module: FusedModule) -> None:
+    """Makes a module what it was before :func:`become`."""
+    for name in module.own_state:
+        del module.__dict__[name]
+    module.__class__ = module.original  # type: ignore[assignment]
+
+
+_classes: dict[tuple[type, type], type[FusedModule]] = {}
+
+
+def _class_of(kind: type[FusedModule], original: type[nn.Module]) -> type[FusedModule]:
+    if (kind, original) not in _classes:
+        members = {"kind": kind, "original": original, "__doc__": kind.__doc__}
+        name = f"{kind.__name__}Of{original.__name__}"
+        _classes[kind, original] = type(name, (kind, original), members)
+    return _classes[kind, original]
+
+
+def _new(kind: type[FusedModule], original: type[nn.Module]) -> FusedModule:
+    cls = _class_of(kind, original)
+    return cls.__new__(cls)
+
+
+def lacks_equalizer(layer: Any) -> bool:
+    """Whether the layer takes its factors from the next batch that it sees."""
+    return isinstance(layer, HaloLinear) and layer.config.equalize and not layer.equalizer_taken
+
+
+def take_jointly(layers: Sequence[Any], x: Tensor) -> None:
+    """Takes one vector of factors for layers that read x, if they still are those of the block."""
+    first = layers[0]
+    alike = all(isinstance(layer, HaloLinear) and layer.joint is first.joint for layer in layers)
+    if alike and first.joint is not None:
+        with _outside_modes():
+            take_equalizers(layers, x)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_usable(layer: Any) -> bool:
+    """Whether the products of the layer can be computed without calling it."""
+    return (
+        isinstance(layer, HaloLinear)
+        and not is_watched(layer)
+        and type(layer.weight) in (nn.Parameter, GatheredWeight)
+        and layer.equalizer_taken == layer.config.equalize
+    )
+
+
+def can_fuse(layers: Sequence[Any], x: Tensor) -> bool:
+    """Whether x can be rounded once for all layers, and they need not be called."""
+    if not all(is_usable(layer) for layer in layers) or type(x) is not Tensor:
+        return False
+    first, dtype = layers[0], autocast_dtype(x)
+    return (
+        x.is_floating_point()
+        and x.numel() > 0
+        and x.shape[-1] == first.in_features
+        and all(layer.running_config == first.running_config for layer in layers)
+        and (not first.config.equalize or first.joint is not None)
+        and all(layer.joint is first.joint for layer in layers)
+        and (dtype is not None or all(layer.weight.dtype == x.dtype for layer in layers))
+    )
+
+
+def _outside_modes() -> AbstractContextManager[Any]:
+    # Selective checkpointing is a mode that would keep what is computed here for the recompute, which does not compute it.
+    return nullcontext() if torch.compiler.is_compiling() else _disable_current_modes()

@@ -1,0 +1,119 @@
+"""The steps of a layer's forward and backward that autograd Functions are made of: docs/numerics.md, eq. 4 to 6."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .config import HaloConfig
+from .gemm import MULTIPLE, matmul, matmul_rows
+from .operands import pad_matrix, pad_vector, quantize_weight_columns, round_grad
+from .quantize import Quantized
+
+ForDgrad = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""What dgrad takes of W: the weight itself, which takes no memory, or data and scales of its columns, or where dgrad is folded
+data and scales of its rows."""
+
+_AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
+)
+"""Asked once: torch.compile cannot trace the question before torch 2.12."""
+
+
+def for_dgrad(weight: Tensor, rows: Quantized, columns: Quantized | None, config: HaloConfig) -> ForDgrad:
+    """What to save of W [N, K] for dgrad; rows and columns: those of a RoundedWeight."""
+    if not config.requantize_w_dgrad:
+        return None, *rows
+    return (weight, None, None) if columns is None else (None, *columns)
+
+
+def round_gradient(
+    e: Tensor,
+    w: ForDgrad,
+    x_scale: Tensor,
+    needs_dx: bool,
+    needs_dw: bool,
+    bias_dtype: torch.dtype | None,
+    config: HaloConfig,
+) -> tuple[Quantized | None, Quantized | None, Tensor | None]:
+    """E [M, N] rounded for dgrad and for wgrad, each only if it is needed.
+
+    Args:
+        bias_dtype: dtype of the bias gradient [N], or None for no third result.
+    """
+    padded, fold = pad_matrix(e, MULTIPLE, MULTIPLE), None if config.requantize_w_dgrad else w[2]
+    needs_db = bias_dtype is not None
+    for_dx, for_dw, sums = round_grad(padded, fold, x_scale, needs_dx, needs_dw, needs_db, config)
+    if bias_dtype is None:
+        return for_dx, for_dw, None
+    if sums is None:
+        sums = e.sum(0, dtype=torch.promote_types(e.dtype, torch.float32))
+    return for_dx, for_dw, sums[: e.shape[1]].to(bias_dtype)
+
+
+def dgrad(e: Quantized, w: ForDgrad, dtype: torch.dtype, config: HaloConfig) -> Tensor:
+    """E W [M', K'], padded; rotated and equalised as W is where dgrad is folded (:func:`undo_fold`)."""
+    weight, data, scale = w
+    if weight is not None:
+        return matmul(e, quantize_weight_columns(weight, config), dtype, config.fast_accum)
+    assert data is not None
+    assert scale is not None
+    product = matmul if config.requantize_w_dgrad else matmul_rows
+    return product(e, Quantized(data, scale), dtype, config.fast_accum)
+
+
+def undo_fold(dx: Tensor, block: int, inverse: Tensor | None, config: HaloConfig) -> Tensor:
+    """dX of a folded dgrad, or a sum of them, rotated and equalised back, in place."""
+    return dx if config.requantize_w_dgrad else undo_k(dx, block, inverse)
+
+
+def wgrad(
+    e: Quantized,
+    x: Quantized,
+    block: int,
+    d: Tensor | None,
+    weight: tuple[torch.Size, torch.dtype],
+    config: HaloConfig,
+) -> Tensor:
+    """E^T X H^T D [N, K]; x as :func:`halo_train.operands.contract_rows` returns it, weight: shape and dtype."""
+    shape, dtype = weight
+    return crop(undo_k(matmul(e, x, dtype, config.fast_accum), block, d), *shape)
+
+
+def undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
+    """grad H^T diag(col_scale) for a product [rows, K'] that nothing else uses: in place, rounded once."""
+    if block > 1 or col_scale is not None:
+        factors = None if col_scale is None else pad_vector(col_scale, grad.shape[1])
+        ops.hadamard_(grad, block, 1.0 / math.sqrt(block), None, factors)
+    return grad
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def crop(x: Tensor, rows: int, columns: int) -> Tensor:
+    return x if x.shape == (rows, columns) else x[:rows, :columns]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of x before the products, or None outside autocast; float64 stays."""
+    device = x.device.type
+    if not _autocast_enabled(device):
+        return None
+    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """The products have their own dtypes; and what is traced may run under another autocast than it is traced under."""
+    needed = torch.compiler.is_compiling() or _autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if needed and device in _AUTOCAST_DEVICES else nullcontext()
+
+
+def _autocast_enabled(device: str) -> bool:
+    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
