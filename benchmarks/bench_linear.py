@@ -36,7 +36,6 @@ TORCHAO = ("tensorwise", "rowwise")
 VARIANTS: dict[str, HaloConfig] = {
     "fp8 H=D=1": replace(RECIPES["fp8"], rotate_k=False, equalize=False),
     "fp8 folded dgrad": RECIPES["fp8"].with_folded_dgrad,
-    "int8 folded dgrad": RECIPES["int8"].with_folded_dgrad,
 }
 """What rotation and equalisation cost in time, and what the other form of dgrad does."""
 

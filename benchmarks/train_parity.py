@@ -1,6 +1,7 @@
 """What low precision costs in loss: every scheme of docs/numerics.md section 6 on a Llama of 100M parameters and real text.
 
     python benchmarks/train_parity.py                   # about 5 minutes on 4 H200s, 20 on one
+    python benchmarks/train_parity.py --seconds 180     # as much as fits, what matters most first; again: goes on where it was
     python benchmarks/train_parity.py --smoke           # seconds on a CPU: shows that it runs, not what low precision costs
 
 A byte-level Llama is trained from scratch in bf16 on the Python sources of this machine's standard library and packages.
@@ -9,21 +10,23 @@ projection, 1/c times the columns that read them. Every scheme fine-tunes these 
 of the data, the same for all schemes. The figure is the gap of the validation loss to bf16 of the same seed; the spread of
 bf16 over its seeds is what it has to be read against.
 
-float32 weights, AdamW, bfloat16 autocast, as recipes/finetune.py trains; on a GPU a step is one CUDA graph. Writes JSON, a
-table and a picture of the curves.
+float32 weights, AdamW, bfloat16 autocast, as recipes/finetune.py trains; on a GPU a step is one CUDA graph. Writes JSON after
+every run, in the end a table and a picture of the curves. The pre-trained weights stay beside them: gaps count only between
+runs from the same weights, so runs that are recorded are kept only together with these.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
+import json
 import math
 import statistics
 import sys
 import sysconfig
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,36 +34,10 @@ import torch
 import torch.multiprocessing as mp
 from common import RESULTS, environment, save_json
 from llama import Llama, Shape
+from parity_table import MAIN, SCHEMES, draw, table
 from torch import Tensor, nn
 
-from halo_train import RECIPES, HaloConfig, convert_to_halo_training
-from halo_train.config import Format, Scaling
-
-_FP8, _INT8 = RECIPES["fp8"], RECIPES["int8"]
-SCHEMES: dict[str, HaloConfig] = {
-    "bf16": RECIPES["bf16"],
-    "fp8": _FP8,
-    "int8": _INT8,
-    "fp8, folded dgrad": _FP8.with_folded_dgrad,
-    "int8, folded dgrad": _INT8.with_folded_dgrad,
-    "e4m3 folded (fp8_plain)": RECIPES["fp8_plain"],
-    "e4m3 folded, rotated": replace(_FP8.with_folded_dgrad, equalize=False),
-    "int8 folded": replace(_INT8.with_folded_dgrad, equalize=False, rotate_k=False),
-    "int8 folded, rotated": replace(_INT8.with_folded_dgrad, equalize=False),
-    "e4m3 tensorwise, e5m2 gradients": HaloConfig(
-        grad_format=Format.E5M2,
-        scaling=Scaling.TENSORWISE,
-        rotate_k=False,
-        requantize_w_dgrad=False,
-        equalize=False,
-    ),
-    "HALO-0 e4m3": RECIPES["halo0_fp8"],
-    "HALO-1 e4m3": RECIPES["halo1_fp8"],
-    "HALO-0 int8": RECIPES["halo0_int8"],
-    "HALO-2 int8": RECIPES["halo2_int8"],
-}
-MAIN = list(SCHEMES)[:3]
-"""Those that run with every seed; the others with the first."""
+from halo_train import convert_to_halo_training
 
 OUTLIER_CHANNELS = 6
 EVAL_POINTS = 6
@@ -251,105 +228,80 @@ def fine_tune(run: Run, state: dict[str, Tensor], text: Text, size: Size, device
     }
 
 
-def work(device: str, size: Size, state: dict[str, Tensor], deadline: float, todo: Any, done: Any) -> None:
-    """One process: takes runs from a queue until None comes; after the deadline it answers None instead of running them."""
+def work(device: str, size: Size, weights: Path, deadline: float, todo: Any, done: Any) -> None:
+    """One process: takes runs from a queue until None comes; answers None to those that would not end by the deadline."""
     if device != "cpu":
         torch.cuda.set_device(device)
-    text = Text(size)
+    text, slowest = Text(size), 0.0
     while (run := todo.get()) is not None:
-        late = time.time() > deadline
-        done.put(None if late else fine_tune(run, state, text, size, device))
+        if time.time() + slowest > deadline:
+            done.put(None)
+            continue
+        started = time.time()
+        done.put(fine_tune(run, torch.load(weights), text, size, device))
+        slowest = max(slowest, time.time() - started)
 
 
-def in_parallel(
-    runs: list[Run], state: dict[str, Tensor], size: Size, devices: list[str], deadline: float
-) -> list[dict[str, Any]]:
-    context = mp.get_context("spawn")
-    todo, done = context.Queue(), context.Queue()
-    for run in [*runs, *(None for _ in devices)]:
-        todo.put(run)
-    workers = [context.Process(target=work, args=(d, size, state, deadline, todo, done)) for d in devices]
-    for worker in workers:
-        worker.start()
-    answers: list[dict[str, Any] | None] = []
-    while len(answers) < len(runs):
-        if not done.empty():
-            answers.append(done.get())
-            if (r := answers[-1]) is not None:
-                print(
-                    f"{len(answers):3} of {len(runs)}  c={r['outlier']:<4} seed {r['seed']}  {r['loss']:.4f}  "
-                    f"{r['seconds']:4.0f} s  {r['scheme']}",
-                    flush=True,
-                )
-        elif any(w.exitcode for w in workers):
-            raise SystemExit("a worker failed; its traceback is above")
-        else:
-            time.sleep(0.05)
-    for worker in workers:
-        worker.join()
-    results = [answer for answer in answers if answer is not None]
-    if len(results) < len(runs):
-        print(f"{len(runs) - len(results)} of {len(runs)} runs were not started: --seconds is over")
-    return results
+class Workers:
+    """Processes that fine-tune, several on a GPU; they read the text while the model is still being pre-trained.
+
+    Args:
+        weights: file that is there when the first run is asked for.
+    """
+
+    def __init__(self, size: Size, weights: Path, devices: list[str], deadline: float) -> None:
+        context = mp.get_context("spawn")
+        self._todo, self._done = context.Queue(), context.Queue()
+        arguments = [(device, size, weights, deadline, self._todo, self._done) for device in devices]
+        self._processes = [context.Process(target=work, args=each, daemon=True) for each in arguments]
+        for process in self._processes:
+            process.start()
+
+    def results(self, runs: list[Run]) -> Iterator[dict[str, Any]]:
+        """Of the runs that ended in time, as they come."""
+        for run in [*runs, *(None for _ in self._processes)]:
+            self._todo.put(run)
+        missing = 0
+        for _ in runs:
+            while self._done.empty():
+                if any(process.exitcode for process in self._processes):
+                    raise SystemExit("a worker failed; its traceback is above")
+                time.sleep(0.05)
+            result = self._done.get()
+            if result is None:
+                missing += 1
+            else:
+                yield result
+        if missing:
+            print(f"{missing} of {len(runs)} runs were not started: --seconds is over")
 
 
-def gaps(results: list[dict[str, Any]], scheme: str, outlier: int) -> list[float]:
-    """Final validation loss over that of bf16 with the same seed."""
-    losses = {(r["scheme"], r["seed"]): r["loss"] for r in results if r["outlier"] == outlier}
-    pairs = [(loss, losses.get(("bf16", seed))) for (name, seed), loss in losses.items() if name == scheme]
-    return [loss - base for loss, base in pairs if base is not None]
-
-
-def table(results: list[dict[str, Any]], outliers: list[int]) -> str:
-    """Markdown: mean gap by scheme and c, with the range over seeds where there are several."""
-    lines = [
-        "| scheme | " + " | ".join(f"c={c}" for c in outliers) + " |",
-        "|---" * (len(outliers) + 1) + "|",
-    ]
-    for scheme in SCHEMES:
-        cells = []
-        for c in outliers:
-            if scheme == "bf16":
-                losses = [r["loss"] for r in results if r["scheme"] == "bf16" and r["outlier"] == c]
-                if not losses:
-                    cells.append("")
-                    continue
-                spread = statistics.stdev(losses) if len(losses) > 1 else math.nan
-                cells.append(
-                    f"loss {statistics.fmean(losses):.4f}, standard deviation over seeds {spread:.4f}"
-                )
-                continue
-            found = gaps(results, scheme, c)
-            several = f" ({min(found):+.4f} .. {max(found):+.4f})" if len(found) > 1 else ""
-            cells.append(f"{statistics.fmean(found):+.4f}{several}" if found else "")
-        lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(results: list[dict[str, Any]], outliers: list[int], path: Path) -> None:
-    """Gap to bf16 over the steps, one panel for each c, first seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(outliers), figsize=(4.6 * len(outliers), 4), squeeze=False)
-    for axis, c in zip(axes[0], outliers, strict=True):
-        curves = {r["scheme"]: r["curve"] for r in results if r["outlier"] == c and r["seed"] == 0}
-        for scheme, curve in curves.items():
-            if scheme != "bf16":
-                points = [(s, v - b) for (s, v), (_, b) in zip(curve, curves["bf16"], strict=True)]
-                bold = 2.2 if scheme in MAIN else 1.0
-                axis.plot(*zip(*points, strict=True), label=scheme, linewidth=bold)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_yscale("symlog", linthresh=1e-3)
-        axis.set_title(f"outliers x {c}", loc="left", fontsize=10)
-        axis.set_xlabel("fine-tuning step")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("validation loss over bf16")
-    axes[0, -1].legend(fontsize=6, frameon=False, loc="upper right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+def pretrained(
+    size: Size, text: Text, device: str, weights: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Pre-trains and writes the weights; or, where they are there, reads what was recorded of the runs from them."""
+    if weights.exists():
+        for path in sorted(args.out.glob("*-train-parity-*.json"), reverse=True):
+            record = json.loads(path.read_text())
+            if record["text"]["sha256_16"] == text.digest and record["size"] == vars(size):
+                print(f"{len(record['runs'])} runs are in {path}")
+                return record
+    model = build(size, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.1f}M parameters; {len(text.train) / 1e6:.1f} MB of text, sha256 {text.digest}")
+    started = time.perf_counter()
+    curve = optimise(model, text, size, device, steps=size.pretrain_steps, rate=6e-4, seed=0, cosine=True)
+    print(f"pre-training: {time.perf_counter() - started:.0f} s, validation loss by step {curve}", flush=True)
+    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, weights)
+    return {
+        "environment": environment(args.commit),
+        "command": " ".join(sys.argv),
+        "parameters": parameters,
+        "text": {"sha256_16": text.digest, "bytes": len(text.train) + len(text.valid)},
+        "size": vars(size),
+        "pretraining": curve,
+        "runs": [],
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -358,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of bf16, fp8 and int8")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--per-gpu", type=int, default=2, help="processes that share a GPU")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no run is started after this time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no run that would end later")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="of the sources, where they are no git checkout")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one seed, on the CPU")
@@ -370,40 +322,38 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda:0" if count else "cpu"
     deadline = time.time() + args.seconds
 
-    text, model = Text(size), build(size, device)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e6:.1f}M parameters; {len(text.train) / 1e6:.1f} MB of text, sha256 {text.digest}")
-    started = time.perf_counter()
-    curve = optimise(model, text, size, device, steps=size.pretrain_steps, rate=6e-4, seed=0, cosine=True)
-    print(f"pre-training: {time.perf_counter() - started:.0f} s, validation loss by step {curve}", flush=True)
-    state = {name: value.cpu() for name, value in copy.deepcopy(model.state_dict()).items()}
-    del model
-
-    schemes = list(dict.fromkeys(["bf16", *args.schemes]))
+    args.out.mkdir(parents=True, exist_ok=True)
+    weights = args.out / "train-parity-pretrained.pt"
+    devices = [f"cuda:{i}" for i in range(count)] * args.per_gpu
+    workers = Workers(size, weights, devices, deadline) if count else None
+    text = Text(size)
+    record = pretrained(size, text, device, weights, args)
     # What matters most comes first, in case the time is short.
+    schemes = list(dict.fromkeys(["bf16", *args.schemes]))
     runs = [
         Run(scheme, c, seed)
-        for seed in range(seeds)
-        for scheme in schemes
+        for chosen, wanted in ((MAIN, range(seeds)), ([s for s in schemes if s not in MAIN], range(1)))
+        for seed in wanted
+        for scheme in chosen
+        if scheme in schemes
         for c in args.outliers
-        if seed == 0 or scheme in MAIN
     ]
-    devices = [f"cuda:{i}" for i in range(count)] * args.per_gpu or ["cpu"]
-    if count:
-        results = in_parallel(runs, state, size, devices, deadline)
+    known = {(r["scheme"], r["outlier"], r["seed"]) for r in record["runs"]}
+    runs = [run for run in runs if (run.scheme, run.outlier, run.seed) not in known]
+    if workers:
+        found = workers.results(runs)
     else:
-        results = [fine_tune(run, state, text, size, device) for run in runs]
-    results.sort(key=lambda r: (list(SCHEMES).index(r["scheme"]), r["outlier"], r["seed"]))
-    record = {
-        "environment": environment(args.commit),
-        "command": " ".join(sys.argv),
-        "parameters": parameters,
-        "text": {"sha256_16": text.digest, "bytes": len(text.train) + len(text.valid)},
-        "size": vars(size),
-        "pretraining": curve,
-        "runs": results,
-    }
+        found = (fine_tune(run, torch.load(weights), text, size, device) for run in runs)
+    results = record["runs"]
     path = save_json("train-parity", record, args.out)
+    for i, r in enumerate(found, 1):
+        results.append(r)
+        results.sort(key=lambda r: (list(SCHEMES).index(r["scheme"]), r["outlier"], r["seed"]))
+        save_json("train-parity", record, args.out)
+        print(
+            f"{i:3} of {len(runs)}  c={r['outlier']:<4} seed {r['seed']}  {r['loss']:.4f}  {r['seconds']:4.0f} s  {r['scheme']}",
+            flush=True,
+        )
     path.with_suffix(".md").write_text(table(results, args.outliers))
     draw(results, args.outliers, path.with_suffix(".png"))
     print("\n" + table(results, args.outliers) + f"\n{path}")

@@ -109,26 +109,46 @@ __device__ __forceinline__ int64_t block_down() {
   return blockIdx.z * static_cast<int64_t>(gridDim.y) + blockIdx.y;
 }
 
-constexpr int kAmaxRows = 64;  // rows of one thread block: enough to make its atomics rare
+constexpr int kAmaxThreads = 256,
+              kAmaxColumns = 256;  // of one thread block: eight columns a thread, all of a warp's
+constexpr int kAmaxAhead = 8;      // rows of a thread that are on their way together
+constexpr int kAmaxRows = 128;     // rows of one thread block: enough to make its atomics rare
 
 // col_amax[n] = max over m of |row_scale[m] x[m, n]|.
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(256) column_amax_kernel(RowsParams<T> p) {
-  const int64_t c = 8 * (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x);
-  if (c >= p.cols) return;
+__global__ void __launch_bounds__(kAmaxThreads) column_amax_kernel(RowsParams<T> p) {
+  constexpr int kWarps = kAmaxThreads / 32;
+  static_assert(kAmaxColumns == 8 * 32 && kAmaxThreads == kAmaxColumns &&
+                kAmaxRows % (kWarps * kAmaxAhead) == 0);
+  __shared__ uint32_t best[kWarps][kAmaxColumns];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int64_t col0 = static_cast<int64_t>(blockIdx.x) * kAmaxColumns, first = block_down() * kAmaxRows;
   uint32_t amax[8] = {};
-  const int64_t first = block_down() * kAmaxRows;
-#pragma unroll 4
-  for (int64_t row = first; row < min(first + kAmaxRows, p.rows); ++row) {
-    Eight<T> x;
-    float v[8];
-    load_columns<T, kVector>(x, p, row, c);
-    x.floats(v);
-    const float factor = p.row_scale != nullptr ? __ldg(p.row_scale + row) : 1.0f;
+#pragma unroll 1
+  for (int64_t row = first + warp; row < min(first + kAmaxRows, p.rows); row += kWarps * kAmaxAhead) {
+    Eight<T> x[kAmaxAhead];
+    float factor[kAmaxAhead];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) amax[j] = max(amax[j], magnitude(v[j] * factor));
+    for (int i = 0; i < kAmaxAhead; ++i) {
+      const int64_t r = row + kWarps * i;
+      load_columns<T, kVector>(x[i], p, r, col0 + 8 * lane);
+      factor[i] = p.row_scale != nullptr && r < p.rows ? __ldg(p.row_scale + r) : 1.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAmaxAhead; ++i) {
+      float v[8];
+      x[i].floats(v);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) amax[j] = max(amax[j], magnitude(v[j] * factor[i]));
+    }
   }
-  for (int j = 0; j < 8 && c + j < p.cols; ++j) atomicMax(p.col_amax + c + j, amax[j]);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) best[warp][8 * lane + j] = amax[j];
+  __syncthreads();
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) largest = max(largest, best[i][threadIdx.x]);
+  if (col0 + threadIdx.x < p.cols) atomicMax(p.col_amax + col0 + threadIdx.x, largest);
 }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -145,8 +165,8 @@ template <typename T, bool kVector>
 cudaError_t launch_column_amax(const RowsParams<T>& p, cudaStream_t stream) {
   cudaError_t error = cudaMemsetAsync(p.col_amax, 0, sizeof(uint32_t) * p.cols, stream);
   if (error != cudaSuccess) return error;
-  const dim3 grid = tile_grid(ceil_div(p.cols, 8 * 256), ceil_div(p.rows, kAmaxRows));
-  column_amax_kernel<T, kVector><<<grid, 256, 0, stream>>>(p);
+  const dim3 grid = tile_grid(ceil_div(p.cols, kAmaxColumns), ceil_div(p.rows, kAmaxRows));
+  column_amax_kernel<T, kVector><<<grid, kAmaxThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -25,14 +25,15 @@ def check_input(op: str, x: Tensor) -> int:
 
 
 def check_matrix(op: str, x: Tensor, block: int, col_scale: Tensor | None) -> None:
-    check_input(op, x)
+    columns = check_input(op, x)
     if x.dim() != 2:
         raise ValueError(
             f"{op}: x must be a matrix [rows, columns]; got shape {tuple(x.shape)}; flatten it first"
         )
-    check_block(op, block, x.shape[1])
+    if block != 1:
+        check_block(op, block, columns)
     if col_scale is not None:
-        check_vector(op, "col_scale", col_scale, x.shape[1], x)
+        check_vector(op, "col_scale", col_scale, columns, x)
 
 
 def check_norm(
@@ -96,8 +97,8 @@ def check_hadamard(
 
 
 def check_block(op: str, block: int, n: int) -> None:
-    largest = min(n & -n, MAX_BLOCK) if n else MAX_BLOCK
     if block < 1 or block & (block - 1) or block > MAX_BLOCK or n % block:
+        largest = min(n & -n, MAX_BLOCK) if n else MAX_BLOCK
         raise ValueError(
             f"{op}: block must be a power of two, at most {MAX_BLOCK}, that divides the axis of length {n}; got {block}; "
             f"the largest for this axis is {largest}"
@@ -105,7 +106,7 @@ def check_block(op: str, block: int, n: int) -> None:
 
 
 def check_vector(op: str, name: str, v: Tensor, n: int, x: Tensor) -> None:
-    if tuple(v.shape) != (n,) or v.device != x.device or v.is_complex():
+    if v.shape != (n,) or v.device != x.device or v.is_complex():
         raise ValueError(
             f"{op}: {name} must be a real vector of shape ({n},) on {x.device}; got shape {tuple(v.shape)}, {v.dtype} on "
             f"{v.device}"

@@ -175,11 +175,14 @@ def parse_choice(kind: type[_Choice], field: str, value: str | _Choice) -> _Choi
 
 def storage_dtype(fmt: Format, input_dtype: torch.dtype) -> torch.dtype:
     """The dtype in which an operand of this format is stored, given the dtype of the values it is made from."""
-    if fmt is Format.UNROUNDED:
-        return torch.promote_types(input_dtype, torch.float32)
+    if fmt in _STORED:
+        return _STORED[fmt]
     if fmt is Format.HIGH_PRECISION:
         raise ValueError("format='high_precision' has no quantised form; choose 'e4m3', 'e5m2' or 'int8'")
-    return {Format.E4M3: torch.float8_e4m3fn, Format.E5M2: torch.float8_e5m2, Format.INT8: torch.int8}[fmt]
+    return torch.promote_types(input_dtype, torch.float32)
+
+
+_STORED = {Format.E4M3: torch.float8_e4m3fn, Format.E5M2: torch.float8_e5m2, Format.INT8: torch.int8}
 
 
 def _arithmetic(fmt: Format) -> str:

@@ -79,7 +79,7 @@ def _float8_cuda(a: Quantized, b: Quantized, out_dtype: torch.dtype, fast_accum:
     _check_float8_gpu(a.data.device.index)
     rows = a.scale.dim(), b.scale.dim()
     if out_dtype == torch.bfloat16 and rows == (1, 1):
-        return _scaled_mm(a.data, b.data, a.scale[:, None], b.scale[None, :], out_dtype, fast_accum)
+        return _scaled_mm(a.data, b.data, a.scale.unsqueeze(1), b.scale.unsqueeze(0), out_dtype, fast_accum)
     if rows == (0, 0):
         # One scale a tensor: the GEMM writes every output dtype but float64.
         direct = torch.float32 if out_dtype == torch.float64 else out_dtype

@@ -19,6 +19,7 @@ from .fused import Projected
 from .fused_functions import Layer
 from .operands import round_weight
 from .quantize import Equalizer, RoundedWeight, column_amax, exponents_of_amax
+from .reuse import KeptEqualizer
 from .shared_input import InputGroup, JointFactors, SharedInputs, group_by_factors
 from .weight_cache import WeightCache
 
@@ -30,6 +31,7 @@ _OWN_STATE = {
     "config",
     "equalizer_taken",
     "_weight_cache",
+    "_kept_equalizer",
     "_sharded_weight",
     "fqn",
     "ranks_agree",
@@ -82,6 +84,7 @@ class HaloLinear(nn.Linear):
         self.input_group = None
         self.joint = None
         self._weight_cache = WeightCache()
+        self._kept_equalizer = KeptEqualizer()
         zeros = torch.zeros(in_features, dtype=torch.int8, device=device)
         self.register_buffer("equalizer_exponent", zeros, persistent=False)
 
@@ -92,7 +95,7 @@ class HaloLinear(nn.Linear):
         weight = self.weight
         gathered = isinstance(weight, GatheredWeight)
         if not gathered and not torch.compiler.is_compiling():
-            self._check_placement()
+            self._check_placement(weight)
         shared = self.shared_inputs if self._can_share(x) else None
         if shared is not None:
             shared.meet(self, x)
@@ -129,7 +132,7 @@ class HaloLinear(nn.Linear):
 
     def factors(self) -> Equalizer | None:
         """d and 1/d, or None while they are all ones."""
-        return Equalizer.of_exponents(self.equalizer_exponent) if self.equalizer_taken else None
+        return self._kept_equalizer.get(self.equalizer_exponent) if self.equalizer_taken else None
 
     def operands(self, equalizer: Equalizer | None) -> Layer:
         """What :mod:`halo_train.fused` takes of this layer; equalizer: its :meth:`factors`."""
@@ -210,17 +213,16 @@ class HaloLinear(nn.Linear):
         if taken_from is not None and self.input_group is not None:
             self.input_group.record(*taken_from)
 
-    def _check_placement(self) -> None:
-        layer = f"HaloLinear {self.fqn!r}"
-        if _is_sharded(self.weight):
+    def _check_placement(self, weight: Tensor) -> None:
+        if _is_sharded(weight):
             raise ValueError(
-                f"{layer}: the weight is a DTensor, of which this rank holds a part. With FSDP2 call the module that fully_shard "
+                f"HaloLinear {self.fqn!r}: the weight is a DTensor, of which this rank holds a part. With FSDP2 call the module that fully_shard "
                 "was called on, not a layer inside it; tensor parallelism is not supported: leave the layer out of the plan or "
                 "out of the conversion with module_filter_fn"
             )
-        if _is_flattened_by_fsdp1(self.weight):
+        if _is_flattened_by_fsdp1(weight):
             raise ValueError(
-                f"{layer}: FullyShardedDataParallel (FSDP1) is not supported: it cuts rows apart, and a rotation needs whole ones; "
+                f"HaloLinear {self.fqn!r}: FullyShardedDataParallel (FSDP1) is not supported: it cuts rows apart, and a rotation needs whole ones; "
                 "use torch.distributed.fsdp.fully_shard (FSDP2) on each block and then on the model"
             )
 

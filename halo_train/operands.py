@@ -19,6 +19,7 @@ from .config import HaloConfig, Scaling
 from .gemm import MULTIPLE
 from .hadamard import hadamard_transform, largest_block
 from .quantize import Equalizer, Quantized, RoundedWeight, quantize, quantize_grad, quantize_transposed
+from .reuse import ones
 
 _MIN_TOKEN_BLOCK = 256
 """A rotation along M spreads an outlier token over at least this many tokens; shorter axes are padded with zeros."""
@@ -126,8 +127,7 @@ def contract_rows(q: Quantized, config: HaloConfig) -> Quantized:
     Row scales lie on the contracted axis, where a GEMM cannot apply them: they are folded into the other operand.
     """
     data = q.transposed_data()
-    scale = q.scale.new_ones(data.shape[0]) if config.scaling is Scaling.ROWWISE else q.scale
-    return Quantized(data, scale)
+    return Quantized(data, ones(data.shape[0], q.scale) if config.scaling is Scaling.ROWWISE else q.scale)
 
 
 def rotation_block(k: int, config: HaloConfig) -> int:
@@ -153,6 +153,7 @@ def pad_vector(v: Tensor, n: int) -> Tensor:
 
 def _quantize_rows(a: Tensor, factors: Tensor | None, config: HaloConfig) -> Quantized:
     a = pad_matrix(a, MULTIPLE, MULTIPLE)
-    factors = None if factors is None else pad_vector(factors, a.shape[1])
-    block = rotation_block(a.shape[1], config)
+    k = a.shape[1]
+    factors = None if factors is None else pad_vector(factors, k)
+    block = rotation_block(k, config)
     return quantize(a, config.format, scaling=config.scaling, block=block, col_scale=factors)

@@ -58,9 +58,9 @@ def quantize(
     dtype = storage_dtype(parse_choice(Format, "fmt", fmt), x.dtype)
     tensorwise = parse_choice(Scaling, "scaling", scaling) is Scaling.TENSORWISE
     rounding = ops.quantize_tensor if tensorwise else ops.quantize_rows
-    data, scale = rounding(_rows(x), dtype, block, col_scale)
     if x.dim() == 2:
-        return Quantized(data, scale)
+        return Quantized(*rounding(x, dtype, block, col_scale))
+    data, scale = rounding(_rows(x), dtype, block, col_scale)
     return Quantized(data.reshape(x.shape), scale if tensorwise else scale.reshape(x.shape[:-1]))
 
 
@@ -150,5 +150,4 @@ def exponents_of_amax(x_amax: Tensor, w_amax: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    ops.check_input("quantize", x)
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x.reshape(-1, ops.check_input("quantize", x))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .quantize import RoundedWeight
+from .reuse import may_keep, stream_of
 
 _optimizer_steps = 0
 """Steps of any torch.optim.Optimizer: fused steps, and those of other libraries, write weights without a new version."""
@@ -69,14 +70,15 @@ class WeightCache:
             training: whether the layer is in training mode.
             make: rounds the weight.
         """
-        if not _can_keep(weight, *tensors):
+        # A subclass or a plain tensor in the place of the parameter belongs to FSDP, DataParallel or functional_call.
+        if type(weight) is not nn.Parameter or weight.is_meta or not may_keep(weight, *tensors):
             return None
         in_backward = torch._C._current_graph_task_id() != -1
         between_micro_batches = torch.is_grad_enabled() and training
         if not in_backward and not between_micro_batches:
             self.clear()
             return None
-        key = (_optimizer_steps, made_from, *map(_state, (weight, *tensors)))
+        key = (_optimizer_steps, made_from, stream_of(weight), *map(_state, (weight, *tensors)))
         unchanged = self._weight is not None and self._weight() is weight and key == self._key
         if in_backward:
             return self._value if unchanged else None
@@ -100,16 +102,3 @@ class WeightCache:
 
 def _state(x: Tensor) -> tuple[Any, ...]:
     return x._version, x.data_ptr(), x.device, x.dtype, x.shape
-
-
-def _can_keep(weight: Tensor, *tensors: Tensor) -> bool:
-    # A subclass or a plain tensor in the place of the parameter belongs to FSDP, DataParallel or functional_call. A compiled
-    # or captured forward would keep the first weight for ever. A dispatch mode may be that of selective checkpointing, which
-    # counts operators: forward and recompute must run the same ones.
-    return (
-        type(weight) is nn.Parameter
-        and not weight.is_meta
-        and not any(t.is_inference() for t in (weight, *tensors))
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
-    )

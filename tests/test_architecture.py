@@ -23,6 +23,7 @@ LAYERS = [
     ["ops", "recipe_file", "cost"],
     ["hadamard", "quantize"],
     ["gemm"],
+    ["reuse"],
     ["operands", "weight_cache", "norms"],
     ["products"],
     ["functional", "fused_functions"],

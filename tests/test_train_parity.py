@@ -18,7 +18,7 @@ def train_parity(monkeypatch):
     import train_parity
 
     yield train_parity
-    for name in ("train_parity", "llama", "common"):
+    for name in ("train_parity", "parity_table", "llama", "common"):
         sys.modules.pop(name, None)
 
 
@@ -35,6 +35,20 @@ def test_every_run_is_in_the_record(train_parity, tmp_path):
     gap -= next(r["loss"] for r in runs if (r["scheme"], r["outlier"]) == ("bf16", 64))
     assert f"{gap:+.4f}" in table
     assert record.with_suffix(".png").stat().st_size > 0
+
+
+def test_again_it_goes_on_from_the_same_weights(train_parity, tmp_path, capsys):
+    options = ["--smoke", "--outliers", "1", "--out", str(tmp_path), "--schemes"]
+    train_parity.main([*options, "fp8"])
+    (path,) = tmp_path.glob("*.json")
+    first, weights = json.loads(path.read_text()), (tmp_path / "train-parity-pretrained.pt").read_bytes()
+    train_parity.main([*options, "fp8", "int8"])
+    second = json.loads(path.read_text())
+    assert second["pretraining"] == first["pretraining"]
+    assert [r["scheme"] for r in second["runs"]] == ["bf16", "fp8", "int8"]
+    assert second["runs"][:2] == first["runs"]
+    assert (tmp_path / "train-parity-pretrained.pt").read_bytes() == weights
+    assert "1 of 1  c=1" in capsys.readouterr().out
 
 
 def test_planted_outliers_leave_the_function(train_parity):

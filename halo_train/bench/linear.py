@@ -2,8 +2,9 @@
 
 A time is the median over steps that are queued one behind the other, as in training: what the host needs to launch a
 step counts only where it is longer than what the GPU needs to run it. Backward runs in the calling thread: waking
-autograd's own costs a step of one layer as much as a step of a whole model. The layers take turns, so that clocks and
-neighbours hit all alike.
+autograd's own costs a step of one layer as much as a step of a whole model. The layers take turns, in another order each
+round and each for a while before it is timed: a GPU at its power limit lowers its clock by what ran in the last tenths of a
+second, and one that follows the bf16 layer would else look slower than one that follows an int8 layer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import itertools
 import json
 import math
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +32,8 @@ SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate+up": (28672, 4096), "dow
 WARM_UP = 3
 STEPS = 6
 ROUNDS = 4
+SETTLE_SECONDS = 0.1
+"""A layer runs this long before it is timed, and as long for the timing, at least STEPS steps."""
 
 
 class Case(NamedTuple):
@@ -54,6 +58,12 @@ def time_us(step: Callable[[], Any], steps: int = STEPS, warm_up: int = WARM_UP)
     return statistics.median(1e3 * before.elapsed_time(after) for before, after in itertools.pairwise(marks))
 
 
+def settled_us(step: Callable[[], Any]) -> float:
+    """:func:`time_us` after the step has run for SETTLE_SECONDS, over as long."""
+    steps = max(STEPS, math.ceil(1e6 * SETTLE_SECONDS / time_us(step)))
+    return time_us(step, steps, warm_up=steps)
+
+
 def recipe_case(recipe: str, weight: Tensor, config: HaloConfig | None = None) -> Case:
     """A HaloLinear of a recipe around ``weight`` [N, K]; with a config, ``recipe`` is its name."""
     config = config or RECIPES[recipe]
@@ -72,15 +82,18 @@ def measure_shape(cases: Sequence[Case], x: Tensor, e: Tensor) -> list[dict[str,
 
     Returns:
         For each case ``forward_us`` (without autograd), ``both_us`` (forward + backward), ``speedup`` of the latter,
-        ``gemm_share`` (of the three products, timed alone, in ``both_us``) and ``saved_bytes`` (kept for backward, the
+        ``gemm_share`` (of the three products, timed alone, in ``both_us``) and ``saved_bytes`` (kept for backward, an
         8-bit weight included, per element of x).
     """
     steps = [_steps(case.layer, x, e) for case in cases]
     times: list[list[tuple[float, float]]] = [[] for _ in cases]
+    order, shuffle = list(range(len(cases))), random.Random(0).shuffle
     with torch.autograd.set_multithreading_enabled(False):
         for _ in range(ROUNDS):
-            for found, (forward, both) in zip(times, steps, strict=True):
-                found.append((time_us(forward), time_us(both)))
+            shuffle(order)
+            for i in order:
+                forward, both = steps[i]
+                times[i].append((time_us(forward), settled_us(both)))
     gemm_us = {dtype: _gemm_us(x, e, dtype) for dtype in {case.gemm_dtype for case in cases}}
     rows = []
     for case, found in zip(cases, times, strict=True):
@@ -223,6 +236,7 @@ def _saved_bytes(layer: nn.Module, x: Tensor) -> float:
             found[storage.data_ptr()] = storage.nbytes()
         return t
 
+    layer.zero_grad()  # with a gradient it would look like gradient accumulation, which keeps the rounded weight
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer(x)
     return sum(found.values()) / x.numel()
