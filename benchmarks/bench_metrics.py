@@ -1,12 +1,12 @@
-"""What QuantMetrics costs: 200 steps with and without, of whole training and of the linear layers alone, and one sample of 224.
+"""What QuantMetrics costs: a sample of every layer of a Llama-3-8B against a plain step, and 200 steps with and without.
 
-    python benchmarks/bench_metrics.py            # about 150 s on an H200; writes benchmarks/results/<date>-metrics-<gpu>.json
+    python benchmarks/bench_metrics.py            # under 100 s on an H200; writes benchmarks/results/<date>-metrics-<gpu>.json
     python benchmarks/bench_metrics.py --tiny --device cpu      # shows that it runs
 
-``training_steps`` is the run time that users have: a Llama-3-8B cut to fewer blocks, attention, norms, output layer, loss and
-fused AdamW included. In ``linear_steps`` only the linear layers and the products between gate and up run, which makes the share
-of the metrics larger. As many of the 32 blocks take part as the time allows. ``all_layers`` times one plain and one sampled
-step of the linear layers of all 32 blocks, without repetition of weights.
+``training`` is what users have: whole training steps, with attention, norms, output layer, loss and fused AdamW, of as many of
+the 32 blocks as memory holds. ``linear`` is the harder measure: nothing runs but the linear layers of all 32 blocks and the products between
+gate and up. Both time plain and sampled steps; the first sample, which loads kernels and finds the allocator cold, is apart. ``linear_200_steps``
+runs 200 steps with and 200 without, in parts that alternate, of as many blocks as the time allows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ from halo_train import QuantMetrics, convert_to_halo_training
 
 BLOCKS = 32
 TINY = Shape(2, 64, 4, 2, 224, 128, 64)
+
+
+Result = dict[str, Any]
 
 
 class Run(NamedTuple):
@@ -119,88 +122,114 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def blocks_for(build: Callable[[int], Run], duration: float, args: argparse.Namespace) -> int:
-    """How many blocks run 2 x ``steps`` steps in so many seconds."""
+def blocks_that_fit(build: Callable[[int], Run], args: argparse.Namespace) -> int:
+    """By the peak memory of steps of one and two blocks, with room for a sample."""
+    peaks = []
+    for blocks in (1, 2):
+        run = build(blocks)
+        seconds(run, 1, None)
+        reset_peak()
+        seconds(run, 1, None)
+        peaks.append(peak_gib())
+        del run
+        gc.collect()
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    a_block = peaks[1] - peaks[0] + 0.15  # of sampled rows and columns
+    return max(1, min(args.blocks, 1 + int((0.95 * total - 3 - peaks[0]) / a_block)))
+
+
+def blocks_for(build: Callable[[int], Run], args: argparse.Namespace) -> int:
+    """How many blocks run 2 x ``steps`` steps in ``seconds``."""
     times = []
     for blocks in (1, 2):
         run = build(blocks)
         seconds(run, 2, None)
         times.append(seconds(run, 3, None) / 3)
     a_block = max(times[1] - times[0], 0.1 * times[0])  # of tiny ones, noise
-    return max(1, min(BLOCKS, 1 + int((duration / (2 * args.steps) - times[0]) / a_block)))
+    return max(1, min(args.blocks, 1 + int((args.seconds / (2 * args.steps) - times[0]) / a_block)))
 
 
-def with_and_without(
-    build: Callable[[int], Run], duration: float, args: argparse.Namespace
-) -> dict[str, float]:
+def one_sample(run: Run, blocks: int, tokens: int, args: argparse.Namespace) -> Result:
+    """Plain steps and sampled ones, and what that is at the given rhythm."""
+    seconds(run, 2, None)
+    reset_peak()
+    plain = statistics.median(seconds(run, 1, None) for _ in range(5))
+    plain_peak = peak_gib()
+    with QuantMetrics(run.model, every=1) as metrics:
+        first = seconds(run, 1, metrics)
+        reset_peak()
+        samples = [seconds(run, 1, metrics) for _ in range(4)]
+        sampled_peak = peak_gib()
+    assert metrics.last is not None
+    sampled = statistics.median(samples)
+    return {
+        "blocks": blocks,
+        "layers": len(metrics.last.values),
+        "tokens": tokens,
+        "values": len(metrics.last.flat()),
+        "ms_plain_step": 1e3 * plain,
+        "ms_first_sampled_step": 1e3 * first,
+        "ms_sampled_steps": [1e3 * sample for sample in samples],
+        "ms_more_a_layer": 1e3 * (sampled - plain) / len(metrics.last.values),
+        "overhead_percent": 100 * (sampled - plain) / (args.every * plain),
+        "peak_gib_plain": plain_peak,
+        "peak_gib_sampled": sampled_peak,
+    }
+
+
+def training(args: argparse.Namespace) -> Result:
+    def build(blocks: int) -> Run:
+        return training_run(blocks, args)
+
+    blocks = args.blocks if args.tiny else blocks_that_fit(build, args)
+    return one_sample(build(blocks), blocks, args.sequences * args.shape.tokens, args)
+
+
+def linear(args: argparse.Namespace) -> Result:
+    return one_sample(linear_run(args.blocks, args.tokens, args), args.blocks, args.tokens, args)
+
+
+def linear_200_steps(args: argparse.Namespace) -> Result:
     """Alternating parts of ``every`` steps with and without, so that clocks and neighbours hit both alike."""
-    blocks = args.shape.blocks if args.tiny else blocks_for(build, duration, args)
+
+    def build(blocks: int) -> Run:
+        return linear_run(blocks, args.tokens, args)
+
+    blocks = args.blocks if args.tiny else blocks_for(build, args)
     run = build(blocks)
     metrics = QuantMetrics(run.model, every=args.every)
     seconds(run, 2, metrics)  # steps 1, sampled, and 2: warm-up of both paths
     with_metrics, without = [], []
     for _ in range(args.steps // args.every):
         metrics.step_number = 0
-        reset_peak()
         without.append(seconds(run, args.every, None))
-        plain_peak = peak_gib()
-        reset_peak()
         # One sample in every ``every`` steps: hooks go on after step every - 1.
         with_metrics.append(seconds(run, args.every, metrics))
-        sampled_peak = peak_gib()
         assert metrics.last is not None
         assert metrics.last.step == args.every
     metrics.close()
     steps = len(without) * args.every
     return {
         "blocks": blocks,
-        "layers": len(metrics.last.values),
+        "layers": len(metrics.layers),
+        "tokens": args.tokens,
         "steps": steps,
         "ms_per_step_without": 1e3 * sum(without) / steps,
         "ms_per_step_with": 1e3 * sum(with_metrics) / steps,
         "overhead_percent": 100 * (sum(with_metrics) / sum(without) - 1),
         "overhead_percent_by_part": [100 * (a / b - 1) for a, b in zip(with_metrics, without, strict=True)],
-        "peak_gib_without": plain_peak,
-        "peak_gib_with": sampled_peak,
-    }
-
-
-def all_layers(args: argparse.Namespace) -> dict[str, float]:
-    """One sample of every layer against plain steps, and what that is at the given rhythm."""
-    gc.collect()  # 32 blocks need the memory of the runs before
-    run = linear_run(args.shape.blocks if args.tiny else args.blocks, args.all_layers_tokens, args)
-    seconds(run, 1, None)
-    reset_peak()
-    plain = statistics.median(seconds(run, 1, None) for _ in range(3))
-    plain_peak = peak_gib()
-    metrics = QuantMetrics(run.model, every=1)
-    seconds(run, 1, metrics)
-    reset_peak()
-    sampled = statistics.median(seconds(run, 1, metrics) for _ in range(2))
-    metrics.close()
-    assert metrics.last is not None
-    return {
-        "layers": len(metrics.last.values),
-        "tokens": args.all_layers_tokens,
-        "values": len(metrics.last.flat()),
-        "ms_plain_step": 1e3 * plain,
-        "ms_sampled_step": 1e3 * sampled,
-        "overhead_percent_at_every": 100 * (sampled - plain) / (args.every * plain),
-        "peak_gib_plain": plain_peak,
-        "peak_gib_sampled": peak_gib(),
     }
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="fp8")
-    parser.add_argument("--sequences", type=int, default=2, help="of 8192 tokens, in a training step")
+    parser.add_argument("--sequences", type=int, default=1, help="of 8192 tokens, in a training step")
     parser.add_argument("--tokens", type=int, default=16384, help="of the linear layers alone")
-    parser.add_argument("--all-layers-tokens", type=int, default=16384)
-    parser.add_argument("--blocks", type=int, default=BLOCKS, help="of the step that samples every layer")
+    parser.add_argument("--blocks", type=int, default=BLOCKS)
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=150, help="for everything")
+    parser.add_argument("--seconds", type=float, default=30, help="for the 200 steps")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights, to see that it runs")
     parser.add_argument("--commit", help="where the sources are no git checkout")
@@ -211,28 +240,24 @@ def arguments() -> argparse.Namespace:
     args.shape = TINY if args.tiny else Shape()
     args.head = args.shape.hidden // args.shape.heads
     if args.tiny:
-        args.tokens = args.all_layers_tokens = args.sequences * args.shape.tokens
+        args.blocks, args.tokens = args.shape.blocks, args.sequences * args.shape.tokens
     return args
 
 
 def main() -> None:
     args = arguments()
-    # Setting up, trying one and two blocks and the step of all layers take about a fifth.
-    results = {
+    results: Result = {
         "environment": environment(args.commit),
         "command": " ".join(["python", *sys.argv]),
         "arguments": {name: str(value) for name, value in vars(args).items()},
-        "training_steps": with_and_without(lambda n: training_run(n, args), 0.5 * args.seconds, args),
-        "linear_steps": with_and_without(
-            lambda n: linear_run(n, args.tokens, args), 0.3 * args.seconds, args
-        ),
-        "all_layers": all_layers(args),
     }
-    for part in ("training_steps", "linear_steps", "all_layers"):
-        print(part)
-        for name, value in results[part].items():
+    for part in (training, linear, linear_200_steps):
+        results[part.__name__] = part(args)
+        gc.collect()  # the next needs the memory
+        print(part.__name__)
+        for name, value in results[part.__name__].items():
             shown = ", ".join(f"{v:.2f}" for v in value) if isinstance(value, list) else f"{value:.2f}"
-            print(f"  {name:<30} {shown}")
+            print(f"  {name:<30} {shown}", flush=True)
     print(f"written: {save_json('metrics', results, args.out)}")
 
 

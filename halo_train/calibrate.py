@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from .config import RECIPES, Format, HaloConfig
+from .config import RECIPES, HaloConfig
 from .convert import convert_to_halo_training, revert
+from .cost import H200, predicted_speedup
 from .metrics import PRODUCTS, QuantMetrics, QuantSample
 from .recipe_file import save_recipe
 
@@ -29,11 +30,8 @@ Prefer = Literal["memory", "time"]
 TARGET_DB = 22.0
 """Between what trained like bf16 (24 dB in the worst product) and what did not (19 dB): docs/numerics.md, sections 3, 6."""
 
-# One H200, M=16384, library GEMMs and copy bandwidth: measured 2026-11-20 (bf16 688-795, e4m3 rowwise 1279-1595,
-# torch._int_mm 663-863 TFLOP/s, copies 4.0-4.3 TB/s).
-_OPS_PER_SECOND = {Format.HIGH_PRECISION: 745e12, Format.E4M3: 1450e12, Format.INT8: 760e12}
-_BYTES_PER_SECOND = 4.0e12
-_TOKENS = 16384
+_RATES, _TOKENS = H200._replace(host_bf16=0.0, host_8bit=0.0), 16384
+"""Of the GPU alone, which layers of a transformer keep busy with so many tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,28 +144,12 @@ def calibrate(
 
 
 def relative_time(config: HaloConfig, shape: tuple[int, int]) -> float:
-    """Forward and backward of a layer beside bf16: GEMMs at library rates plus the bytes that rounding moves.
-
-    A model of an H200 with every rounding in one pass, not a measurement of what runs now: X and W are read in 2 bytes an
-    element, written in 1 and transposed (5), E is rounded twice (6), dW is rotated back (4). For dgrad W is rounded by columns
-    instead of transposed (3 more), or dX is rotated back too (4).
+    """Forward and backward of a layer beside bf16, by the model of :mod:`halo_train.cost` with the rates of an H200.
 
     Args:
         shape: (out_features, in_features).
     """
-    (n, k), m = shape, _TOKENS
-    ops = 6 * m * n * k
-    bf16 = ops / _OPS_PER_SECOND[Format.HIGH_PRECISION]
-    if config.format is Format.HIGH_PRECISION:
-        return 1.0
-    moved = 5 * (m * k + n * k) + 6 * m * n
-    undone = config.rotate_k or config.equalize
-    moved += 4 * n * k if undone else 0
-    if config.requantize_w_dgrad:
-        moved += 3 * n * k
-    elif undone:
-        moved += 4 * m * k
-    return (ops / _OPS_PER_SECOND[config.format] + moved / _BYTES_PER_SECOND) / bf16
+    return 1 / predicted_speedup(_TOKENS, shape, config, _RATES)
 
 
 def _choose(

@@ -28,8 +28,11 @@ class Rates(NamedTuple):
     host_8bit: float
 
 
-_RATES = {(9, 0): Rates(740e12, 1400e12, 1080e12, 2.6e12, 90e-6, 430e-6)}
-"""By compute capability: H200, torch 2.11 (benchmarks/results/, bench_linear)."""
+H200 = Rates(740e12, 1400e12, 1080e12, 2.6e12, 90e-6, 430e-6)
+"""With torch 2.11 (benchmarks/results/, bench_linear)."""
+
+_RATES = {(9, 0): H200}
+"""By compute capability."""
 
 
 def measured_rates(device: torch.device) -> Rates | None:

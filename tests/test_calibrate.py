@@ -146,11 +146,12 @@ def test_custom_recipes_survive_the_file(tmp_path):
     assert written["*.down_proj"]["equalize"] is False
 
 
-def test_modelled_time_follows_the_bytes():
-    """design.md, anchors: GEMMs plus the bytes at 4 TB/s come to 1.6 to 1.9 times bf16 for `fp8`."""
+def test_modelled_time_is_that_of_the_gpu():
+    """GEMMs and bytes at the rates of an H200 with 16384 tokens, whatever the host takes: 1.4 to 1.7 for `fp8`, less for `int8`."""
     for shape in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
-        assert 1.5 < 1 / relative_time(RECIPES["fp8"], shape) < 2.0
-        assert relative_time(RECIPES["fp8_plain"], shape) < relative_time(RECIPES["fp8"], shape)
+        fp8, plain, int8 = (1 / relative_time(RECIPES[name], shape) for name in ("fp8", "fp8_plain", "int8"))
+        assert 1.4 < fp8 < 1.75
+        assert 1.1 < int8 < fp8 < plain
     assert relative_time(RECIPES["bf16"], (4096, 4096)) == 1
 
 

@@ -6,30 +6,46 @@ import numpy as np
 import pytest
 import torch
 
-from halo_train import RECIPES, quantize
+from halo_train import RECIPES, ops, quantize
 from halo_train.config import Format, Scaling
 from halo_train.metrics.batches import Batches
-from halo_train.metrics.operands import SampledRows, Unrotated, round_operand
+from halo_train.metrics.operands import round_parts, scale_of_amax
+from halo_train.metrics.plan import Plan
+from halo_train.metrics.reduce import reduce_inputs
 from halo_train.metrics.statistics import (
     STATS_OF,
-    Reduction,
-    WholeTensor,
-    exponent_reductions,
+    Reduced,
+    exponents_reduced,
     finish,
-    outlier_reductions,
-    product_reductions,
-    rounding_reductions,
+    product_reduced,
+    rounding_reduced,
+    sample_outliers,
+    scale_reduced,
 )
-from halo_train.operands import quantize_operands
-from halo_train.quantize import Equalizer
+
+NOTHING = Plan.of(RECIPES["bf16"], {})
 
 
-def finished(reductions: list[Reduction]) -> dict[str, float]:
-    """Stats by name of the reductions of one tensor."""
-    named = {}
-    for reduction, vector in zip(reductions, finish(reductions), strict=True):
-        named.update(zip(STATS_OF[reduction.kind], vector, strict=False))
-    return named
+def by_name(found: list[tuple[list[str], Reduced]]) -> dict[tuple[str, str], dict[str, float]]:
+    """Stats by name for each layer and key."""
+    stats: dict[tuple[str, str], dict[str, float]] = {}
+    for layer, key, kind, vector in finish(found):
+        stats.setdefault((layer, key), {}).update(zip(STATS_OF[kind], vector, strict=True))
+    return stats
+
+
+def finished(*reduced: Reduced) -> dict[str, float]:
+    """Stats by name of one tensor or product."""
+    (stats,) = by_name([(["layer"], each) for each in reduced]).values()
+    return stats
+
+
+def whole(x: torch.Tensor) -> dict[str, float]:
+    """Stats of a tensor as it is."""
+    rows, columns = ops.moments(x)
+    sample = {"x_rows": rows, "x_columns": columns, "w_rows": rows, "w_columns": columns}
+    found = reduce_inputs(NOTHING, {name: t[None] for name, t in sample.items()})
+    return by_name([(["layer"], each) for each in found])["layer", "x"]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -64,7 +80,7 @@ def test_whole_tensor(dtype, planted):
     elif planted == "mean":
         x += 3
     x = x.to(dtype)
-    ours = finished(WholeTensor.of(x).reductions())
+    ours = whole(x)
     a = x.double().numpy()
     rms = np.sqrt((a**2).mean())
     expected = {
@@ -88,12 +104,13 @@ def test_scaled_rms_is_that_of_the_scaled_tensor():
     x, rows, columns = (
         torch.randn(s, generator=generator(i)) for i, s in enumerate([(50, 30), (50,), (30,)])
     )
-    whole, amax = WholeTensor.of(x * 1e-12), torch.tensor(7e-12)
+    amax = torch.tensor([[7e-12]], dtype=torch.float64)
+    of_rows, of_columns = ops.moments(x * 1e-12)
     for squares, scaled in (
-        (whole.row_square * rows.square(), x * rows[:, None]),
-        (whole.col_square * columns.square(), x * columns),
+        (of_rows[2] * rows.square(), x * rows[:, None]),
+        (of_columns[1] * columns.square(), x * columns),
     ):
-        ours = finished([whole.scale(amax, squares)])
+        ours = finished(scale_reduced((("x",),), amax, squares[None, None], x.numel()))
         rms = 1e-12 * scaled.square().mean().sqrt().item()
         assert ours == pytest.approx({"amax": 7e-12, "rms": rms, "crest": 7e-12 / rms})
 
@@ -101,13 +118,13 @@ def test_scaled_rms_is_that_of_the_scaled_tensor():
 def test_not_finite_rows_are_counted_and_seen():
     x = torch.randn(40, 16, generator=generator())
     x[3, 2], x[9, 9] = float("nan"), float("inf")
-    ours = finished(WholeTensor.of(x).reductions())
+    ours = whole(x)
     assert ours["nonfinite"] == 2 / 40
     assert np.isnan(ours["amax"])
 
 
 def test_zero_tensor_gives_no_ratio_and_no_error():
-    ours = finished(WholeTensor.of(torch.zeros(8, 8)).reductions())
+    ours = whole(torch.zeros(8, 8))
     assert ours["amax"] == ours["rms"] == ours["nonfinite"] == 0
 
 
@@ -117,7 +134,12 @@ def test_rounding_of_a_batch():
     before[1, 40:] = 0  # padding tokens
     after = torch.round(before * 8) / 8
     limit = after.abs() >= 2
-    ours = np.array(finish(rounding_reductions(before, after, limit)))
+    reduced = rounding_reduced(
+        (("a",), ("b", "same")), *(t[None] for t in (before, before**2, after, after)), 2.0
+    )
+    stats = by_name([(["layer"], reduced)])
+    assert stats["layer", "same"] == stats["layer", "b"]
+    ours = [list(stats["layer", key].values()) for key in "ab"]
     for i in range(2):
         a, b = before[i].numpy(), after[i].numpy()
         nonzero = a != 0
@@ -127,15 +149,16 @@ def test_rounding_of_a_batch():
             (nonzero & limit[i].numpy()).sum() / nonzero.sum(),
             *quantiles_db(a, b),
         ]
-        assert list(ours[i]) == pytest.approx(expected, rel=1e-12)
-    assert ours.shape == (2, len(STATS_OF["rounding"]))
+        assert ours[i] == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_gradient_that_underflows():
     before = torch.full((10, 64), 1e-9, dtype=torch.float64)
     before[:, 0] = 1.0
     after = torch.where(before < 1e-3, 0.0, before)
-    stats = finished(rounding_reductions(before[None], after[None], after[None] >= 1))
+    stats = finished(
+        rounding_reduced((("e",),), *(t[None, None] for t in (before, before**2, after, after)), 1.0)
+    )
     assert stats["underflow"] == pytest.approx(63 / 64)
     assert stats["saturation"] == pytest.approx(1 / 64)
     assert stats["sqnr_db"] > 100  # the norm hides it
@@ -148,7 +171,8 @@ def test_products():
         exact * torch.tensor([1.0, 0.9, 1.0])[:, None, None]
         + noise * torch.tensor([0.01, 0.01, 0])[:, None, None]
     )
-    ours = np.array(finish(product_reductions(exact, approximate)))
+    reduced = product_reduced((("a",), ("b",), ("c",)), exact[None, None], approximate[None])
+    ours = np.array([list(stats.values()) for stats in by_name([(["layer"], reduced)]).values()])
     a = exact.numpy()
     for i in range(2):
         b = approximate[i].numpy()
@@ -159,13 +183,17 @@ def test_products():
     assert list(ours[2]) == pytest.approx([300, 300, 300, 300, 1, 0])
 
 
+def product(exact: torch.Tensor, approximate: torch.Tensor) -> dict[str, float]:
+    return finished(product_reduced((("fprop",),), exact[None, None], approximate[None, None]))
+
+
 def test_dead_tokens_show_in_the_median_only():
     exact = torch.randn(100, 32, generator=generator(), dtype=torch.float64)
     exact[:10] *= 1e6
     approximate = exact.clone()
     approximate[10:] = 0
     approximate[:10] *= 1.01
-    stats = finished(product_reductions(exact, approximate[None]))
+    stats = product(exact, approximate)
     assert stats["sqnr_db"] == pytest.approx(40, abs=0.1)
     assert stats["median_db"] == stats["p10_db"] == stats["min_db"] == 0
 
@@ -176,16 +204,17 @@ def test_broken_rows():
     approximate[0] = float("nan")  # by rounding
     exact[1] = approximate[1] = float("nan")  # from the data
     exact[2] = 0  # padding
-    stats = finished(product_reductions(exact, approximate[None]))
+    stats = product(exact, approximate)
     assert np.isnan(stats["sqnr_db"])
     assert stats["min_db"] == -300
     assert stats["median_db"] == pytest.approx(20)
-    zeros = torch.zeros(1, 4, 4, dtype=torch.float64)
-    assert all(np.isnan(list(finished(product_reductions(zeros[0], zeros)).values())))
+    zeros = torch.zeros(4, 4, dtype=torch.float64)
+    assert all(np.isnan(list(product(zeros, zeros).values())))
 
 
 def exponents(x: torch.Tensor) -> list[float]:
-    return finish(exponent_reductions(x.double()[None]))[0]
+    (found,) = finish([(["layer"], exponents_reduced((("x",),), x.double()[None, None]))])
+    return found[3]
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-100, 2.0**60])
@@ -201,82 +230,73 @@ def test_exponent_histogram(scale):
 def test_outliers_of_a_sampled_matrix():
     x = torch.randn(64, 48, generator=generator(), dtype=torch.float64)
     x[:, 5] *= 30
-    ours = finished(outlier_reductions(x[None])[0])
+    ours = finished(*sample_outliers((("x",),), x[None, None], x[None, None].square()))
     assert ours["row_outliers"] == pytest.approx(adahop(x.numpy().var(1, ddof=1), 48))
     assert ours["column_outliers"] == pytest.approx(adahop(x.numpy().var(0, ddof=1), 64))
     assert ours["column_outliers"] > 2 * ours["row_outliers"]
 
 
-def test_layers_are_finished_in_batches_and_come_back_in_order():
-    tensors = [torch.randn(8 + i % 2, 16, generator=generator(i)) * (i + 1) for i in range(6)]
-    together = finish([r for t in tensors for r in WholeTensor.of(t).reductions()])
-    alone = [v for t in tensors for r in WholeTensor.of(t).reductions() for v in finish([r])]
-    assert all(np.allclose(a, b, rtol=1e-12) for a, b in zip(together, alone, strict=True))
-
-
 def test_exponents_of_several_tensors_stay_apart():
-    tensors = [torch.randn(128, 40, generator=generator(i)) * 10.0 ** (9 * i - 18) for i in range(5)]
+    tensors = [torch.randn(128, 40, generator=generator(i)) * 10.0 ** (9 * i - 18) for i in range(6)]
     tensors[2][:, 3] = 0
-    together = finish(exponent_reductions(torch.stack(tensors).double()))
-    for x, ours in zip(tensors, together, strict=True):
+    stacked = torch.stack(tensors).double().view(3, 2, 128, 40)
+    found = list(finish([(["a", "b", "c"], exponents_reduced((("x",), ("w",)), stacked))]))
+    assert [each[:2] for each in found] == [(layer, part) for layer in "abc" for part in "xw"]
+    for x, (*_, ours) in zip(tensors, found, strict=True):
         order = np.floor(np.log2(np.abs(x[::4][x[::4] != 0].double().numpy())))  # 32 of the 128 rows
         near = np.minimum(order.max() - order, 31).astype(int)
         assert ours == pytest.approx((np.bincount(near, minlength=32) / near.size).tolist(), abs=1e-6)
 
 
-def test_batches_of_samples():
-    """In one batch or one by one, and whichever is full first, each list gets what its own sample says."""
-    samples = [torch.randn(6, 40, generator=generator(i)) * (i + 1) for i in range(4)]
-    rounded = [quantize(x, "e4m3") for x in samples]
-    alone = []
-    for x, q in zip(samples, rounded, strict=True):
-        batches, tensor, operand = Batches(), [], []
-        batches.add_tensor(tensor, x, q, 33)
-        batches.add_operand(operand, x, q, 33)
-        batches.flush()
-        alone.append((finished(tensor), finished(operand)))
-        expected = quantiles_db(*(t[:, :33].double().numpy() for t in (x, q.dequantize())))
-        assert [alone[-1][0][k] for k in ("sqnr_db", "median_db", "p10_db", "min_db")] == pytest.approx(
-            expected
-        )
-        assert alone[-1][1]["row_outliers"] == pytest.approx(
-            adahop(x[:, :33].double().numpy().var(1, ddof=1), 33)
-        )
-    batches, found = Batches(), [([], []) for _ in samples]
-    for (tensor, operand), x, q in zip(found, samples, rounded, strict=True):
-        batches.add_tensor(tensor, x, q, 33)
-        batches.add_operand(operand, x, q, 33)
-    assert not any(tensor or operand for tensor, operand in found)
-    batches.flush()
-    for ours, expected in zip(found, alone, strict=True):
-        assert [finished(each) for each in ours] == [pytest.approx(each, rel=1e-12) for each in expected]
+def samples(count: int) -> dict[str, dict[str, torch.Tensor]]:
+    """What reduce_inputs takes, of layers of two shapes by name."""
+    found = {}
+    for i in range(count):
+        x, w = (torch.randn(s, 16 + i % 2, generator=generator(i)) * (i + 1) for s in (8, 6))
+        (x_rows, x_columns), (w_rows, w_columns) = ops.moments(x), ops.moments(w)
+        found[f"layer{i}"] = {
+            "x_rows": x_rows,
+            "x_columns": x_columns,
+            "w_rows": w_rows,
+            "w_columns": w_columns,
+        }
+    return found
+
+
+def test_layers_are_reduced_together_and_keep_their_names():
+    together, layers = Batches(), samples(7)
+    for name, sample in layers.items():
+        together.add(name, reduce_inputs, NOTHING, sample)
+    assert not together.found
+    together.flush()
+    stats = by_name(together.found)
+    assert {layer for layer, _ in stats} == set(layers)
+    for name, sample in layers.items():
+        alone = Batches()
+        alone.add(name, reduce_inputs, NOTHING, sample)
+        alone.flush()
+        for key, expected in by_name(alone.found).items():
+            assert stats[key] == pytest.approx(expected, rel=1e-12)
 
 
 def test_full_batches_do_not_wait(monkeypatch):
-    monkeypatch.setattr("halo_train.metrics.batches.FULL", 2000)
-    batches, found = Batches(), [[], [], []]
-    for i, each in enumerate(found):
-        batches.add_product([each], torch.randn(2, 20, 30, dtype=torch.float64, generator=generator(i)))
-        assert [len(f) for f in found] == [[0, 0, 0], [1, 1, 0], [1, 1, 0]][i]
+    """The largest tensor of a sample has 32 elements."""
+    monkeypatch.setattr("halo_train.metrics.batches.FULL", 2 * 32)
+    batches = Batches()
+    for name, sample in samples(5).items():
+        batches.add(name, reduce_inputs, NOTHING, {k: v[..., :16] for k, v in sample.items()})
+    assert [layers for layers, reduced in batches.found if reduced.kind == "scale"] == [
+        *[["layer0", "layer1"]] * 2,
+        *[["layer2", "layer3"]] * 2,
+    ]
     batches.flush()
-    assert [len(each) for each in found] == [1, 1, 1]
+    assert batches.found[-1][0] == ["layer4"]
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "int8", "fp8_plain", "halo0_fp8", "halo1_int8"])
-def test_operands_are_those_of_the_layer(recipe):
-    """Bit for bit what quantize_operands makes, whole or some rows only."""
-    x, w = (torch.randn(s, generator=generator(i)).bfloat16() for i, s in enumerate([(30, 72), (20, 72)]))
-    d = torch.exp2(torch.randint(-3, 4, (72,), generator=generator()).float())
-    config = RECIPES[recipe]
-    op = quantize_operands(x, w, Equalizer.of(d) if config.equalize else None, config)
-    for expected, a, factor in ((op.x, x, 1 / d), (op.w, w, d)):
-        ours = round_operand(a, factor if config.equalize else None, config)
-        assert torch.equal(ours.dequantize(), expected.dequantize())
-    if config.scaling is Scaling.ROWWISE:
-        rows = SampledRows(x[[3, 17]], w[[8, 0, 19]], Equalizer.of(d))
-        ours, parts = rows.rounded(config).dequantize(), rows.parts()
-        assert torch.equal(ours[parts["x"]], op.x.dequantize()[[3, 17]])
-        assert torch.equal(ours[parts["w"]], op.w.dequantize()[[8, 0, 19]])
+def test_a_what_if_recipe_that_runs_anyway_is_measured_once():
+    plan = Plan.of(RECIPES["fp8"], {name: RECIPES[name] for name in ("halo0_fp8", "fp8", "bf16", "int8")})
+    assert plan.names("dgrad") == (("dgrad", "dgrad@fp8"), ("dgrad@halo0_fp8",), ("dgrad@int8",))
+    assert [plan.configs[i].name for i in plan.changed] == ["fp8", "int8"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -289,12 +309,16 @@ def test_parts_are_rounded_as_the_whole(fmt, dtype):
     for planted in (False, True):
         if planted:
             x[31, 4] = float("nan")
-        unrotated = Unrotated(WholeTensor.of(x), dtype)
+        amax = ops.moments(x)[0][0]
         for scaling in Scaling:
-            whole = quantize(x, fmt, scaling=scaling).dequantize()
-            for ours, expected in (
-                (unrotated.columns(x[:, columns], Format(fmt), scaling), whole[:, columns]),
-                (unrotated.rows(x[rows], Format(fmt), scaling), whole[rows]),
+            known = amax if scaling is Scaling.ROWWISE else amax.max().expand(40)
+            q = quantize(x, fmt, scaling=scaling)
+            for part, its_amax, expected in (
+                (x[:, columns], known, q.dequantize()[:, columns]),
+                (x[rows], known[rows], q.dequantize()[rows]),
             ):
+                ours = round_parts(part, its_amax, Format(fmt))
                 assert ours.scale.shape == expected.shape[:1]
                 assert torch.equal(ours.dequantize().nan_to_num(7), expected.nan_to_num(7))
+            scales = scale_of_amax(known, dtype, Format(fmt))
+            assert torch.equal(scales.nan_to_num(7), q.scale.expand(40).nan_to_num(7))

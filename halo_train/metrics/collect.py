@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -18,9 +19,11 @@ from ..config import HaloConfig, did_you_mean, resolve_recipe
 from ..linear import HaloLinear, halo_linears
 from .batches import Batches
 from .operands import Draws
+from .plan import Plan
 from .probe import LayerProbe
-from .sample import STATS, QuantSample, SampleSize, Values
-from .statistics import STATS_OF, Reduction, finish
+from .products import PRODUCTS
+from .sample import STATS, TENSORS, QuantSample, SampleSize, Values
+from .statistics import STATS_OF, finish
 
 Sink = Callable[[QuantSample], None]
 """Something that a sampled step is handed to; :mod:`halo_train.metrics.sinks` has several."""
@@ -72,7 +75,11 @@ class QuantMetrics:
         self.every, self.sinks, self.step_number = every, tuple(sinks), start_step
         self.size = SampleSize(sample_size, sample_size, sample_size // 4)
         self._stats = _known_stats(stats)
-        self._what_if = {config.name: config for config in map(resolve_recipe, what_if)}
+        recipes = {config.name: config for config in map(resolve_recipe, what_if)}
+        # Cached: layers of one plan are reduced together.
+        self._plan = functools.cache(functools.partial(Plan.of, what_if=recipes))
+        labels = ("", *(f"@{name}" for name in recipes))
+        self._parts = (*TENSORS, *(product + label for product in PRODUCTS for label in labels))
         self._seed = seed
         self._eager = contextlib.ExitStack()
         self._handles: list[RemovableHandle] = []
@@ -86,20 +93,19 @@ class QuantMetrics:
             ``quant/worst_layer/...`` and ``quant/median_layer/...``; ``{}`` after any other.
         """
         self.step_number += 1
-        results, batches = (self._results if self._handles else None), self._batches
+        measured, batches = (self._measured if self._handles else None), self._batches
         self.close()
         self._begin_step()
-        if results is None:
+        if measured is None:
             return {}
-        if not results:
+        if not measured:
             warnings.warn(
                 f"QuantMetrics: step {self.step_number} was to be sampled, but no measured layer ran forward and backward in "
                 "it; call step() once after each backward()",
                 stacklevel=2,
             )
             return {}
-        batches.flush()
-        self.last = self._read(results)
+        self.last = self._read(measured, batches)
         for sink in self.sinks:
             sink(self.last)
         return self.last.flat()
@@ -121,7 +127,7 @@ class QuantMetrics:
 
     def _begin_step(self) -> None:
         self._pending: dict[str, LayerProbe] = {}
-        self._results: dict[str, dict[str, list[Reduction]]] = {}
+        self._measured: set[str] = set()
         self._draws: dict[torch.device, Draws] = {}
         self._batches = Batches()
         following = self.step_number + 1
@@ -138,13 +144,14 @@ class QuantMetrics:
     def _forward_hook(self, name: str) -> Callable[..., None]:
         def hook(layer: HaloLinear, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
             # The first forward with gradients; activation checkpointing runs it again.
-            if name in self._pending or name in self._results or not y.requires_grad or y.numel() == 0:
+            if name in self._pending or name in self._measured or not y.requires_grad or y.numel() == 0:
                 return
             x = (args[0] if args else kwargs["x"]).detach().reshape(-1, layer.in_features).to(y.dtype)
             # Selective activation checkpointing is a mode that would take our ops for those of the layer.
             with _disable_current_modes(), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 draws = self._draws_on(x.device)
-                self._pending[name] = LayerProbe(layer, x, self._what_if, draws, self._batches)
+                plan = self._plan(layer.running_config)
+                self._pending[name] = LayerProbe(name, layer, x, plan, draws, self._batches)
 
         return hook
 
@@ -154,7 +161,7 @@ class QuantMetrics:
             if probe is not None:
                 with torch.no_grad(), torch.autocast(e.device.type, enabled=False):
                     probe.backward(e.detach().reshape(-1, e.shape[-1]))
-                self._results[name] = probe.results
+                self._measured.add(name)
 
         def hook(layer: HaloLinear, args: tuple[Any, ...], y: Tensor) -> None:
             if name in self._pending and y.requires_grad:
@@ -168,26 +175,27 @@ class QuantMetrics:
             self._draws[device] = Draws(self.size, generator)
         return self._draws[device]
 
-    def _read(self, results: dict[str, dict[str, list[Reduction]]]) -> QuantSample:
-        """Finishes the statistics, which waits for the GPU."""
-        values: Values = {}
-        histograms: dict[str, dict[str, list[float]]] = {}
-        places = [
-            (layer, part, reduction)
-            for layer in self.layers
-            for part, reductions in results.get(layer, {}).items()
-            for reduction in reductions
-        ]
-        vectors = finish([reduction for _, _, reduction in places])
-        for (layer, part, reduction), vector in zip(places, vectors, strict=True):
-            if reduction.kind == "exponents":
-                histograms.setdefault(layer, {})[part] = vector
+    def _read(self, measured: set[str], batches: Batches) -> QuantSample:
+        """Finishes the statistics of the layers, which waits for the GPU."""
+        batches.flush()
+        found: Values = {layer: {} for layer in self.layers}
+        histograms: dict[str, dict[str, list[float]]] = {layer: {} for layer in self.layers}
+        for layer, part, kind, vector in finish(batches.found):
+            if kind == "exponents":
+                histograms[layer][part] = vector
             else:
-                named = zip(STATS_OF[reduction.kind], vector, strict=True)
-                stats = values.setdefault(layer, {}).setdefault(part, {})
-                stats.update({name: value for name, value in named if name in self._stats})
+                stats = found[layer].setdefault(part, {})
+                stats.update(zip(STATS_OF[kind], vector, strict=True))
+        values: Values = {
+            layer: {part: self._kept(found[layer][part]) for part in self._parts if part in found[layer]}
+            for layer in self.layers
+            if layer in measured
+        }
         recipes = {layer: self.layers[layer].config.name for layer in values}
-        return QuantSample(self.step_number, self.size, recipes, values, histograms)
+        return QuantSample(self.step_number, self.size, recipes, values, {k: histograms[k] for k in values})
+
+    def _kept(self, stats: dict[str, float]) -> dict[str, float]:
+        return {name: stats[name] for name in self._stats if name in stats}
 
 
 def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, HaloLinear]:
@@ -203,10 +211,10 @@ def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, HaloLinear]:
     return {name: m for name, m in layers.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
 
 
-def _known_stats(stats: Sequence[str] | None) -> frozenset[str]:
+def _known_stats(stats: Sequence[str] | None) -> tuple[str, ...]:
     for name in stats or ():
         if name not in STATS:
             raise ValueError(
                 f"QuantMetrics: stats must be out of {', '.join(STATS)}; got {name!r}{did_you_mean(name, STATS)}"
             )
-    return frozenset(STATS if stats is None else stats)
+    return tuple(name for name in STATS if stats is None or name in stats)

@@ -14,6 +14,9 @@ from .statistics import STATS_OF
 STATS = tuple(dict.fromkeys(name for names in STATS_OF.values() for name in names))
 """Every stat of a tensor or product; docs/metrics.md defines each."""
 
+TENSORS = ("x", "w", "e", "x_operand", "w_operand", "e_dgrad_operand", "e_wgrad_operand")
+"""Keys of the tensors of a layer; docs/metrics.md defines each."""
+
 HIGH_IS_BAD = ("crest", "kurtosis", "nonfinite", "underflow", "saturation", "row_outliers", "column_outliers")
 LOW_IS_BAD = ("sqnr_db", "median_db", "p10_db", "min_db", "cosine")
 _JUDGED = {*HIGH_IS_BAD, *LOW_IS_BAD, "bias"}

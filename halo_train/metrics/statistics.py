@@ -1,24 +1,23 @@
 """Statistics of tensors and of products, on the device and without waiting for it, in two stages.
 
-While a layer runs, its tensors are reduced to a few sums by row, a handful of kernels each (:class:`Reduction`). At the end
-of the step the sums of all layers are finished together, kind by kind, in batches: kernel launches, not arithmetic, would
-otherwise be most of the cost.
+Samples of several layers are stacked and reduced to a few sums by row (:class:`Reduced`). At the end of the step the sums of
+all layers are finished together, kind by kind: kernel launches, not arithmetic, would otherwise be most of the cost.
 
 Rounding is compared in rows: tokens of X, E, Y and dX, output channels of W, columns of dW. A row without signal (padding)
 or whose exact values are not finite has no signal-to-noise ratio and does not count; a row that only its rounding made
 non-finite counts as -300 dB, one that is exact as 300 dB.
+
+Below, L is the number of layers in a stack and T that of tensors or products of each of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from .. import ops
 
 DB_LIMIT = 300.0
 
@@ -33,155 +32,137 @@ _EXPONENTS = (-149, 128)
 
 _QUANTILES = (0.5, 0.1, 0.0)
 
+Names = tuple[tuple[str, ...], ...]
+"""For each of T tensors or products the keys that its statistics go by: several where they are the same by definition."""
 
-class Reduction(NamedTuple):
-    """Sums of one tensor or product from which its statistics are finished."""
+
+class Reduced(NamedTuple):
+    """Sums from which the statistics of T tensors or products of each of L layers are finished."""
 
     kind: str
     """Key of :data:`STATS_OF`."""
+    names: Names
     sums: tuple[Tensor, ...]
-    """Of tensors that were reduced together: the first axis is theirs, others are vectors over rows."""
+    """Each [L, T] or [L, T, rows]."""
     length: int = 0
     """Elements that a sum is over, where the kind needs it."""
-    member: int = 0
-    """Index of this tensor or product along the first axis."""
 
 
-class WholeTensor(NamedTuple):
-    """Reductions of a matrix [R, Q], float64, in one pass over it."""
+def scale_reduced(names: Names, amax: Tensor, squares: Tensor, count: int) -> Reduced:
+    """For amax, rms and crest.
 
-    row_amax: Tensor
-    row_sum: Tensor
-    row_square: Tensor
-    """Sums of squares, as col_square."""
-    col_sum: Tensor
-    col_square: Tensor
-    amax: Tensor
-
-    @staticmethod
-    def of(x: Tensor) -> WholeTensor:
-        """x: [R, Q], any floating-point dtype, both dimensions at least 1."""
-        rows, columns = ops.moments(x)
-        return WholeTensor(rows[0], rows[1], rows[2], columns[0], columns[1], rows[0].max())
-
-    def scale(self, amax: Tensor, squares: Tensor) -> Reduction:
-        """For amax, rms and crest of the matrix with its rows or columns scaled.
-
-        Args:
-            amax: [] of the scaled matrix.
-            squares: its sums of squares: ``row_square`` or ``col_square`` times the squares of the factors.
-        """
-        return Reduction("scale", (amax[None], squares[None]), len(self.row_square) * len(self.col_square))
-
-    def reductions(self) -> list[Reduction]:
-        """For amax, rms, crest, nonfinite and both outlier statistics."""
-        rows, columns = len(self.row_square), len(self.col_square)
-        return [
-            self.scale(self.amax, self.col_square),
-            Reduction("rows", (self.row_square[None], self.row_sum[None]), columns),
-            Reduction("columns", (self.col_square[None], self.col_sum[None]), rows),
-        ]
+    Args:
+        amax: [L, T], the largest magnitudes. squares: [L, T, Q], sums of squares whose total is that of the tensor.
+        count: its elements.
+    """
+    return Reduced("scale", names, (amax, squares.sum(-1) / count))
 
 
-# Below, T tensors of one shape are reduced together.
+def outliers_reduced(
+    names: Names, by_row: tuple[Tensor, Tensor], by_column: tuple[Tensor, Tensor]
+) -> list[Reduced]:
+    """For nonfinite and both outlier statistics.
 
-
-def outlier_reductions(rows: Tensor) -> list[list[Reduction]]:
-    """For nonfinite and both outlier statistics of sampled rows [T, R, Q], float64."""
-    square, (tensors, count, length) = rows.square(), rows.shape
-    by_row, by_column = (square.sum(2), rows.sum(2)), (square.sum(1), rows.sum(1))
+    Args:
+        by_row: sums of squares and sums of the rows, [L, T, R] each. by_column: of the columns, [L, T, Q] each.
+    """
     return [
-        [Reduction("rows", by_row, length, i), Reduction("columns", by_column, count, i)]
-        for i in range(tensors)
+        Reduced("rows", names, by_row, by_column[0].shape[-1]),
+        Reduced("columns", names, by_column, by_row[0].shape[-1]),
     ]
 
 
-def exponent_reductions(rows: Tensor) -> list[Reduction]:
-    """For the histograms of exponents of sampled rows [T, R, Q]: of about HISTOGRAM_ROWS of them."""
+def sample_outliers(names: Names, rows: Tensor, square: Tensor) -> list[Reduced]:
+    """:func:`outliers_reduced` of sampled rows and their squares [L, T, R, Q], float64."""
+    return outliers_reduced(names, (square.sum(-1), rows.sum(-1)), (square.sum(-2), rows.sum(-2)))
+
+
+def exponents_reduced(names: Names, rows: Tensor) -> Reduced:
+    """For the histograms of exponents of sampled rows [L, T, R, Q]: of about HISTOGRAM_ROWS of them."""
     low, high = _EXPONENTS
-    bins, few = high - low, rows[:, :: max(1, rows.shape[1] // HISTOGRAM_ROWS)]
+    (layers, tensors), bins = rows.shape[:2], high - low
+    few = rows[:, :, :: max(1, rows.shape[2] // HISTOGRAM_ROWS)]
     exponents = few.float().abs().log2().floor()
     # The bins of all tensors side by side; zeros (-inf), inf and NaN are in none.
-    total = bins * len(rows)
-    middle = torch.arange(0.5 - low, total - low, bins, device=rows.device)
-    counts = torch.histc(exponents + middle[:, None, None], total, 0, total).view(len(rows), bins)
-    return [Reduction("exponents", (counts,), member=i) for i in range(len(rows))]
+    total = bins * layers * tensors
+    middle = torch.arange(0.5 - low, total - low, bins, device=rows.device).view(layers, tensors, 1, 1)
+    counts = torch.histc(exponents + middle, total, 0, total)
+    return Reduced("exponents", names, (counts.view(layers, tensors, bins),))
 
 
-def rounding_reductions(before: Tensor, after: Tensor, saturated: Tensor) -> list[Reduction]:
-    """One for each of T tensors.
+def rounding_reduced(
+    names: Names, before: Tensor, square: Tensor, after: Tensor, data: Tensor, largest: float
+) -> Reduced:
+    """For the statistics of rounding.
 
     Args:
-        before, after: [T, R, Q] float64, values of sampled rows before and after rounding.
-        saturated: [T, R, Q] bool, at the largest value of the format.
+        before, after: [L, T, R, Q] float64, values of sampled rows before and after rounding. square: of before.
+        data: [L, T, R, Q], what was stored of them, in a dtype that has arithmetic. largest: value of its format.
     """
-    count = before[0].numel()
-    square, elements = before.square(), (-2, -1)
     sums = (
         square.sum(-1).sqrt(),
         torch.linalg.vector_norm(after - before, dim=-1),
-        # The number of elements is in the sum, so that tensors of all widths are finished together.
-        math.sqrt(count) * torch.linalg.vector_norm(square, dim=elements),
-        torch.linalg.vector_norm(before, 0, dim=elements),  # the number of elements that are not zero
-        torch.linalg.vector_norm(after, 0, dim=elements),
-        saturated.sum(elements, dtype=before.dtype),
+        torch.linalg.vector_norm(square, dim=-1),
+        torch.linalg.vector_norm(before, 0, dim=-1),  # the number of elements that are not zero
+        torch.linalg.vector_norm(after, 0, dim=-1),
+        (data.abs() >= largest).sum(-1, dtype=before.dtype),
     )
-    return [Reduction("rounding", sums, member=i) for i in range(len(before))]
+    return Reduced("rounding", names, sums, before[0, 0].numel())
 
 
-def product_reductions(exact: Tensor, approximate: Tensor) -> list[Reduction]:
-    """One for each rounding of each product.
+def product_reduced(names: Names, exact: Tensor, approximate: Tensor) -> Reduced:
+    """For the statistics of T roundings of a product.
 
     Args:
-        exact: [..., R, Q] float64. approximate: [..., R, Q] float64, several for one exact where that is broadcast.
+        exact: [L, 1, R, Q] float64. approximate: [L, T, R, Q] float64.
     """
     noise = torch.linalg.vector_norm(approximate - exact, dim=-1)
     signal = torch.linalg.vector_norm(exact, dim=-1).expand_as(noise)
     overlap = (approximate * exact).sum((-2, -1))
     own = torch.linalg.vector_norm(approximate, dim=(-2, -1))
-    sums = (signal.flatten(0, -2), noise.flatten(0, -2), overlap.flatten(), own.flatten())
-    return [Reduction("product", sums, member=i) for i in range(len(sums[-1]))]
+    return Reduced("product", names, (signal, noise, overlap, own))
 
 
-def finish(reductions: Sequence[Reduction]) -> list[list[float]]:
-    """The statistics of each reduction in the order of :data:`STATS_OF` (32 shares for exponents).
+Finished = Iterator[tuple[str, str, str, list[float]]]
+"""Layer, key, kind, and the statistics in the order of :data:`STATS_OF` (32 shares for exponents)."""
+
+
+def finish(found: Sequence[tuple[Sequence[str], Reduced]]) -> Finished:
+    """The statistics of every tensor and product of every layer.
 
     What is of one kind and shape is finished in one batch, and each device brings everything over in one transfer.
+
+    Args:
+        found: names of the layers in a stack, and what they were reduced to.
     """
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for i, (kind, sums, length, _) in enumerate(reductions):
-        key = (kind, length, *((s.shape[1:], s.dtype, s.device) for s in sums))
-        groups.setdefault(key, []).append(i)
-    finished: dict[torch.device, list[tuple[list[tuple[int, int]], Tensor]]] = {}
+    groups: dict[tuple[object, ...], list[tuple[Sequence[str], Reduced]]] = {}
+    for layers, reduced in found:
+        shapes = ((s.shape[2:], s.dtype, s.device) for s in reduced.sums)
+        groups.setdefault((reduced.kind, reduced.length, *shapes), []).append((layers, reduced))
+    finished: dict[torch.device, list[tuple[list[tuple[Sequence[str], Reduced]], Tensor]]] = {}
     for members in groups.values():
-        first: dict[int, int] = {}  # row of each batch of sums among all of them
-        batches, rows, count = [], [], 0
-        for i in members:
-            sums, member = reductions[i].sums, reductions[i].member
-            if id(sums) not in first:
-                first[id(sums)] = count
-                batches.append(sums)
-                count += len(sums[0])
-            rows.append((i, first[id(sums)] + member))
-        together = [torch.cat(parts) for parts in zip(*batches, strict=True)]
-        stats = _FINISH[reductions[members[0]].kind](reductions[members[0]].length, *together)
-        finished.setdefault(stats.device, []).append((rows, stats))
-    found: list[list[float]] = [[] for _ in reductions]
-    for parts in finished.values():
-        numbers = torch.cat([stats.flatten() for _, stats in parts]).tolist()
-        for rows, stats in parts:
+        kind, _, _, length = members[0][1]
+        sums = zip(*(reduced.sums for _, reduced in members), strict=True)
+        stats = _FINISH[kind](length, *(torch.cat([part.flatten(0, 1) for part in parts]) for parts in sums))
+        finished.setdefault(stats.device, []).append((members, stats))
+    for batches in finished.values():
+        numbers = torch.cat([stats.flatten() for _, stats in batches]).tolist()
+        start = 0
+        for members, stats in batches:
             width = stats.shape[1]
-            for i, row in rows:
-                found[i] = numbers[row * width : (row + 1) * width]
-            del numbers[: stats.numel()]
-    return found
+            for layers, reduced in members:
+                for layer in layers:
+                    for names in reduced.names:
+                        for name in names:
+                            yield layer, name, reduced.kind, numbers[start : start + width]
+                        start += width
 
 
 # Below, B is the number of tensors that are finished together.
 
 
-def _finish_scale(count: int, amax: Tensor, squares: Tensor) -> Tensor:
-    amax, rms = amax.double(), (squares.sum(-1) / count).sqrt()
+def _finish_scale(_: int, amax: Tensor, mean_square: Tensor) -> Tensor:
+    rms = mean_square.sqrt()
     return torch.stack([amax, rms, amax / rms], -1)
 
 
@@ -195,7 +176,7 @@ def _finish_columns(rows: int, square: Tensor, total: Tensor) -> Tensor:
 
 
 def _finish_rounding(
-    _: int,
+    count: int,
     signal: Tensor,
     noise: Tensor,
     fourth: Tensor,
@@ -203,10 +184,10 @@ def _finish_rounding(
     kept: Tensor,
     saturated: Tensor,
 ) -> Tensor:
-    kurtosis = (fourth / signal.square().sum(-1)).square()
+    kurtosis = count * (torch.linalg.vector_norm(fourth, dim=-1) / signal.square().sum(-1)).square()
     # Zeros (padding) have nothing to lose: shares are of the nonzero elements.
-    some = nonzero.clamp(min=1)
-    underflow, saturation = (nonzero - kept) / some, saturated / some
+    some = nonzero.sum(-1).clamp(min=1)
+    underflow, saturation = (nonzero - kept).sum(-1) / some, saturated.sum(-1) / some
     return torch.stack([kurtosis, underflow, saturation, *_sqnr(signal, noise)], -1)
 
 
@@ -234,7 +215,7 @@ STATS_OF: dict[str, tuple[str, ...]] = {
     "product": ("sqnr_db", "median_db", "p10_db", "min_db", "cosine", "bias"),
     "exponents": (),
 }
-"""Names of what each kind of reduction is finished to; docs/metrics.md defines them."""
+"""Names of what each kind is finished to; docs/metrics.md defines them."""
 
 _FINISH: dict[str, Callable[..., Tensor]] = {
     "scale": _finish_scale,

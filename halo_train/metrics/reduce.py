@@ -1,0 +1,293 @@
+"""From samples of L layers, stacked, to sums: the operands are rounded as the layers round them and multiplied in float64.
+
+What an operand needs of its whole tensor is in the sample beside its rows: the largest magnitudes that decide scales, or the
+rounded values where a rotation mixes in what was not sampled. ``<name><i>`` belongs to ``plan.configs[i]``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import Format, HaloConfig, Scaling, storage_dtype
+from ..gemm import MULTIPLE
+from ..hadamard import hadamard_transform
+from ..operands import rotation_block
+from ..quantize import Quantized, quantize
+from ..reference import QMAX
+from .batches import Sample
+from .operands import arithmetic, round_parts, values_of
+from .plan import Plan, changes, folds
+from .statistics import (
+    Names,
+    Reduced,
+    exponents_reduced,
+    outliers_reduced,
+    product_reduced,
+    rounding_reduced,
+    sample_outliers,
+    scale_reduced,
+)
+
+
+def reduce_inputs(plan: Plan, t: Sample) -> list[Reduced]:
+    """amax, rms, crest, nonfinite and outliers of X and W, and the first three of them as operands.
+
+    Args:
+        t: ``{x,w}_rows`` [L, 3, R] and ``{x,w}_columns`` [L, 2, K], moments; where the own config changes X and W
+            ``{x,w}_scale`` [L, R], scales of the operand; where it equalises ``{x,w}_factor`` [L, K], what multiplies the columns.
+    """
+    found = []
+    for name in ("x", "w"):
+        rows, columns = t[f"{name}_rows"], t[f"{name}_columns"]
+        if plan.own is None:
+            found += _whole((name,), rows, columns)
+        elif not changes(plan.own):
+            found += _whole((name, f"{name}_operand"), rows, columns)
+        else:
+            found += _whole((name,), rows, columns)
+            # A row of zeros has scale 1.
+            amax = torch.where(rows[:, 0] == 0, 0.0, t[f"{name}_scale"] * _largest(plan.own.format)).amax(-1)
+            squares = columns[:, 1]
+            if f"{name}_factor" in t:
+                squares = squares * t[f"{name}_factor"].square()
+            count = rows.shape[-1] * _width(columns.shape[-1], plan.own)
+            found.append(scale_reduced(((f"{name}_operand",),), amax[:, None], squares[:, None], count))
+    return found
+
+
+def reduce_gradients(plan: Plan, t: Sample) -> list[Reduced]:
+    """The same of E, and of E as it is rounded for dgrad and wgrad.
+
+    Args:
+        t: ``e_rows`` [L, 3, M] and ``e_columns`` [L, 2, N], moments. Where the own config has row scales ``x_scale`` [L, M], those
+            of X; where W's are folded ``fold`` [L, N]. Of a folded or rotated operand of dgrad ``dgrad_amax`` [L].
+    """
+    rows, columns, own = t["e_rows"], t["e_columns"], plan.own
+    if own is None:
+        return _whole(("e",), rows, columns)
+    as_it_is, found, count = ["e"], [], rows.shape[-1] * columns.shape[-1]
+    if "dgrad_amax" in t:
+        squares = columns[:, 1] * t["fold"].double().square() if "fold" in t else columns[:, 1]
+        found.append(
+            scale_reduced((("e_dgrad_operand",),), t["dgrad_amax"][:, None].double(), squares[:, None], count)
+        )
+    else:
+        as_it_is.append("e_dgrad_operand")
+    if own.scaling is Scaling.ROWWISE:
+        scale = t["x_scale"].double()
+        amax, squares = (rows[:, 0] * scale).amax(-1), rows[:, 2] * scale.square()
+        found.append(scale_reduced((("e_wgrad_operand",),), amax[:, None], squares[:, None], count))
+    else:
+        as_it_is.append("e_wgrad_operand")
+    return found + _whole(tuple(as_it_is), rows, columns)
+
+
+def reduce_fprop(plan: Plan, t: Sample) -> list[Reduced]:
+    """The product fprop; rounding, histogram and outliers of the rows of X and W.
+
+    Args:
+        t: ``x`` [L, S, K], ``w`` [L, P, K]; for configs that equalise ``d`` and ``inverse`` [L, K]; for those with one scale a
+            tensor ``x_amax`` [L, M] and ``w_amax`` [L, N], of the rows. Where they also change X and W ``data<i>``
+            [L, S + P, K'], rows of X and below them of W, and ``scale<i>`` [L, S + P].
+    """
+    x, w, own = t["x"], t["w"], plan.own
+    count, columns = x.shape[1], x.shape[2]
+    # Of X and below them of W: one kernel does for both.
+    plain = equalized = _padded(torch.cat([x, w], 1))
+    if "d" in t:
+        equalized = _padded(torch.cat([x * t["inverse"][:, None], w * t["d"][:, None]], 1))
+    exact = plain.double()
+
+    def rounded(config: HaloConfig) -> Quantized:
+        if config.scaling is Scaling.ROWWISE:
+            rows = equalized if config.equalize else plain
+            return quantize(rows, config.format, block=rotation_block(rows.shape[-1], config))
+        amax = [t[f"{name}_amax"].amax(-1, keepdim=True).expand(-1, t[name].shape[1]) for name in ("x", "w")]
+        return round_parts(plain, torch.cat(amax, 1), config.format)
+
+    found, products = [], []
+    for i, config in enumerate(plan.configs):
+        q = Quantized(t[f"data{i}"], t[f"scale{i}"]) if f"data{i}" in t else rounded(config)
+        values = values_of(q)
+        products.append(values[:, :count] @ values[:, count:].mT)
+        if config == own and changes(config):
+            rows = equalized if config.equalize else plain
+            if config.rotate_k:
+                rows = hadamard_transform(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+            names = ("x_operand", "w_operand")
+            for part in _Rows.of_both(names, count, _width(columns, config), rows.double(), values, q):
+                found += part.reduced(config.format, outliers=part.names)
+    product = exact[:, :count] @ exact[:, count:].mT
+    found.append(product_reduced(plan.names("fprop"), product[:, None], torch.stack(products, 1)))
+    if own is not None:
+        q = rounded(dataclasses.replace(own, rotate_k=False, equalize=False))
+        for part in _Rows.of_both(("x", "w"), count, columns, exact, values_of(q), q):
+            if changes(own):
+                found += part.reduced(own.format)
+            else:
+                operands = tuple((f"{name}_operand",) for (name,) in part.names)
+                both = tuple((*a, *b) for a, b in zip(part.names, operands, strict=True))
+                found += part._replace(names=both).reduced(own.format, outliers=operands)
+    return found
+
+
+def reduce_dgrad(plan: Plan, t: Sample) -> list[Reduced]:
+    """The product dgrad; rounding, histogram and outliers of the rows of E that are its operand.
+
+    Args:
+        t: ``e`` [L, S, N], rows of E; ``w`` [L, N, C], columns of W; ``w_amax`` [L, N] and, for configs with one scale a tensor,
+            ``e_amax`` [L, M], of the rows. Where dgrad takes the W of fprop, changed, ``values<i>`` [L, N, C], what its data stands for,
+            and ``scale<i>`` [L, N]. Where E is rotated ``e_values<i>`` [L, S, N], rotated back, and of the own config ``e_exact`` and
+            ``e_data`` [L, S, N] and ``e_scale`` [L, S].
+    """
+    e, own = t["e"], plan.own
+    exact, found, products = e.double(), [], []
+    for i, config in enumerate(plan.configs):
+        multiplied, fold = _dgrad_weight(t, i, config)
+        if config.rotate_m_dgrad:
+            products.append(t[f"e_values{i}"].double() @ multiplied)
+        else:
+            folded = e if fold is None else e * fold[:, None]
+            q = _round_gradient(folded, t, config)
+            values = values_of(q)
+            products.append(values @ multiplied)
+        if config != own:
+            continue
+        if config.rotate_m_dgrad:
+            folded, q = t["e_exact"], Quantized(t["e_data"], t["e_scale"])
+            values = values_of(q)
+        operand = _Rows.of("e_dgrad_operand", exact if folded is e else folded.double(), values, q)
+        if folded is e:
+            both = operand._replace(names=(("e", "e_dgrad_operand"),))
+            found += both.reduced(config.grad_format, outliers=operand.names)
+        else:
+            found += operand.reduced(config.grad_format, outliers=operand.names)
+            q = _round_gradient(e, t, config)
+            found += _Rows.of("e", exact, values_of(q), q).reduced(config.grad_format)
+    product = exact @ t["w"].double()
+    found.append(product_reduced(plan.names("dgrad"), product[:, None], torch.stack(products, 1)))
+    return found
+
+
+def reduce_wgrad(plan: Plan, t: Sample) -> list[Reduced]:
+    """The product wgrad; rounding, histogram and outliers of the columns of E that are its operand.
+
+    Args:
+        t: ``e`` [L, M, P], columns of E; ``x`` [L, M, C], columns of X; ``x_amax`` and, for configs with one scale a tensor, ``e_amax``
+            [L, M], of the rows. Where X is changed ``error<i>`` [L, M, C], rounded minus exact, and ``scale<i>`` [L, M].
+    """
+    e = t["e"].mT.contiguous()
+    exact, x, found, products = e.double(), t["x"].double(), [], []
+    for i, config in enumerate(plan.configs):
+        rowwise = config.scaling is Scaling.ROWWISE
+        # Row scales of X are in E: what it meets is the data alone.
+        if f"error{i}" in t:
+            multiplied, scale = x + t[f"error{i}"], t[f"scale{i}"]
+            multiplied = multiplied / scale[..., None] if rowwise else multiplied
+        else:
+            q = _round_with(t["x"], t["x_amax"], config)
+            multiplied, scale = arithmetic(q.data).double() if rowwise else values_of(q), q.scale
+        rows = e * scale[:, None] if rowwise else e
+        q = _round_gradient(rows, t, config)
+        values = values_of(q)
+        products.append(values @ multiplied)
+        if config == plan.own:
+            operand = _Rows.of("e_wgrad_operand", rows.double(), values, q)
+            found += operand.reduced(config.grad_format, outliers=operand.names)
+    # Columns of dW stand where the other products have tokens.
+    product, rounded = (exact @ x).mT, torch.stack(products, 1).mT
+    found.append(product_reduced(plan.names("wgrad"), product[:, None], rounded))
+    return found
+
+
+class _Rows(NamedTuple):
+    """Sampled rows of T tensors of each layer, [L, T, R, Q]."""
+
+    names: Names
+    before: Tensor
+    """Values before rounding, float64, as those after it."""
+    after: Tensor
+    data: Tensor
+    """What is stored of them."""
+
+    @staticmethod
+    def of(name: str, before: Tensor, after: Tensor, q: Quantized) -> _Rows:
+        """Of one tensor, [L, R, Q]."""
+        return _Rows(((name,),), *(rows[:, None] for rows in (before, after, arithmetic(q.data))))
+
+    @staticmethod
+    def of_both(
+        names: tuple[str, str], count: int, width: int, before: Tensor, after: Tensor, q: Quantized
+    ) -> list[_Rows]:
+        """Of two that stand one below the other, [L, count + R, >= width]: together where they have equally many rows."""
+        rows = [r[..., :width] for r in (before, after, arithmetic(q.data))]
+        first, second = ((name,) for name in names)
+        if before.shape[1] == 2 * count:
+            return [_Rows((first, second), *(r.unflatten(1, (2, count)) for r in rows))]
+        return [
+            _Rows((first,), *(r[:, None, :count] for r in rows)),
+            _Rows((second,), *(r[:, None, count:] for r in rows)),
+        ]
+
+    def reduced(self, fmt: Format, outliers: Names = ()) -> list[Reduced]:
+        """Rounding and histogram, and under the names of ``outliers`` those."""
+        square = self.before.square()
+        found = [
+            rounding_reduced(self.names, self.before, square, self.after, self.data, _largest(fmt)),
+            exponents_reduced(self.names, self.before),
+        ]
+        return found + sample_outliers(outliers, self.before, square) if outliers else found
+
+
+def _whole(names: tuple[str, ...], rows: Tensor, columns: Tensor) -> list[Reduced]:
+    """Of tensors as they are, the first name, and of others that have the same amax, rms and crest."""
+    count = rows.shape[-1] * columns.shape[-1]
+    scale = scale_reduced((names,), rows[:, :1].amax(-1), columns[:, 1:], count)
+    by_row, by_column = (rows[:, 2:], rows[:, 1:2]), (columns[:, 1:], columns[:, :1])
+    return [scale, *outliers_reduced((names[:1],), by_row, by_column)]
+
+
+def _dgrad_weight(t: Sample, i: int, config: HaloConfig) -> tuple[Tensor, Tensor | None]:
+    """What E meets in dgrad [L, N, C], and the row scales [L, N] that are folded into E before."""
+    if config.requantize_w_dgrad:
+        return values_of(quantize(t["w"].mT, config.format)).mT, None
+    if f"values{i}" in t:
+        values, scale = t[f"values{i}"].double(), t[f"scale{i}"]
+    else:
+        q = _round_with(t["w"], t["w_amax"], config)
+        values, scale = arithmetic(q.data).double(), q.scale
+    return (values, scale) if folds(config) else (values * scale.double()[..., None], None)
+
+
+def _round_with(columns: Tensor, amax: Tensor, config: HaloConfig) -> Quantized:
+    """Columns [L, R, C] of X or W as they are, whose rows have the largest magnitudes amax [L, R]."""
+    if config.scaling is Scaling.TENSORWISE:
+        amax = amax.amax(-1, keepdim=True).expand_as(amax)
+    return round_parts(columns, amax, config.format)
+
+
+def _round_gradient(rows: Tensor, t: Sample, config: HaloConfig) -> Quantized:
+    """Rows [L, R, Q] of E or of its transpose."""
+    if config.scaling is Scaling.ROWWISE:
+        return quantize(rows, config.grad_format)
+    amax = t["e_amax"].amax(-1, keepdim=True).expand(rows.shape[:2])
+    return round_parts(rows, amax, config.grad_format)
+
+
+def _padded(rows: Tensor) -> Tensor:
+    extra = -rows.shape[-1] % MULTIPLE
+    return F.pad(rows, (0, extra)) if extra else rows
+
+
+def _width(columns: int, config: HaloConfig) -> int:
+    """Columns of an operand: a rotation fills the padded ones too."""
+    return columns + (-columns % MULTIPLE if config.rotate_k else 0)
+
+
+def _largest(fmt: Format) -> float:
+    return QMAX.get(storage_dtype(fmt, torch.float32), 1.0)
