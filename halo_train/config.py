@@ -67,6 +67,8 @@ class HaloConfig:
     """Divide the columns of X by d and multiply those of W by d, d a power of two per channel, before rotating."""
     fast_accum: bool = True
     """Float8 products on a GPU: sums with the few bits that the tensor core keeps, or in float32, slower."""
+    recompute_inputs: bool = False
+    """Fused blocks round a norm's output and h once more in backward, to the same bits, instead of keeping them until then."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", parse_choice(Format, "format", self.format))
@@ -129,7 +131,7 @@ class HaloConfig:
             if config == self:
                 return name
         parts = [self.format.value, f"grad_{self.grad_format.value}", self.scaling.value]
-        flags = ("rotate_k", "rotate_m_dgrad", "requantize_w_dgrad", "equalize")
+        flags = ("rotate_k", "rotate_m_dgrad", "requantize_w_dgrad", "equalize", "recompute_inputs")
         parts += [flag for flag in flags if getattr(self, flag)]
         parts += [] if self.fast_accum else ["fast_accum=False"]
         return "custom(" + ", ".join(parts) + ")"

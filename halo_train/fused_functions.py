@@ -15,6 +15,7 @@ from .norms import Norm
 from .operands import contract_rows, pad_matrix, pad_vector, quantize_input, quantize_weight, rotation_block
 from .products import (
     ForDgrad,
+    again,
     as_matrix,
     crop,
     dgrad,
@@ -53,7 +54,7 @@ class ProjectionsFunction(torch.autograd.Function):
     scales of the rows and of the columns of its RoundedWeight. All but x and the weights may be None.
 
     Saved, as far as a gradient needs it: the rounded input (1 byte an element) with its scales, and what dgrad takes of each
-    weight, as in HaloLinearFunction; with a norm x, rstd and the mean of a LayerNorm.
+    weight, as in HaloLinearFunction; with a norm x, rstd and the mean of a LayerNorm, and no rounded input if the config says so.
     """
 
     @staticmethod
@@ -76,9 +77,10 @@ class ProjectionsFunction(torch.autograd.Function):
             outputs.append(crop(y, tokens.shape[0], layer.weight.shape[0]).view(*x.shape[:-1], -1))
             saved += w
         needs_dy, needs_dw = any(ctx.needs_input_grad[1:4]), any(ctx.needs_input_grad[6::_PER_LAYER])
+        recompute = _recomputes(arguments)
         ctx.save_for_backward(
-            *_if(needs_dy, *saved_norm),
-            *_if(needs_dw, rounded.data),
+            *_if(needs_dy or (needs_dw and recompute), *saved_norm),
+            *_if(needs_dw and not recompute, rounded.data),
             *(rounded.scale, d, inverse),
             *_if(needs_dy, *saved),
         )
@@ -95,7 +97,9 @@ class ProjectionsFunction(torch.autograd.Function):
         block = rotation_block(ctx.x_shape[-1], config)
         found: list[Tensor | None] = []
         with without_autocast(scale.device.type):
-            x = None if data is None else contract_rows(Quantized(data, scale), config)
+            x, some = None, next((e for e in grads if e is not None), None)
+            if some is not None and any(needs[6::_PER_LAYER]):
+                x = _contract_input(data, scale, saved[:3], inverse, some, ctx.x_shape, arguments)
             for i, (e, form) in enumerate(zip(grads, ctx.forms, strict=True)):
                 w, dw, db = saved[9 + 3 * i : 12 + 3 * i], None, None
                 needs_dw, needs_db = needs[6 + _PER_LAYER * i : 8 + _PER_LAYER * i]
@@ -117,8 +121,8 @@ class GatedMLPFunction(torch.autograd.Function):
     """Y [..., N] from x [..., K], the norm's weight and bias, d and 1/d of gate and up [K], those of down [F], and the layers as
     in :class:`ProjectionsFunction`.
 
-    Saved: as there for gate and up; what they computed [M', F'], in the dtype of the products; h rounded, with its scales, and
-    what dgrad takes of down.
+    Saved: as there for gate and up; what they computed [M', F'], in the dtype of the products; h rounded, unless the config says
+    that it is made again, with its scales, and what dgrad takes of down.
     """
 
     @staticmethod
@@ -139,20 +143,18 @@ class GatedMLPFunction(torch.autograd.Function):
         # As the products leave them, padded: what is padding is zero, and so is act(0) * 0.
         gate, gate_w = _fprop(rounded, layers[0], d, arguments)
         up, up_w = _fprop(rounded, layers[1], d, arguments)
-        block = rotation_block(layers[2].weight.shape[1], config)
-        factors = None if down_inverse is None else pad_vector(down_inverse, gate.shape[1])
-        dtype = storage_dtype(config.format, gate.dtype)
-        hidden = Quantized(*ops.gated_quantize(gate, up, arguments.activation, dtype, block, factors))
+        hidden = _round_hidden(gate, up, down_inverse, layers[2].weight.shape[1], arguments)
         y, down_w = _fprop(hidden, layers[2], down_d, arguments)
         needs_dy = any(ctx.needs_input_grad[1:4])
         needs_gate, needs_up, needs_down = ctx.needs_input_grad[8:21:_PER_LAYER]
-        needs_dh = needs_dy or needs_gate or needs_up
+        needs_dh, needs_x = needs_dy or needs_gate or needs_up, needs_gate or needs_up
+        recompute = _recomputes(arguments)
         ctx.save_for_backward(
-            *_if(needs_dy, *saved_norm),
-            *_if(needs_gate or needs_up, rounded.data),
+            *_if(needs_dy or (needs_x and recompute), *saved_norm),
+            *_if(needs_x and not recompute, rounded.data),
             *(rounded.scale, d, inverse, down_d, down_inverse),
-            *_if(needs_dh, gate, up),
-            *_if(needs_down, hidden.data),
+            *_if(needs_dh or (needs_down and config.recompute_inputs), gate, up),
+            *_if(needs_down and not config.recompute_inputs, hidden.data),
             hidden.scale,
             *_if(needs_dy, *gate_w, *up_w),
             *_if(needs_dh, *down_w),
@@ -179,6 +181,9 @@ class GatedMLPFunction(torch.autograd.Function):
                 as_matrix(e), down_w, h_scale, needs_dh, needs_down, bias_dtype, config
             )
             if for_dw is not None:
+                if h_data is None:
+                    width = down_form.weight[0][1]
+                    h_data = _round_hidden(gate, up, again(down_inverse, width, e), width, arguments).data
                 h = contract_rows(Quantized(h_data, h_scale), config)
                 dw_down = wgrad(for_dw, h, down_block, down_d, down_form.weight, config)
             if for_dh is not None:
@@ -193,7 +198,7 @@ class GatedMLPFunction(torch.autograd.Function):
                     dy = dgrad(dgate, gate_w, arguments.out_dtype, config)
                     dy = _add(dy, dgrad(dup, up_w, arguments.out_dtype, config))
                 if needs_gate or needs_up:
-                    x = contract_rows(Quantized(data, scale), config)
+                    x = _contract_input(data, scale, saved[:3], inverse, e, ctx.x_shape, arguments)
                     dw_gate = wgrad(dgate_t, x, block, d, gate_form.weight, config) if needs_gate else None
                     dw_up = wgrad(dup_t, x, block, d, up_form.weight, config) if needs_up else None
             inputs = _input_backward(dy, block, inverse, ctx.x_shape, saved[:5], needs[1:4], arguments)
@@ -254,6 +259,39 @@ def _round_input(
     block = rotation_block(tokens.shape[1], config)
     rounded, mean, rstd = norm.quantize(pad_matrix(tokens, MULTIPLE, 1), config, block, inverse)
     return rounded, (tokens, gain, shift, mean[:m], rstd[:m])
+
+
+def _recomputes(arguments: Arguments) -> bool:
+    """Whether the rounded input is made again in backward: from what the norm's backward takes anyway."""
+    return arguments.config.recompute_inputs and arguments.norm is not None
+
+
+def _contract_input(
+    data: Tensor | None,
+    scale: Tensor,
+    of_norm: tuple[Tensor | None, ...],
+    inverse: Tensor | None,
+    e: Tensor,
+    x_shape: torch.Size,
+    arguments: Arguments,
+) -> Quantized:
+    """The rounded input, as saved or made again from x and the norm's weight and bias, transposed for wgrad."""
+    if data is None:
+        tokens, gain, shift = of_norm
+        assert tokens is not None
+        factors = again(inverse, x_shape[-1], e)
+        data = _round_input(tokens, arguments, gain, shift, factors)[0].data
+    return contract_rows(Quantized(data, scale), arguments.config)
+
+
+def _round_hidden(
+    gate: Tensor, up: Tensor, inverse: Tensor | None, width: int, arguments: Arguments
+) -> Quantized:
+    """(act(gate) up D^-1) H rounded, padded as gate and up are; width: what of them is no padding."""
+    config = arguments.config
+    factors = None if inverse is None else pad_vector(inverse, gate.shape[1])
+    dtype, block = storage_dtype(config.format, gate.dtype), rotation_block(width, config)
+    return Quantized(*ops.gated_quantize(gate, up, arguments.activation, dtype, block, factors))
 
 
 def _if(needed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -93,6 +93,26 @@ def undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
     return grad
 
 
+def again(factors: Tensor | None, k: int, e: Tensor) -> Tensor | None:
+    """factors [k] for what forward has computed before and backward computes again.
+
+    Under torch.compile a copy that depends on E: else the compiler would find the first result and keep it.
+    """
+    if not torch.compiler.is_compiling():
+        return factors
+    return _copy_after(e.new_ones(k, dtype=torch.float32) if factors is None else factors, e)
+
+
+@torch.library.custom_op("halo_train::copy_after", mutates_args=())
+def _copy_after(x: Tensor, e: Tensor) -> Tensor:
+    return x.clone()
+
+
+@_copy_after.register_fake
+def _copy_after_fake(x: Tensor, e: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 def as_matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 

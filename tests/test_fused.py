@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -273,6 +274,35 @@ def test_one_gradient_alone_is_that_of_all_and_saves_less(trained: str) -> None:
     alone = torch.autograd.grad(outputs, getattr(case, trained), [torch.ones(40, 20)] * len(outputs))
     assert torch.equal(alone[0], every[0])
     assert saved_bytes(case) < 0.95 * saved_bytes(whole)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recipe", ["fp8", "fp8_plain"])
+def test_inputs_that_are_rounded_again_have_the_same_bits_and_are_not_kept(
+    recipe: str, compiled: bool
+) -> None:
+    results, kept = [], []
+    for recompute in (False, True):
+        config = dataclasses.replace(RECIPES[recipe], recompute_inputs=recompute, requantize_w_dgrad=True)
+        case = Case.draw((40, 32), 64).with_grad()
+        run = fused
+        if compiled:
+            torch.compiler.reset()
+            run = torch.compile(fused, backend="aot_eager")
+        saved: list[Tensor] = []
+
+        def keep(t: Tensor, saved: list[Tensor] = saved) -> Tensor:
+            saved.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            outputs = run(case, config, "rms")
+        results.append(with_gradients(outputs, case))
+        kept.append([tuple(t.shape) for t in saved if t.element_size() == 1])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    of_tokens = [[shape for shape in shapes if 48 in shape] for shapes in kept]  # 40, padded
+    assert len(of_tokens[0]) >= 2
+    assert of_tokens[1] == []
 
 
 def test_an_output_that_nobody_uses() -> None:
