@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, save_json
+from common import RESULTS, environment, save_json
 from torch import nn
 
 from halo_train import convert_to_halo_training
 from halo_train.bench.linear import require_gpu
-from halo_train.bench.step import Case, add_arguments, measure, recipe_case, recipes, size_of
+from halo_train.bench.step import CHECKPOINTING, Case, add_arguments, measure, recipe_case, recipes, size_of
 
-SHARED = Case(
-    "fp8, shared inputs", lambda model: convert_to_halo_training(model, recipe="fp8", share_inputs=True)
-)
-"""q, k and v, and gate and up, round what they read once; in eager mode only."""
+UNFUSED = Case("fp8, fuse=False", lambda model: convert_to_halo_training(model, recipe="fp8", fuse=False))
+"""Every layer rounds what it reads, norms and SwiGLU write bfloat16."""
 
 
 def torchao_cases() -> list[Case]:
@@ -68,16 +67,21 @@ def table(rows: list[dict[str, Any]], where: dict[str, Any], command: str) -> st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.set_defaults(checkpointing=["none", "full"], recipes=["fp8", "fp8_plain", "int8"])
+    parser.set_defaults(checkpointing=list(CHECKPOINTING), recipes=["fp8", "int8"])
+    parser.add_argument("--only", nargs="+", help="cases to measure, bf16 among them, instead of all")
     parser.add_argument("--commit", help="of the sources, where they are no git checkout")
     parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
     require_gpu(parser)
-    cases = [*(recipe_case(recipe) for recipe in recipes(args)), SHARED, *torchao_cases()]
+    cases = [*(recipe_case(recipe) for recipe in recipes(args)), UNFUSED, *torchao_cases()]
+    if args.only:
+        cases = [case for case in cases if case.name in args.only]
     rows = measure(size_of(args), cases, args)
     if not args.no_save:
         where = environment(args.commit)
-        path = save_json("step", {"environment": where, "size": size_of(args)._asdict(), "rows": rows})
+        record = {"environment": where, "size": size_of(args)._asdict(), "rows": rows}
+        path = save_json("step", record, args.out)
         path.with_suffix(".md").write_text(table(rows, where, str(size_of(args))))
         print(f"\n{path}")
 

@@ -35,9 +35,9 @@ LAYERS = [
     ["convert", "metrics"],
     ["calibrate"],
     ["__init__"],
-    ["quant_report", "bench"],
+    ["quant_report"],
     ["training"],
-    ["recipes"],
+    ["bench", "recipes"],
     ["cli"],
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -12,25 +12,27 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from halo_train import RECIPES, convert_to_halo_training
+from halo_train.training.blocks import checkpoint_activations, compile_blocks
 
 from .linear import require_gpu
 
-CHECKPOINTING = ("none", "full")
+Checkpointing = Literal["none", "selective", "full"]
+CHECKPOINTING = get_args(Checkpointing)
 WARM_UP = 3
 
 _CATEGORIES = {
+    "attention": ("flash", "fmha", "attention", "sdpa"),
     "GEMM": ("gemm", "nvjet", "cutlass", "_kernel_tma", "wgmma"),
-    "attention": ("flash", "fmha", "attention", "cudnn"),
     "rotate and round": ("halo_train", "transpose_bytes"),
     "optimiser": ("multi_tensor", "adam"),
 }
-"""What the name of a kernel contains, in lower case; everything else is "other"."""
+"""What the name of a kernel contains, in lower case; the first that fits; everything else is "other"."""
 
 
 class Size(NamedTuple):
@@ -53,7 +55,7 @@ class Case(NamedTuple):
     convert: Callable[[nn.Module], Any]
 
 
-def build(size: Size, case: Case, *, compiled: bool, checkpointing: str) -> nn.Module:
+def build(size: Size, case: Case, *, compiled: bool, checkpointing: Checkpointing) -> nn.Module:
     """The model on the current GPU, converted, its decoder layers compiled or not."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,13 +79,14 @@ def build(size: Size, case: Case, *, compiled: bool, checkpointing: str) -> nn.M
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default)
-    case.convert(model)
-    if checkpointing == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    case.convert(model.train())
+    if checkpointing != "none":
+        checkpoint_activations(model, checkpointing)
     if compiled:
-        for layer in model.model.layers:
-            layer.compile()
-    return model.train()
+        with torch.no_grad():  # takes the equalisers, which code that recomputes cannot
+            model.model(input_ids=torch.zeros(1, 16, dtype=torch.long, device="cuda"))
+        compile_blocks(model)
+    return model
 
 
 class Training:
@@ -105,7 +108,9 @@ class Training:
         self.optimizer.zero_grad()
 
 
-def measure_case(size: Size, case: Case, *, compiled: bool, checkpointing: str, steps: int) -> dict[str, Any]:
+def measure_case(
+    size: Size, case: Case, *, compiled: bool, checkpointing: Checkpointing, steps: int
+) -> dict[str, Any]:
     """Milliseconds a step (median), tokens a second, GiB of memory by category, share of GPU time by category."""
     torch.cuda.empty_cache()
     start_bytes = torch.cuda.memory_allocated()
