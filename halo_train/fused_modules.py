@@ -113,7 +113,8 @@ class HaloGatedMLP(FusedModule):
         gate, up, down = self.layers()
         if any(lacks_equalizer(layer) for layer in (gate, up)):
             take_jointly((gate, up), x)
-        if lacks_equalizer(down) and isinstance(gate, HaloLinear) and isinstance(up, HaloLinear):
+        ready = all(isinstance(layer, HaloLinear) and not lacks_equalizer(layer) for layer in (gate, up))
+        if ready and lacks_equalizer(down):
             with torch.no_grad(), _outside_modes():
                 # Not by calling the modules, whose hooks are there for other calls.
                 hidden = self.act_fn(HaloLinear.forward(gate, x)) * HaloLinear.forward(up, x)

@@ -208,8 +208,9 @@ class HaloLinear(nn.Linear):
         return self
 
     def _take_equalizer(self, x: Tensor) -> None:
-        self.joint = None  # those of the others are not known here
         taken_from = take_equalizers((self,), x)
+        if self.equalizer_taken:
+            self.joint = None  # those of the others are not known here
         if taken_from is not None and self.input_group is not None:
             self.input_group.record(*taken_from)
 

@@ -54,7 +54,7 @@ def build(kind: str = "Llama", **fields: Any) -> nn.Module:
 def convert(
     model: nn.Module, recipe: str | HaloConfig = "fp8", **arguments: Any
 ) -> tuple[nn.Module, ConversionReport]:
-    return model, convert_to_halo_training(model, recipe=recipe, **arguments)
+    return model, convert_to_halo_training(model, recipe=recipe, **{"fuse": True} | arguments)
 
 
 def step(model: nn.Module, ids: Tensor = IDS) -> list[Tensor]:
@@ -217,8 +217,12 @@ def test_generation_and_no_tokens_at_all() -> None:
     prompt = IDS[:, :4]
     texts = [m.eval().generate(prompt, max_new_tokens=4, do_sample=False) for m in (model, twin)]
     assert torch.equal(*texts)
-    mlp = model.model.layers[0].mlp
-    assert mlp(torch.zeros(2, 0, 64)).shape == (2, 0, 64)
+    fresh, _ = convert(build())
+    block = fresh.model.layers[0]
+    nothing = torch.zeros(2, 0, 64)
+    assert block.mlp(block.post_attention_layernorm(nothing)).shape == (2, 0, 64)
+    assert block.self_attn.q_proj(block.input_layernorm(nothing)).shape == (2, 0, 64)
+    assert runs_fused(fresh) == (4, 2)
 
 
 @pytest.mark.parametrize("where", ["q_proj", "gate_proj", "self_attn", "input_layernorm", "mlp"])
@@ -258,13 +262,13 @@ def test_adapters_run_unfused(order: str) -> None:
     model = build()
     if order == "peft first":
         model = peft.get_peft_model(model, lora)
-        report = convert_to_halo_training(model)
+        report = convert(model)[1]
         reasons = {part.name.rpartition(".")[2]: part.reason for part in report.unfused}
         assert "gate_proj is peft.tuners.lora.layer.Linear, not HaloLinear" in reasons["mlp"]
         assert "q_proj is peft.tuners.lora.layer.Linear" in reasons["input_layernorm"]
         assert not report.fused
     else:
-        assert len(convert_to_halo_training(model).fused) == 6
+        assert len(convert(model)[1].fused) == 6
         model = peft.get_peft_model(model, lora)
     assert runs_fused(model) == (0, 0)
     step(model)
