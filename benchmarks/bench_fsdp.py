@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import importlib.util
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from halo_train import convert_to_halo_training
+from halo_train import RECIPES, convert_to_halo_training
 
 TINY = Shape(2, 64, 4, 2, 160, 128, 64)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Variant:
     """A way to run the linear layers of the blocks."""
 
@@ -109,13 +109,20 @@ def variants(device: str) -> list[Variant]:
                 )
             )
 
-    def halo(model: nn.Module) -> None:
-        convert_to_halo_training(model, recipe="fp8", module_filter_fn=in_block)
+    def halo(fuse: bool = True, **changes: bool) -> Callable[[nn.Module], None]:
+        recipe = dataclasses.replace(RECIPES["fp8"], **changes)
+
+        def convert(model: nn.Module) -> None:
+            convert_to_halo_training(model, recipe=recipe, module_filter_fn=in_block, fuse=fuse)
+
+        return convert
 
     return [
         *found,
-        Variant("halo_train fp8", halo),
-        Variant("halo_train fp8, eager", halo, compiled=False),
+        Variant("halo_train fp8", halo()),
+        Variant("halo_train fp8, inputs rounded again", halo(recompute_inputs=True)),
+        Variant("halo_train fp8, not fused", halo(fuse=False)),
+        Variant("halo_train fp8, eager", halo(), compiled=False),
         Variant("bf16, eager", lambda model: None, compiled=False),
     ]
 
@@ -308,7 +315,7 @@ def main() -> None:
                 "environment": environment(args.commit),
                 "command": f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/bench_fsdp.py",
                 "gpus": dist.get_world_size(),
-                "shape": asdict(shape),
+                "shape": dataclasses.asdict(shape),
                 "rows": rows,
             }
             print(save_json(f"fsdp-{dist.get_world_size()}gpus", record, args.out))
