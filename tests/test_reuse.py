@@ -1,0 +1,57 @@
+"""Vectors that are kept from call to call, and where nothing may be kept."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from halo_train import HaloLinear
+from halo_train.reuse import KeptEqualizer, ones
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_ones_are_made_once_for_a_length_and_dtype():
+    like = torch.empty(0)
+    kept = ones(24, like)
+    assert torch.equal(kept, torch.ones(24))
+    assert ones(24, like) is kept
+    assert ones(24, like.double()).dtype is torch.float64
+    assert len(ones(25, like)) == 25
+
+
+@pytest.mark.parametrize("context", [Mode, torch.inference_mode])
+def test_nothing_is_kept_where_it_must_not(context):
+    kept, factors, exponent = ones(24, torch.empty(0)), KeptEqualizer(), torch.zeros(8, dtype=torch.int8)
+    first = factors.get(exponent)
+    with context():
+        assert ones(24, torch.empty(0)) is not kept
+        assert factors.get(exponent) is not first
+    assert factors.get(exponent) is first
+
+
+def test_factors_are_made_again_when_the_exponents_change():
+    factors, exponent = KeptEqualizer(), torch.arange(-4, 4, dtype=torch.int8)
+    first = factors.get(exponent)
+    assert torch.equal(first.d, torch.exp2(exponent.float()))
+    assert factors.get(exponent) is first
+    exponent.add_(1)
+    assert torch.equal(factors.get(exponent).inverse, torch.exp2(-exponent.float()))
+    exponent.data = exponent.data + 1
+    assert torch.equal(factors.get(exponent).d, torch.exp2(exponent.float()))
+
+
+def test_copies_and_pickles_start_empty():
+    layer = HaloLinear(16, 16)
+    layer(torch.randn(4, 16))
+    assert layer._kept_equalizer._made is not None
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin._kept_equalizer._made is None
+    assert "_kept_equalizer" not in vars(layer.to_linear())
