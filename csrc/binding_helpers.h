@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -57,6 +58,13 @@ inline Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like,
                                                   strides.data(), dtype, aoti_torch_device_type_cuda(),
                                                   like.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+// x dense, and in the dtype; itself if it is that already, because asking PyTorch costs the host as much as a
+// launch.
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+inline Tensor dense(const Tensor& x, ScalarType dtype) {
+  return dense(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

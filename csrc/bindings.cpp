@@ -50,7 +50,7 @@ int64_t row_stride(const Tensor& x) {
 // A vector over the axis as the kernel reads it: of the given type, dense, aligned, and long enough that a
 // period is whole vectors.
 Tensor prepare(const Tensor& vector, ScalarType dtype, int64_t repeats) {
-  Tensor cast = torch::stable::contiguous(torch::stable::to(vector, dtype));
+  Tensor cast = halo_train::dense(vector, dtype);
   if (repeats == 1 && aligned(cast.data_ptr())) return cast;
   const int64_t n = cast.numel();
   Tensor tiled = empty({repeats, n}, cast);

@@ -56,8 +56,7 @@ Tensor with_dense_rows(const Tensor& x) {
 Tensor factors_of(const Tensor& v, int64_t n, const Tensor& x) {
   STD_TORCH_CHECK(v.numel() == n && v.is_cuda() && v.get_device_index() == x.get_device_index(),
                   "halo_train: scales must have one value for each row or column, on the device of x");
-  return torch::stable::contiguous(
-      v.scalar_type() == ScalarType::Float ? v : torch::stable::to(v, ScalarType::Float));
+  return halo_train::dense(v, ScalarType::Float);
 }
 
 Tensor empty_floats(const std::vector<int64_t>& sizes, const Tensor& like) {
@@ -237,12 +236,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& i
     torch::stable::fill_(sums, 0.0);
     return {a, u, b, v, sums};
   }
-  const Tensor amax = empty_words(cols, e);
-  const Tensor scratch = empty_words(halo_train::quantize_rows_scratch(cols, device), e);
+  // In one piece, the part that is written in vectors aligned.
+  const int64_t aligned_cols = (cols + 3) / 4 * 4;
+  const Tensor amax = empty_words(aligned_cols + halo_train::quantize_rows_scratch(cols, device), e);
   halo_train::QuantizeRowsArgs args = rows_args(e, quantised.type, t, a, u);
   args.row_scale = static_cast<const float*>(s.data_ptr());
   args.col_amax = static_cast<uint32_t*>(amax.data_ptr());
-  args.partial_amax = static_cast<uint32_t*>(scratch.data_ptr());
+  args.partial_amax = args.col_amax + aligned_cols;
   check_launch("quantize_grad", halo_train::quantize_rows(args, current_stream(device)), device);
   quantize_transposed_into("quantize_grad", e, quantised.type, s, amax, false, b, v,
                            column_sums ? std::optional(sums) : std::nullopt);
@@ -254,7 +254,7 @@ Tensor transpose_bytes(const Tensor& input) {
   const DeviceGuard guard(device);
   STD_TORCH_CHECK(input.dim() == 2 && input.element_size() == 1,
                   "halo_train::transpose_bytes: x must be a matrix of one-byte elements");
-  const Tensor x = torch::stable::contiguous(input);
+  const Tensor x = halo_train::dense(input);
   Tensor y = halo_train::empty({x.size(1), x.size(0)}, x);
   if (x.numel() == 0) return y;
   check_launch(
@@ -269,7 +269,7 @@ std::tuple<Tensor, Tensor> equalizer_factors(const Tensor& input) {
   const DeviceGuard guard(device);
   STD_TORCH_CHECK(input.dim() == 1 && input.scalar_type() == ScalarType::Char,
                   "halo_train::equalizer_factors: exponent must be an int8 vector");
-  const Tensor exponent = torch::stable::contiguous(input);
+  const Tensor exponent = halo_train::dense(input);
   const int64_t n = exponent.size(0);
   Tensor d = empty_floats({n}, exponent), inverse = empty_floats({n}, exponent);
   if (n == 0) return {d, inverse};

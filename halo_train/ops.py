@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ MATRIX_POWERS = (64, 128, 256, 512)
 _LIBRARY_FILE = Path(__file__).with_name("_kernels.so")
 _BUILD_FILE = Path(__file__).with_name("_kernels.json")
 _library = torch.library.Library("halo_train", "DEF")
+_overloads = SimpleNamespace()
+"""The operators: looking an overload up costs the host as much as calling it."""
 
 
 def hadamard(
@@ -54,7 +57,7 @@ def hadamard(
         RuntimeError: x is on a GPU and the kernels are not built for it, or not for this matrix.
     """
     check_hadamard("hadamard", x, block, signs, out_scale, matrix)
-    return torch.ops.halo_train.hadamard(x, block, scale, signs, out_scale, matrix)
+    return _overloads.hadamard(x, block, scale, signs, out_scale, matrix)
 
 
 def hadamard_(
@@ -74,7 +77,7 @@ def hadamard_(
     check_hadamard("hadamard_", x, block, signs, out_scale, matrix)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("hadamard_: x must not require grad, or be under torch.no_grad(); use hadamard()")
-    torch.ops.halo_train.hadamard_(x, block, scale, signs, out_scale, matrix)
+    _overloads.hadamard_(x, block, scale, signs, out_scale, matrix)
 
 
 def hadamard_axis(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> Tensor:
@@ -86,7 +89,7 @@ def hadamard_axis(x: Tensor, block: int, scale: float, signs: Tensor | None = No
     check_block("hadamard_axis", block, x.shape[1])
     if signs is not None:
         check_vector("hadamard_axis", "signs", signs, x.shape[1], x)
-    return torch.ops.halo_train.hadamard_axis(x, block, scale, signs)
+    return _overloads.hadamard_axis(x, block, scale, signs)
 
 
 def quantize_rows(
@@ -96,7 +99,7 @@ def quantize_rows(
     check_matrix("quantize_rows", x, block, col_scale)
     if not _has_kernel_types(x, dtype):
         return reference.quantize_rows(x, dtype, block, col_scale)
-    return torch.ops.halo_train.quantize_rows(x, dtype, block, col_scale)
+    return _overloads.quantize_rows(x, dtype, block, col_scale)
 
 
 def quantize_rows_transposed(
@@ -108,7 +111,7 @@ def quantize_rows_transposed(
         check_vector("quantize_rows_transposed", "row_scale", row_scale, x.shape[0], x)
     if not _has_kernel_types(x, dtype):
         return reference.quantize_rows_transposed(x, dtype, row_scale)
-    return torch.ops.halo_train.quantize_rows_transposed(x, dtype, row_scale)
+    return _overloads.quantize_rows_transposed(x, dtype, row_scale)
 
 
 def quantize_grad(
@@ -119,7 +122,7 @@ def quantize_grad(
     check_vector("quantize_grad", "row_scale", row_scale, e.shape[0], e)
     if not _has_kernel_types(e, dtype):
         return reference.quantize_grad(e, dtype, col_scale, row_scale, column_sums)
-    return torch.ops.halo_train.quantize_grad(e, dtype, col_scale, row_scale, column_sums)
+    return _overloads.quantize_grad(e, dtype, col_scale, row_scale, column_sums)
 
 
 def transpose_bytes(x: Tensor) -> Tensor:
@@ -132,12 +135,12 @@ def transpose_bytes(x: Tensor) -> Tensor:
         raise ValueError(
             f"transpose_bytes: x must be a matrix of one-byte elements; got shape {tuple(x.shape)}, {x.dtype}"
         )
-    return torch.ops.halo_train.transpose_bytes(x)
+    return _overloads.transpose_bytes(x)
 
 
 def equalizer_factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
     """2^exponent and 2^-exponent of an int8 vector, float32."""
-    return torch.ops.halo_train.equalizer_factors(exponent)
+    return _overloads.equalizer_factors(exponent)
 
 
 def quantize_tensor(
@@ -147,7 +150,7 @@ def quantize_tensor(
     check_matrix("quantize_tensor", x, block, col_scale)
     if not _has_kernel_types(x, dtype):
         return reference.quantize_tensor(x, dtype, block, col_scale)
-    return torch.ops.halo_train.quantize_tensor(x, dtype, block, col_scale)
+    return _overloads.quantize_tensor(x, dtype, block, col_scale)
 
 
 def norm_quantize(
@@ -168,7 +171,7 @@ def norm_quantize(
     check_norm("norm_quantize", x, weight, bias, eps, center, block, col_scale)
     if not _has_kernel_types(x, dtype):
         return fused_reference.norm_quantize(x, weight, bias, eps, center, dtype, block, col_scale)
-    return torch.ops.halo_train.norm_quantize(x, weight, bias, eps, center, dtype, block, col_scale)
+    return _overloads.norm_quantize(x, weight, bias, eps, center, dtype, block, col_scale)
 
 
 def gated_quantize(
@@ -188,7 +191,7 @@ def gated_quantize(
     check_gated("gated_quantize", gate, activation, up=up)
     if not _has_kernel_types(gate, dtype):
         return fused_reference.gated_quantize(gate, up, activation, dtype, block, col_scale)
-    return torch.ops.halo_train.gated_quantize(gate, up, activation, dtype, block, col_scale)
+    return _overloads.gated_quantize(gate, up, activation, dtype, block, col_scale)
 
 
 def gated_grad_quantize(
@@ -215,18 +218,18 @@ def gated_grad_quantize(
     arguments = (dh, gate, up, activation, dtype, row_scale, gate_col_scale, up_col_scale)
     if not _has_kernel_types(dh, dtype):
         return fused_reference.gated_grad_quantize(*arguments)
-    return torch.ops.halo_train.gated_grad_quantize(*arguments)
+    return _overloads.gated_grad_quantize(*arguments)
 
 
 def int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
     """diag(scale_a) (a b^T) diag(scale_b) of int8 matrices; see :func:`reference.int8_matmul`."""
-    return torch.ops.halo_train.int8_matmul(a, b, scale_a, scale_b, out_dtype)
+    return _overloads.int8_matmul(a, b, scale_a, scale_b, out_dtype)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Largest magnitudes, sums and sums of squares along both axes of a matrix; see :func:`reference.moments`."""
     check_matrix("moments", x, 1, None)
-    return reference.moments(x) if x.dtype == torch.float64 else torch.ops.halo_train.moments(x)
+    return reference.moments(x) if x.dtype == torch.float64 else _overloads.moments(x)
 
 
 def kernel_status() -> dict[str, Any]:
@@ -302,6 +305,7 @@ for _name, (_schema, _reference) in SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _reference, "CPU")
     torch.library.register_fake(f"halo_train::{_name}", FAKES[_name], lib=_library)
+    setattr(_overloads, _name, getattr(torch.ops.halo_train, _name).default)
 torch.library.register_autograd(
     "halo_train::hadamard", _backward_hadamard, setup_context=_setup_hadamard, lib=_library
 )
