@@ -146,6 +146,65 @@ def test_products_of_every_recipe(recipe, m, k):
         agrees(values[f"{product}@{recipe}"], stats_by_hand(*pair))
 
 
+class Parallel(nn.Module):
+    """Layers of equal shape, each with an input of another scale; one of another shape among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(64, 48 if i == 1 else 80) for i in range(4))
+
+    def forward(self, x):
+        return sum((layer(x * 3.0**i).square() * 2.0**i).mean() for i, layer in enumerate(self.layers))
+
+
+@pytest.mark.parametrize("own", ["bf16", "fp8", "halo2_fp8"])
+def test_sampled_blocks_of_layers_that_are_reduced_together(own):
+    """Each layer by hand on the rows and columns that were drawn, operands rounded as in the whole tensors."""
+    model, x = Parallel(), torch.randn(96, 64) * torch.exp(torch.randn(64))
+    x[7] *= 4
+    convert_to_halo_training(model, recipe=own)
+    found = [capture(layer) for layer in model.layers]
+    with QuantMetrics(model, every=2, sample_size=32, what_if=WHAT_IF) as metrics:
+        model(x).backward()
+        (draws,) = metrics._draws.values()
+        metrics.step()
+    tokens = draws.take("tokens", 96).numpy()
+    inputs = draws.take("inputs", 64).numpy()
+    for i, layer in enumerate(model.layers):
+        outputs = draws.take("outputs", layer.out_features).numpy()
+        tensors = [t.detach().double().numpy() for t in (found[i]["x"], layer.weight, found[i]["e"])]
+        blocks = {
+            "fprop": np.ix_(tokens, outputs),
+            "dgrad": np.ix_(tokens, inputs),
+            "wgrad": np.ix_(inputs, outputs),
+        }
+        for recipe in WHAT_IF:
+            for product, pair in by_hand(*tensors, recipe).items():
+                values = metrics.last.values[f"layers.{i}"][f"{product}@{recipe}"]
+                agrees(values, stats_by_hand(*(whole[blocks[product]] for whole in pair)))
+        assert metrics.last.values[f"layers.{i}"]["x"]["amax"] == np.abs(tensors[0]).max()
+
+
+@pytest.mark.parametrize("own", ["bf16", "fp8", "fp8_plain", "halo0_fp8", "halo2_fp8"])
+def test_layers_measured_together_are_as_measured_alone(own):
+    """Every stat and histogram of layers that share the draw."""
+    model, x = Parallel(), torch.randn(96, 64)
+    convert_to_halo_training(model, recipe=own)
+    samples = {}
+    for layers in ("*", "layers.0", "layers.2", "layers.3"):
+        with QuantMetrics(
+            model, every=2, sample_size=32, layers=[layers], what_if=["fp8", "halo0_fp8"]
+        ) as metrics:
+            model(x).backward()
+            metrics.step()
+            samples[layers] = metrics.last
+    for name in ("layers.0", "layers.2", "layers.3"):
+        for part, stats in samples[name].values[name].items():
+            assert samples["*"].values[name][part] == pytest.approx(stats, rel=1e-9), part
+        assert samples["*"].histograms[name] == samples[name].histograms[name]
+
+
 @pytest.mark.parametrize("recipe", WHAT_IF)
 def test_operands_of_every_recipe(recipe):
     """What stands under x_operand, w_operand, e_dgrad_operand, e_wgrad_operand."""
