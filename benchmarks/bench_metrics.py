@@ -254,6 +254,8 @@ def main() -> None:
     for part in (training, linear, linear_200_steps):
         results[part.__name__] = part(args)
         gc.collect()  # the next needs the memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         print(part.__name__)
         for name, value in results[part.__name__].items():
             shown = ", ".join(f"{v:.2f}" for v in value) if isinstance(value, list) else f"{value:.2f}"

@@ -319,7 +319,7 @@ def test_fused_blocks_run_layer_by_layer_in_a_sampled_step(monkeypatch):
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4)
     )  # fmt: skip
-    assert convert_to_halo_training(model, recipe="fp8").fused
+    assert convert_to_halo_training(model, recipe="fp8", fuse=True).fused
     forward, called = HaloLinear.forward, []
     monkeypatch.setattr(
         HaloLinear, "forward", lambda layer, x: (called.append(layer.fqn), forward(layer, x))[1]

@@ -67,7 +67,8 @@ class LayerProbe:
         rows, columns = ops.moments(e)
         gradients = {"e_rows": rows, "e_columns": columns}
         if self._plan.configs:
-            self._dgrad["e"], self._wgrad["e"] = e[self._tokens], e[:, self._outputs]
+            self._dgrad["e"] = e[self._tokens]
+            self._wgrad["e"] = e.t().index_select(0, self._outputs)  # contiguous, as it is rounded
             if self._plan.tensorwise:
                 self._dgrad["e_amax"] = self._wgrad["e_amax"] = rows[0]
             gradients |= self._round_gradient(e)

@@ -178,10 +178,10 @@ def reduce_wgrad(plan: Plan, t: Sample) -> list[Reduced]:
     """The product wgrad; rounding, histogram and outliers of the columns of E that are its operand.
 
     Args:
-        t: ``e`` [L, M, P], columns of E; ``x`` [L, M, C], columns of X; ``x_amax`` and, for configs with one scale a tensor, ``e_amax``
+        t: ``e`` [L, P, M], rows of the transpose of E; ``x`` [L, M, C], columns of X; ``x_amax`` and, for configs with one scale a tensor, ``e_amax``
             [L, M], of the rows. Where X is changed ``error<i>`` [L, M, C], rounded minus exact, and ``scale<i>`` [L, M].
     """
-    e = t["e"].mT.contiguous()
+    e = t["e"]
     exact, x, found, products = e.double(), t["x"].double(), [], []
     for i, config in enumerate(plan.configs):
         rowwise = config.scaling is Scaling.ROWWISE
