@@ -1,6 +1,6 @@
 """GSM8K end to end: a Llama trained from scratch on text found on this machine, then fine-tuned in several precisions.
 
-    python benchmarks/gsm8k.py --data GSM8K     # five minutes on an H200; GSM8K holds train.jsonl and test.jsonl
+    python benchmarks/gsm8k.py --data GSM8K     # four minutes on an H200; GSM8K holds train.jsonl and test.jsonl
 
 1. Text: sources and documentation of Python's standard library and of the installed packages, and the training questions of
    GSM8K (github.com/openai/grade-school-math, MIT). The model, 260M parameters by default, and its tokenizer are made from it by
@@ -249,8 +249,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--micro-batch", type=int, default=64)
-    parser.add_argument("--pretrain-steps", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=240, help="of fine-tuning")
+    parser.add_argument("--pretrain-steps", type=int, default=140)
+    parser.add_argument("--steps", type=int, default=180, help="of fine-tuning")
     parser.add_argument("--limit", type=int, help="test questions")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--answers-at-once", type=int, default=1400)
