@@ -23,14 +23,28 @@ inline int multiprocessors(int device) {
   return count;
 }
 
-// Thread blocks of `warps` warps and `shared` bytes of dynamic shared memory, a function of the warps, that
-// fit the GPU at once, in `blocks`. Allows the shared memory; cudaErrorLaunchOutOfResources where the GPU has
-// too little.
+// Bytes of shared memory that a thread block can ask for, a little less for what kernels declare themselves.
+inline size_t shared_limit(int device) {
+  static std::atomic<int> known[kCachedDevices];
+  const bool cached = device < kCachedDevices;
+  int limit = cached ? known[device].load(std::memory_order_relaxed) : 0;
+  if (limit == 0) {
+    if (cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+      return 47 * 1024;
+    }
+    if (cached) known[device].store(limit, std::memory_order_relaxed);
+  }
+  return static_cast<size_t>(limit) - 1024;
+}
+
+// Thread blocks of `threads` threads and `shared` bytes of dynamic shared memory that fit the GPU at once, in
+// `blocks`; both are functions of `key`, at most 32. Allows the shared memory; cudaErrorLaunchOutOfResources
+// where the GPU has too little.
 template <auto kKernel>
-cudaError_t resident_blocks(int device, int warps, size_t shared, int& blocks) {
+cudaError_t resident_blocks(int device, int key, int threads, size_t shared, int& blocks) {
   static std::atomic<int> known[kCachedDevices][33];
   const bool cached = device < kCachedDevices;
-  blocks = cached ? known[device][warps].load(std::memory_order_relaxed) : 0;
+  blocks = cached ? known[device][key].load(std::memory_order_relaxed) : 0;
   if (blocks > 0) return cudaSuccess;
   int limit = 0;
   cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -43,11 +57,11 @@ cudaError_t resident_blocks(int device, int warps, size_t shared, int& blocks) {
   error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
   if (error != cudaSuccess) return error;
   int on_one = 0;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_one, kKernel, 32 * warps, shared);
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_one, kKernel, threads, shared);
   if (error != cudaSuccess) return error;
   if (on_one == 0) return cudaErrorLaunchOutOfResources;
   blocks = on_one * multiprocessors(device);
-  if (cached) known[device][warps].store(blocks, std::memory_order_relaxed);
+  if (cached) known[device][key].store(blocks, std::memory_order_relaxed);
   return cudaSuccess;
 }
 

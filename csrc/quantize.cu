@@ -9,6 +9,16 @@ namespace {
 
 using namespace detail;
 
+template <typename T>
+struct RowsParams {
+  Matrix<T> x;
+  int64_t rows, cols;
+  const float* col_scale;
+  uint32_t* tensor_amax;
+  uint8_t* q;
+  float* scale;
+};
+
 // The largest of a value over the thread block. `slot` alternates between calls, so that one barrier a call
 // suffices.
 __device__ __forceinline__ uint32_t block_max(uint32_t value, uint32_t* slot) {
@@ -41,11 +51,13 @@ constexpr size_t rows_shared(int threads, int vectors, int stages, bool scaled) 
          (stages * sizeof(T) / 2 + (scaled && vectors > kFactorVectors ? 2 : 0));
 }
 
+constexpr int kMaxThreads = 1024;
+
 // A thread block stays and takes whole rows, thread t the columns 8 (t + i blockDim.x) + 0..7, i < kVectors,
 // in registers as they were loaded: converting them a second time costs less than the thread blocks that fp32
 // copies would displace. The next kStages rows are on their way into a ring in shared memory, of which each
 // thread reads only what it copied there itself.
-template <typename T, QType kType, int kVectors, int kStages, bool kAmax, int kMaxThreads>
+template <typename T, QType kType, int kVectors, int kStages>
 __global__ void __launch_bounds__(kMaxThreads, 1) quantize_rows_kernel(RowsParams<T> p) {
   extern __shared__ uint4 shared[];
   __shared__ uint32_t warp_amax[2][32];
@@ -60,7 +72,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) quantize_rows_kernel(RowsParam
     return ring + ((stage * kVectors + i) * kQuads + k) * blockDim.x;
   };
   const auto prefetch = [&](int stage, int64_t row) {
-    const T* x = p.x + row * p.row_stride;
+    const T* x = p.x.x + row * p.x.stride;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (row >= p.rows || column(i) >= cols) continue;
@@ -101,20 +113,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) quantize_rows_kernel(RowsParam
     }
   };
 
-  float col_amax[kAmax ? kVectors : 1][8] = {};
-  float row_factors = 0.0f;  // of 32 rows, one in each lane: a load for every row would keep all waiting
   uint32_t largest = 0;
   int stage = 0, count = 0;
   for (int64_t row = blockIdx.x; row < p.rows;
        row += gridDim.x, ++count, stage = stage + 1 == kStages ? 0 : stage + 1) {
-    float row_factor = 0.0f;
-    if constexpr (kAmax) {
-      if (count % 32 == 0) {
-        const int64_t mine = row + static_cast<int64_t>(threadIdx.x & 31) * gridDim.x;
-        row_factors = mine < p.rows ? __ldg(p.row_scale + mine) : 0.0f;
-      }
-      row_factor = __shfl_sync(0xffffffffu, row_factors, count % 32);
-    }
     asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1));
     Eight<T> x[kVectors];
 #pragma unroll
@@ -132,10 +134,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1) quantize_rows_kernel(RowsParam
       if (!kFactorsInRegisters && column(i) >= cols) continue;
       float v[8];
       x[i].floats(v);
-      if constexpr (kAmax) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) col_amax[i][j] = max_nan(col_amax[i][j], fabsf(v[j] * row_factor));
-      }
       multiply(v, i);
 #pragma unroll
       for (int j = 0; j < 8; ++j) best = max_nan(best, fabsf(v[j]));
@@ -164,36 +162,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1) quantize_rows_kernel(RowsParam
     if (threadIdx.x == 0 && (p.tensor_amax == nullptr || row == 0)) p.scale[row] = scale_of<kType>(amax);
   }
   if (p.q == nullptr) gather_tensor_amax(p, largest);
-  if constexpr (kAmax) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (column(i) >= cols) continue;
-      float4* to = reinterpret_cast<float4*>(p.partial_amax + blockIdx.x * p.cols + column(i));
-      to[0] = make_float4(col_amax[i][0], col_amax[i][1], col_amax[i][2], col_amax[i][3]);
-      to[1] = make_float4(col_amax[i][4], col_amax[i][5], col_amax[i][6], col_amax[i][7]);
-    }
-  }
-}
-
-constexpr int kReduceRows = 32;  // threads that share a column
-
-// col_amax[n] = max of partial[.., n].
-__global__ void __launch_bounds__(32 * kReduceRows)
-    reduce_amax_kernel(const uint32_t* partial, uint32_t* col_amax, int parts, int64_t cols) {
-  __shared__ uint32_t best[kReduceRows][32];
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
-  uint32_t amax = 0;
-  if (column < cols) {
-#pragma unroll 8
-    for (int i = threadIdx.y; i < parts; i += kReduceRows)
-      amax = max(amax, __ldg(partial + i * cols + column));
-  }
-  best[threadIdx.y][threadIdx.x] = amax;
-  __syncthreads();
-  if (threadIdx.y > 0 || column >= cols) return;
-#pragma unroll
-  for (int i = 1; i < kReduceRows; ++i) amax = max(amax, best[i][threadIdx.x]);
-  col_amax[column] = amax;
 }
 
 // Rows that are too wide for the ring or not made of aligned vectors: read twice, the second time mostly from
@@ -208,7 +176,7 @@ __global__ void __launch_bounds__(1024) quantize_wide_rows_kernel(RowsParams<T> 
     float v[8], f[8];
     Eight<T> x;
     for (int64_t c = 8 * threadIdx.x; c < p.cols; c += 8 * blockDim.x) {
-      load_columns<T, kVector>(x, p, row, c);
+      load_columns<kVector>(x, p.x, row, c, p.rows, p.cols);
       x.floats(v);
       load_factors<kVector>(f, p.col_scale, c, p.cols);
 #pragma unroll
@@ -223,7 +191,7 @@ __global__ void __launch_bounds__(1024) quantize_wide_rows_kernel(RowsParams<T> 
     float inverse = inverse_of<kType>(amax);
     asm volatile("" : "+f"(inverse));  // divide once, not in each branch
     for (int64_t c = 8 * threadIdx.x; c < p.cols; c += 8 * blockDim.x) {
-      load_columns<T, kVector>(x, p, row, c);
+      load_columns<kVector>(x, p.x, row, c, p.rows, p.cols);
       x.floats(v);
       load_factors<kVector>(f, p.col_scale, c, p.cols);
 #pragma unroll
@@ -243,83 +211,51 @@ __global__ void __launch_bounds__(256) widen_kernel(RowsParams<T> p, float* y) {
     const int64_t row = i / vectors, c = 8 * (i % vectors);
     Eight<T> x;
     float v[8], f[8];
-    load_columns<T, kVector>(x, p, row, c);
+    load_columns<kVector>(x, p.x, row, c, p.rows, p.cols);
     x.floats(v);
     load_factors<kVector>(f, p.col_scale, c, p.cols);
     for (int j = 0; j < 8 && c + j < p.cols; ++j) y[row * p.cols + c + j] = v[j] * f[j];
   }
 }
 
-constexpr int kMaxThreads = 1024;
-
 int threads_of_row(int64_t cols, int vectors) {
   return static_cast<int>(32 * ceil_div(cols, 32 * 8 * vectors));
 }
 
-// Thread blocks that gather the largest magnitudes of columns, at most: each writes as many as there are
-// columns.
-int64_t gathering_blocks(int threads, int device) {
-  return int64_t{multiprocessors(device)} * std::max(1, kMaxThreads / threads);
-}
-
-template <typename T, QType kType, int kVectors, int kStages, bool kAmax, int kThreads>
+template <typename T, QType kType, int kVectors, int kStages>
 cudaError_t launch_rows(const RowsParams<T>& p, int device, cudaStream_t stream) {
-  constexpr auto kKernel = quantize_rows_kernel<T, kType, kVectors, kStages, kAmax, kThreads>;
+  constexpr auto kKernel = quantize_rows_kernel<T, kType, kVectors, kStages>;
   const int threads = threads_of_row(p.cols, kVectors);
   const size_t shared = rows_shared<T>(threads, kVectors, kStages, p.col_scale != nullptr);
   int blocks = 0;
-  cudaError_t error = resident_blocks<kKernel>(device, threads / 32,
-                                               rows_shared<T>(threads, kVectors, kStages, true), blocks);
+  const cudaError_t error = resident_blocks<kKernel>(
+      device, threads / 32, threads, rows_shared<T>(threads, kVectors, kStages, true), blocks);
   if (error != cudaSuccess) return error;
-  int64_t grid = std::min<int64_t>(p.rows, blocks);
-  if (kAmax) grid = std::min(grid, gathering_blocks(threads, device));
-  kKernel<<<static_cast<unsigned>(grid), threads, shared, stream>>>(p);
-  error = cudaGetLastError();
-  if (kAmax && error == cudaSuccess) {
-    reduce_amax_kernel<<<static_cast<unsigned>(ceil_div(p.cols, 32)), dim3(32, kReduceRows), 0, stream>>>(
-        p.partial_amax, p.col_amax, static_cast<int>(grid), p.cols);
-    error = cudaGetLastError();
-  }
-  return error;
+  kKernel<<<static_cast<unsigned>(std::min<int64_t>(p.rows, blocks)), threads, shared, stream>>>(p);
+  return cudaGetLastError();
 }
 
 template <typename T, QType kType, bool kVector>
 cudaError_t launch_wide_rows(const RowsParams<T>& p, int device, cudaStream_t stream) {
   const int64_t grid = std::min<int64_t>(p.rows, 2 * int64_t{multiprocessors(device)});
   quantize_wide_rows_kernel<T, kType, kVector><<<static_cast<unsigned>(grid), kMaxThreads, 0, stream>>>(p);
-  const cudaError_t error = cudaGetLastError();
-  return error != cudaSuccess || p.col_amax == nullptr ? error : launch_column_amax<T, kVector>(p, stream);
+  return cudaGetLastError();
 }
 
-// Rows of up to four vectors a thread; measured on an H200 (benchmarks/bench_quantize.py). Gathering columns
-// takes registers for each of a thread's columns, so it prefers two vectors.
+template <typename T>
+bool vectorised(const RowsParams<T>& p) {
+  return detail::vectorised(p.x, p.cols) && aligned(p.q) && (p.col_scale == nullptr || aligned(p.col_scale));
+}
+
+// Rows of up to four vectors a thread; measured on an H200 (benchmarks/bench_quantize.py).
 template <typename T, QType kType>
 cudaError_t rows_sized(const RowsParams<T>& p, int device, cudaStream_t stream) {
   if (!vectorised(p)) return launch_wide_rows<T, kType, false>(p, device, stream);
-  if (p.col_amax == nullptr) {
-    const cudaError_t error = threads_of_row(p.cols, 4) > kMaxThreads
-                                  ? cudaErrorLaunchOutOfResources
-                                  : launch_rows<T, kType, 4, 1, false, 1024>(p, device, stream);
-    return error == cudaErrorLaunchOutOfResources ? launch_wide_rows<T, kType, true>(p, device, stream)
-                                                  : error;
+  if (threads_of_row(p.cols, 4) <= kMaxThreads) {
+    const cudaError_t error = launch_rows<T, kType, 4, 1>(p, device, stream);
+    if (error != cudaErrorLaunchOutOfResources) return error;
   }
-  const int threads = threads_of_row(p.cols, 2);
-  if (threads <= kMaxThreads) {
-    // 80 registers a thread for 768 of them, 64 where that makes room for a thread block more.
-    return threads <= 384 || (threads > 512 && threads <= 768)
-               ? launch_rows<T, kType, 2, 2, true, 768>(p, device, stream)
-               : launch_rows<T, kType, 2, 2, true, 1024>(p, device, stream);
-  }
-  if constexpr (sizeof(T) == 2) {
-    if (threads_of_row(p.cols, 4) <= 896) {
-      const cudaError_t error = launch_rows<T, kType, 4, 1, true, 896>(p, device, stream);
-      if (error != cudaErrorLaunchOutOfResources) return error;
-    }
-  }
-  RowsParams<T> rows = p;
-  rows.col_amax = nullptr;
-  const cudaError_t error = rows_sized<T, kType>(rows, device, stream);
-  return error != cudaSuccess ? error : launch_column_amax<T, true>(p, stream);
+  return launch_wide_rows<T, kType, true>(p, device, stream);
 }
 
 }  // namespace
@@ -328,24 +264,15 @@ cudaError_t quantize_rows(const QuantizeRowsArgs& a, cudaStream_t stream) {
   return dispatch(a.dtype, a.qtype, [&](auto input, auto qtype) {
     using T = typename decltype(input)::type;
     constexpr QType kType = decltype(qtype)::value;
-    const RowsParams<T> p{static_cast<const T*>(a.x),
+    const RowsParams<T> p{{static_cast<const T*>(a.x), a.row_stride},
                           a.rows,
                           a.cols,
-                          a.row_stride,
                           a.col_scale,
-                          a.row_scale,
-                          a.col_amax,
-                          a.partial_amax,
                           a.tensor_amax,
                           static_cast<uint8_t*>(a.q),
                           a.scale};
     return rows_sized<T, kType>(p, a.device, stream);
   });
-}
-
-int64_t quantize_rows_scratch(int64_t cols, int device) {
-  const int vectors = threads_of_row(cols, 2) <= kMaxThreads ? 2 : 4;
-  return gathering_blocks(threads_of_row(cols, vectors), device) * cols;
 }
 
 cudaError_t widen(const void* x, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,
@@ -354,7 +281,7 @@ cudaError_t widen(const void* x, DType dtype, int64_t rows, int64_t cols, int64_
       std::min<int64_t>(ceil_div(rows * ceil_div(cols, 8), 256), 16 * int64_t{multiprocessors(device)}));
   return dispatch(dtype, QType::kE4M3, [&](auto input, auto) {
     using T = typename decltype(input)::type;
-    const RowsParams<T> p{static_cast<const T*>(x), rows, cols, row_stride, col_scale};
+    const RowsParams<T> p{{static_cast<const T*>(x), row_stride}, rows, cols, col_scale};
     if (vectorised(p)) {
       widen_kernel<T, true><<<grid, 256, 0, stream>>>(p, y);
     } else {

@@ -1,5 +1,5 @@
 // What the quantising kernels share: access to eight neighbouring elements at a time, the launch's view of a
-// matrix, dispatch on types, and the largest magnitudes of columns.
+// matrix, and dispatch on types.
 
 #pragma once
 
@@ -71,32 +71,27 @@ __device__ __forceinline__ void store8(uint8_t* p, uint2 bytes, int64_t count) {
   }
 }
 
+// Rows `stride` elements apart, neighbouring columns adjacent.
 template <typename T>
-struct RowsParams {
+struct Matrix {
   const T* x;
-  int64_t rows, cols, row_stride;
-  const float* col_scale;
-  const float* row_scale;
-  uint32_t* col_amax;
-  uint32_t* partial_amax;  // [thread blocks, cols] of quantize_rows_kernel
-  uint32_t* tensor_amax;
-  uint8_t* q;
-  float* scale;
+  int64_t stride;
 };
 
-template <typename T, bool kVector>
-__device__ __forceinline__ void load_columns(Eight<T>& v, const RowsParams<T>& p, int64_t row,
-                                             int64_t column) {
-  if (row >= p.rows || column >= p.cols) {
+// Zeros outside of [rows, cols].
+template <bool kVector, typename T>
+__device__ __forceinline__ void load_columns(Eight<T>& v, const Matrix<T>& m, int64_t row, int64_t column,
+                                             int64_t rows, int64_t cols) {
+  if (row >= rows || column >= cols) {
     v.clear();
   } else if constexpr (kVector) {
-    v.load(p.x + row * p.row_stride + column);
+    v.load(m.x + row * m.stride + column);
   } else {
-    v.load_part(p.x + row * p.row_stride + column, p.cols - column);
+    v.load_part(m.x + row * m.stride + column, cols - column);
   }
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Thread blocks over tiles of a matrix: x across the columns, y and z down the rows, of which a launch allows
 // 65535 each.
@@ -109,65 +104,12 @@ __device__ __forceinline__ int64_t block_down() {
   return blockIdx.z * static_cast<int64_t>(gridDim.y) + blockIdx.y;
 }
 
-constexpr int kAmaxThreads = 256,
-              kAmaxColumns = 256;  // of one thread block: eight columns a thread, all of a warp's
-constexpr int kAmaxAhead = 8;      // rows of a thread that are on their way together
-constexpr int kAmaxRows = 128;     // rows of one thread block: enough to make its atomics rare
-
-// col_amax[n] = max over m of |row_scale[m] x[m, n]|.
-template <typename T, bool kVector>
-__global__ void __launch_bounds__(kAmaxThreads) column_amax_kernel(RowsParams<T> p) {
-  constexpr int kWarps = kAmaxThreads / 32;
-  static_assert(kAmaxColumns == 8 * 32 && kAmaxThreads == kAmaxColumns &&
-                kAmaxRows % (kWarps * kAmaxAhead) == 0);
-  __shared__ uint32_t best[kWarps][kAmaxColumns];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int64_t col0 = static_cast<int64_t>(blockIdx.x) * kAmaxColumns, first = block_down() * kAmaxRows;
-  uint32_t amax[8] = {};
-#pragma unroll 1
-  for (int64_t row = first + warp; row < min(first + kAmaxRows, p.rows); row += kWarps * kAmaxAhead) {
-    Eight<T> x[kAmaxAhead];
-    float factor[kAmaxAhead];
-#pragma unroll
-    for (int i = 0; i < kAmaxAhead; ++i) {
-      const int64_t r = row + kWarps * i;
-      load_columns<T, kVector>(x[i], p, r, col0 + 8 * lane);
-      factor[i] = p.row_scale != nullptr && r < p.rows ? __ldg(p.row_scale + r) : 1.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < kAmaxAhead; ++i) {
-      float v[8];
-      x[i].floats(v);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) amax[j] = max(amax[j], magnitude(v[j] * factor[i]));
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < 8; ++j) best[warp][8 * lane + j] = amax[j];
-  __syncthreads();
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) largest = max(largest, best[i][threadIdx.x]);
-  if (col0 + threadIdx.x < p.cols) atomicMax(p.col_amax + col0 + threadIdx.x, largest);
-}
-
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Eight columns are one 16-byte access to 16-bit values (two to 32-bit ones) and one 8-byte access to the
-// result.
+// Whether eight columns are one 16-byte access to 16-bit values (two to 32-bit ones).
 template <typename T>
-bool vectorised(const RowsParams<T>& p) {
-  return aligned(p.x) && aligned(p.q) && p.cols % 8 == 0 && p.row_stride % 8 == 0 &&
-         (p.col_scale == nullptr || aligned(p.col_scale));
-}
-
-template <typename T, bool kVector>
-cudaError_t launch_column_amax(const RowsParams<T>& p, cudaStream_t stream) {
-  cudaError_t error = cudaMemsetAsync(p.col_amax, 0, sizeof(uint32_t) * p.cols, stream);
-  if (error != cudaSuccess) return error;
-  const dim3 grid = tile_grid(ceil_div(p.cols, kAmaxColumns), ceil_div(p.rows, kAmaxRows));
-  column_amax_kernel<T, kVector><<<grid, kAmaxThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+bool vectorised(const Matrix<T>& m, int64_t cols) {
+  return aligned(m.x) && cols % 8 == 0 && m.stride % 8 == 0;
 }
 
 template <typename T>

@@ -1,6 +1,8 @@
-// Rotate and round in one pass: rows of (x diag(col_scale)) H in 8 bits, one scale a row, read once and
-// written once. A row stays in the registers of one thread block from its load to its rounding, so its
-// largest magnitude costs no second look at memory; the next row is loaded meanwhile.
+// Rows that are made, rotated and rounded in one pass: rows of y H in 8 bits, one scale a row, read once and
+// written once; y is x diag(col_scale), a norm, or a gated activation (row_sources.cuh). A row stays in the
+// registers of its warps from its load to its rounding, so its largest magnitude costs no second look at
+// memory; the next row is fetched meanwhile (row_loader.cuh). A thread block stays and works on as many rows
+// at once as it holds.
 //
 // A warp holds a tile of 32 * kValues elements of a row. Each bit of their index is transformed where it
 // happens to be (layouts: RotateLayout):
@@ -17,125 +19,169 @@
 
 #pragma once
 
-#include "rotate_quantize_tile.cuh"
 #include "round.cuh"
+#include "row_sources.cuh"
 
 namespace halo_train {
 
-template <typename T>
+template <typename Source>
 struct RotateParams {
-  const T* x;
-  int64_t rows, row_stride;
+  Source source;
+  int64_t rows;
   int cols, warps, log_block;  // warps of a row
-  const float* col_scale;      // [cols] powers of two
+  int rows_at_once;            // of a thread block
+  int stages;                  // rows on their way, for SharedLoader
+  bool shared_stage;           // they share the memory of the exchange
   uint8_t* q;
   float* scale;
   uint32_t* tensor_amax;  // see QuantizeRowsArgs
   float norm;
 };
 
+constexpr int kNotRotated = -1;
+
+// Dynamic shared memory: float32 values that warps exchange, rows on their way, factors of columns.
+template <typename Source, typename L, bool kRotated>
+struct RotateShared {
+  using Loader = typename Source::template Loader<L>;
+  using Factors = typename Source::template Factors<kRotated, L::kExchange>;
+  static constexpr bool kStaged = !std::is_same_v<Loader, detail::RegisterLoader<typename Source::T, L>>;
+  static constexpr int kTile = 1 << L::kTileBits;
+  static constexpr int kExchange = L::kExchange ? 4 * kTile : 0;  // bytes of a warp, likewise
+  static constexpr int kStage =
+      kStaged ? static_cast<int>(sizeof(typename Source::T)) * Source::kInputs * kTile : 0;
+  static constexpr int kFactors =
+      static_cast<int>(sizeof(typename Factors::Word)) * Factors::kWords * kTile / 8;
+
+  // Bytes of a thread block; factors are shared by its rows.
+  static __host__ __device__ size_t bytes(int warps, int rows_at_once, int stages, bool shared_stage) {
+    const int stage = shared_stage ? 0 : stages * kStage;
+    return static_cast<size_t>(warps) * (rows_at_once * (kExchange + stage) + kFactors);
+  }
+};
+
 namespace detail {
 
-// Barrier of the warps that share a block of the rotation.
-template <bool kGroups, int kThreads>
-__device__ __forceinline__ void exchange_barrier(int group) {
+// Barrier of the warps that share a block of the rotation, the group-th of the thread block.
+template <bool kGroups, int kThreads, typename Row>
+__device__ __forceinline__ void exchange_barrier(const Row& row, int group) {
   if constexpr (kGroups) {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kThreads) : "memory");
+    // Above those of the rows, of which there are at most four then.
+    asm volatile("bar.sync %0, %1;" ::"r"(8 + group), "n"(kThreads) : "memory");
   } else {
-    __syncthreads();
+    row.barrier();
   }
 }
 
 }  // namespace detail
 
-// kBlockBits: log2 of the block within a tile; 7 stands for those up to it, of which the matrix knows, and 0
-// for any. kGroups: a row has several blocks of several warps each, which wait for themselves only.
-template <typename T, QType kType, int kLogValues, int kLogWarps, int kBlockBits, bool kGroups, bool kScaled>
-__global__ void __launch_bounds__(512, 1) rotate_quantize_kernel(const RotateParams<T> p) {
+// kBlockBits: log2 of the block within a tile; 7 stands for those up to it, of which the matrix knows, 0 for
+// any, kNotRotated for none. kGroups: a row has several blocks of several warps each, which wait for
+// themselves only.
+template <typename Source, QType kType, int kLogValues, int kLogWarps, int kBlockBits, bool kGroups>
+__global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
+    rotate_quantize_kernel(const RotateParams<Source> p) {
   using namespace detail;
+  using T = typename Source::T;
   using L = RotateLayout<kLogValues, kLogWarps>;
-  constexpr int kQuads = Terms<T>::kQuads;
-  constexpr bool kAhead = sizeof(T) == 2;  // the next row waits in registers; of fp32 values, in the L2 cache
+  constexpr bool kRotated = kBlockBits != kNotRotated;
+  using Shared = RotateShared<Source, L, kRotated>;
+  using Loader = typename Shared::Loader;
+  using Factors = typename Shared::Factors;
   extern __shared__ uint4 shared[];
-  __shared__ uint32_t warp_amax[2][16], largest;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = warp >> kLogWarps;
-  const int log_block = L::kExchange ? L::kTileBits + kLogWarps : kBlockBits > 0 ? kBlockBits : p.log_block;
-  float* const exchange = reinterpret_cast<float*>(shared);
-  using Factors = std::conditional_t<L::kExchange, uint2, uint4>;
-  Factors* const factors =
-      reinterpret_cast<Factors*>(shared + (L::kExchange ? p.warps << (L::kTileBits - 2) : 0)) + threadIdx.x;
+  __shared__ uint32_t warp_amax[2][kMaxRowWarps];
+  __shared__ float warp_sums[2][kMaxRowWarps];
+  __shared__ uint64_t full[kMaxRowWarps][kMaxStages];
 
-  const int in = (lane & 3) << 4 | (lane >> 2 & 1) << 3 | (lane >> 3) << L::kLaneBit | warp << L::kTileBits;
-  const auto inside = [&](int j) { return L::kExchange || in + (j << 6) < p.cols; };
-  uint4 raw[L::kLoads][kQuads];
-  const auto load = [&](int64_t row) {
-    const T* x = p.x + row * p.row_stride + in;
-#pragma unroll
-    for (int j = 0; j < L::kLoads; ++j) {
-#pragma unroll
-      for (int k = 0; k < kQuads; ++k) {
-        raw[j][k] = inside(j) ? load16(x + (j << 6) + 4 * k) : make_uint4(0, 0, 0, 0);
-      }
-    }
+  const RowGroup<!Shared::kStaged> group(p.warps);
+  const int block_warp = threadIdx.x >> 5, row_threads = 32 * p.warps;
+  const int lane = group.lane, warp = group.warp, first_warp = group.group * p.warps;
+  const int log_block = L::kExchange ? L::kTileBits + kLogWarps : kBlockBits > 0 ? kBlockBits : p.log_block;
+
+  float* const exchange = reinterpret_cast<float*>(shared);
+  uint4* memory = shared + p.warps * p.rows_at_once * (Shared::kExchange / 16);
+  uint4* const stages = (p.shared_stage ? shared : memory) + block_warp * p.stages * (Shared::kStage / 16);
+  if (!p.shared_stage) memory += p.warps * p.rows_at_once * p.stages * (Shared::kStage / 16);
+  auto* const factors = reinterpret_cast<typename Factors::Word*>(memory) + 32 * warp + lane;
+
+  const int tile0 = warp << L::kTileBits;
+  Loader loader(stages, full[block_warp], lane, p.cols - tile0, p.stages);
+  const int64_t first = blockIdx.x * static_cast<int64_t>(p.rows_at_once) + group.group;
+  const int64_t step = gridDim.x * static_cast<int64_t>(p.rows_at_once);
+  const auto start = [&](int stage, int64_t row) {
+    if (row >= p.rows) return;
+    const T* tile[Source::kInputs];
+    p.source.tiles(tile, row, tile0);
+    loader.start(stage, tile);
   };
-  if constexpr (kAhead) load(blockIdx.x);
-  if constexpr (kScaled) {
-    // Each thread reads only what it writes here.
+  for (int s = 0; s < p.stages; ++s) start(s, first + s * step);
+
+  if constexpr (Factors::kWords > 0) {
+    if (group.group == 0) {
 #pragma unroll
-    for (int j = 0; j < L::kLoads; ++j) {
-      float4 lo{}, hi{};
-      if (inside(j)) {
-        const float4* from = reinterpret_cast<const float4*>(p.col_scale + in + (j << 6));
-        lo = __ldg(from), hi = __ldg(from + 1);
+      for (int j = 0; j < L::kLoads; ++j) {
+        if (!loader.inside(j)) continue;
+        const Factors f = p.source.template factors<Factors>(tile0 + lane_column<L>(lane) + (j << 6));
+#pragma unroll
+        for (int w = 0; w < Factors::kWords; ++w)
+          factors[(j * Factors::kWords + w) * row_threads] = f.word[w];
       }
-      pack_factors(factors[j * blockDim.x], lo, hi);
     }
   }
   uint32_t a[4];
-  rotate_matrix(a, kBlockBits == 7 ? p.log_block : log_block);
+  if constexpr (kRotated) rotate_matrix(a, kBlockBits == 7 ? p.log_block : log_block);
   const bool trade0 = !L::kExchange && log_block > L::kLaneBit;
   const bool trade1 = !L::kExchange && log_block > L::kLaneBit + 1;
   const float sign0 = trade0 && (lane & 1) ? -1.0f : 1.0f, sign1 = trade1 && (lane & 2) ? -1.0f : 1.0f;
 
-  if (p.q == nullptr) {
-    largest = 0;
-    __syncthreads();
-  }
-  int parity = 0;
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, parity ^= 1) {
-    const int64_t next = row + gridDim.x;
-    if constexpr (!kAhead) {
-      load(row);
-#if __CUDA_ARCH__ >= 900
-      if (threadIdx.x == 0 && next < p.rows) {
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.x + next * p.row_stride),
-                     "r"(static_cast<uint32_t>(sizeof(T) * p.cols))
-                     : "memory");
-      }
-#endif
+  __syncthreads();
+  uint32_t largest = 0;
+  int parity = 0, stage = 0;
+  for (int64_t row = first; row < p.rows;
+       row += step, parity ^= 1, stage = stage + 1 == p.stages ? 0 : stage + 1) {
+    loader.wait(stage);
+    RowState state;
+    if constexpr (Source::kNorm == Norm::kLayer) {
+      p.source.statistics(state, loader, stage, L::kLoads, p.cols, group, warp_sums[0] + first_warp,
+                          warp_sums[1] + first_warp);
     }
     float v[L::kValues];
+    uint4 raw[Source::kInputs][Loader::kQuads];
+    const auto read_factors = [&](int j) {
+      Factors f;
 #pragma unroll
-    for (int j = 0; j < L::kLoads; j += 2) {
-      Terms<T> low, high;
-      uint4 f[2] = {};
-      if constexpr (kScaled) {
-        f[0] = bfloat16_factors(factors[j * blockDim.x]);
-        f[1] = bfloat16_factors(factors[(j + 1) * blockDim.x]);
+      for (int w = 0; w < Factors::kWords; ++w) f.word[w] = factors[(j * Factors::kWords + w) * row_threads];
+      return f;
+    };
+    if constexpr (kRotated) {
+#pragma unroll
+      for (int j = 0; j < L::kLoads; j += 2) {
+        Terms<Source::kTerms> low, high;
+        loader.read(raw, stage, j);
+        p.source.terms(low, raw, read_factors(j), state);
+        loader.read(raw, stage, j + 1);
+        p.source.terms(high, raw, read_factors(j + 1), state);
+        multiply_tile(low, high, a, v + 8 * j);
       }
-      low.template set<kScaled>(raw[j], f[0]);
-      high.template set<kScaled>(raw[j + 1], f[1]);
-      multiply_tile(low, high, a, v + 8 * j);
+    } else {
+#pragma unroll
+      for (int j = 0; j < L::kLoads; ++j) {
+        loader.read(raw, stage, j);
+        float eight[8];
+        p.source.values(eight, raw, read_factors(j), state);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[8 * j + i] = loader.inside(j) ? eight[i] : 0.0f;
+      }
     }
-    if (kAhead && next < p.rows) load(next);
+    if (!p.shared_stage) start(stage, row + p.stages * step);
 
-    butterfly_registers<2>(v);
+    if constexpr (kRotated) butterfly_registers<2>(v);
     if constexpr (L::kExchange) {
       butterfly_registers<3>(v);
       butterfly_registers<4>(v);
       if constexpr (kLogValues > 5) butterfly_registers<5>(v);
       {
-        const int base = L::word((lane & 3) << L::kLaneBit | (lane >> 2) << 4 | warp << L::kTileBits);
+        const int base = L::word((lane & 3) << L::kLaneBit | (lane >> 2) << 4 | block_warp << L::kTileBits);
         float* const flipped[4] = {exchange + base, exchange + (base ^ 4), exchange + (base ^ 8),
                                    exchange + (base ^ 12)};
 #pragma unroll
@@ -145,11 +191,12 @@ __global__ void __launch_bounds__(512, 1) rotate_quantize_kernel(const RotatePar
               make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
         }
       }
-      exchange_barrier<kGroups, 32 * L::kWarps>(group);
+      exchange_barrier<kGroups, 32 * L::kWarps>(group, block_warp >> kLogWarps);
       {
         constexpr int kWide = L::kLowBits < 2 ? 1 << L::kLowBits : 4;  // words of one read
         const int thread = threadIdx.x & (32 * L::kWarps - 1);
-        const int base = L::word(thread << L::kLowBits) + (group << (L::kTileBits + kLogWarps));
+        const int base =
+            L::word(thread << L::kLowBits) + (block_warp >> kLogWarps << (L::kTileBits + kLogWarps));
         const float* const flipped[4] = {exchange + base, exchange + (base ^ 4), exchange + (base ^ 8),
                                          exchange + (base ^ 12)};
 #pragma unroll
@@ -173,7 +220,7 @@ __global__ void __launch_bounds__(512, 1) rotate_quantize_kernel(const RotatePar
       if constexpr (kFirst + 2 < kLogValues - 1) butterfly_registers<kFirst + 2>(v);
       if constexpr (kFirst + 3 < kLogValues - 1) butterfly_registers<kFirst + 3>(v);
       if constexpr (kFirst + 4 < kLogValues - 1) butterfly_registers<kFirst + 4>(v);
-    } else {
+    } else if constexpr (kRotated) {
       if (log_block > 7) butterfly_for_trade<4>(v, sign0);
       if constexpr (kLogValues > 5) {
         if (log_block > 8) butterfly_for_trade<5>(v, sign1);
@@ -192,33 +239,61 @@ __global__ void __launch_bounds__(512, 1) rotate_quantize_kernel(const RotatePar
     float best[4] = {};
 #pragma unroll
     for (int i = 0; i < L::kValues; ++i) {
-      if (!(i >> kLast & 1)) best[i & 3] = max_nan(best[i & 3], fabsf(v[i]) + fabsf(v[i | 1 << kLast]));
+      if constexpr (!kRotated) {
+        best[i & 3] = max_nan(best[i & 3], fabsf(v[i]));
+      } else if (!(i >> kLast & 1)) {
+        best[i & 3] = max_nan(best[i & 3], fabsf(v[i]) + fabsf(v[i | 1 << kLast]));
+      }
     }
     uint32_t amax = __float_as_uint(max_nan(max_nan(best[0], best[1]), max_nan(best[2], best[3])));
     if (p.q == nullptr) {
-      amax = __reduce_max_sync(0xffffffffu, amax);
-      if (lane == 0) atomicMax(&largest, amax);
-      if constexpr (L::kExchange) __syncthreads();  // the shared memory has been read
+      largest = max(largest, amax);
+      if constexpr (L::kExchange) group.barrier();  // the shared memory has been read
       continue;
     }
+    if (L::kExchange && p.shared_stage) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    if constexpr (Source::kNorm == Norm::kRms) state.squares = warp_sum(state.squares);
     if (p.tensor_amax != nullptr) {
       amax = __ldg(p.tensor_amax);
-      if constexpr (L::kExchange) __syncthreads();
+      if constexpr (L::kExchange) group.barrier();
     } else {
       amax = __reduce_max_sync(0xffffffffu, amax);
       if (p.warps > 1) {
-        if (lane == 0) warp_amax[parity][warp] = amax;
-        __syncthreads();
-        amax = __reduce_max_sync(0xffffffffu, lane < p.warps ? warp_amax[parity][lane] : 0);
+        if (lane == 0) {
+          warp_amax[parity][block_warp] = amax;
+          if constexpr (Source::kNorm == Norm::kRms) warp_sums[parity][block_warp] = state.squares;
+        }
+        group.barrier();
+        amax = __reduce_max_sync(0xffffffffu, lane < p.warps ? warp_amax[parity][first_warp + lane] : 0);
+        if constexpr (Source::kNorm == Norm::kRms) {
+          state.squares = warp_sum(lane < p.warps ? warp_sums[parity][first_warp + lane] : 0.0f);
+        }
       }
     }
-    amax = magnitude(__uint_as_float(amax) * p.norm);
-    const float factor = p.norm * inverse_of<kType>(amax);
+    if (p.shared_stage) start(stage, row + p.stages * step);
+    float norm = p.norm;
+    if constexpr (Source::kNorm == Norm::kRms) {
+      state.rstd = rsqrtf(state.squares / p.cols + p.source.eps);
+      norm *= state.rstd;
+    }
+    amax = magnitude(__uint_as_float(amax) * norm);
+    const float factor = norm * inverse_of<kType>(amax);
 
     uint8_t* q = p.q + row * p.cols;
-    butterfly_registers_scaled<kLast>(v, factor);
-    if constexpr (L::kExchange) {
-      q += ((threadIdx.x & (32 * L::kWarps - 1)) << L::kLowBits) + (group << (L::kTileBits + kLogWarps));
+    if constexpr (!kRotated) {
+      const int out = tile0 + lane_column<L>(lane);
+#pragma unroll
+      for (int i = 0; i < L::kValues; ++i) v[i] *= factor;
+#pragma unroll
+      for (int j = 0; j < L::kLoads; ++j) {
+        const float* d = v + 8 * j;
+        const uint2 bytes = {round4<kType>(d[0], d[1], d[2], d[3]), round4<kType>(d[4], d[5], d[6], d[7])};
+        if (loader.inside(j)) *reinterpret_cast<uint2*>(q + out + (j << 6)) = bytes;
+      }
+    } else if constexpr (L::kExchange) {
+      butterfly_registers_scaled<kLast>(v, factor);
+      q += ((threadIdx.x & (32 * L::kWarps - 1)) << L::kLowBits) +
+           (warp >> kLogWarps << (L::kTileBits + kLogWarps));
       constexpr int kStep = L::kLowBits == 3 ? 8 : 4;
 #pragma unroll
       for (int i = 0; i < L::kValues; i += kStep) {
@@ -237,6 +312,7 @@ __global__ void __launch_bounds__(512, 1) rotate_quantize_kernel(const RotatePar
         }
       }
     } else {
+      butterfly_registers_scaled<kLast>(v, factor);
       constexpr bool kBoth = kLogValues > 5;  // lane bits can trade places
       const int lane0 = trade0 ? 7 : L::kLaneBit, register0 = trade0 ? L::kLaneBit : 7;
       const int lane1 = kBoth && trade1 ? 8 : L::kLaneBit + 1;
@@ -254,11 +330,15 @@ __global__ void __launch_bounds__(512, 1) rotate_quantize_kernel(const RotatePar
       }
     }
     // Last, so that one warp's division keeps nobody waiting.
-    if (threadIdx.x == 0 && (p.tensor_amax == nullptr || row == 0)) p.scale[row] = scale_of<kType>(amax);
+    if (warp == 0 && lane == 0) {
+      if (p.tensor_amax == nullptr || row == 0) p.scale[row] = scale_of<kType>(amax);
+      if constexpr (Source::kNorm != Norm::kNone) p.source.rstd[row] = state.rstd;
+      if constexpr (Source::kNorm == Norm::kLayer) p.source.mean[row] = state.mean;
+    }
   }
   if (p.q == nullptr) {
-    __syncthreads();
-    if (threadIdx.x == 0) atomicMax(p.tensor_amax, largest);
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    if (lane == 0) atomicMax(p.tensor_amax, largest);
   }
 }
 

@@ -1,4 +1,4 @@
-// Which rotate_quantize_kernel serves which block, and its launch. One translation unit for each input type
+// Which rotate_quantize_kernel serves which block, and its launch. One translation unit for each source
 // includes this.
 
 #pragma once
@@ -12,72 +12,109 @@ namespace halo_train::detail {
 
 constexpr int kRotateTile = 2048;  // elements of a warp; half of it for rows that fill no more
 
-template <typename T, QType kType, int kLogValues, int kLogWarps, int kBlockBits, bool kGroups, bool kScaled>
-cudaError_t launch_rotate(const RotateParams<T>& p, int device, cudaStream_t stream) {
-  constexpr auto kKernel =
-      rotate_quantize_kernel<T, kType, kLogValues, kLogWarps, kBlockBits, kGroups, kScaled>;
-  using L = RotateLayout<kLogValues, kLogWarps>;
-  const size_t tiles = static_cast<size_t>(p.warps) << L::kTileBits;
-  const size_t shared = (L::kExchange ? sizeof(float) * tiles : 0) + (!kScaled       ? 0
-                                                                      : L::kExchange ? tiles
-                                                                                     : 2 * tiles);
+// As many rows at once as threads and memory allow, then as many stages; a stage that has no room takes turns
+// with the exchange. False where a row does not fit.
+template <typename Shared, typename Source>
+bool fit_rows(RotateParams<Source>& p, size_t limit) {
+  p.stages = Shared::kStaged ? kMaxStages : 1;
+  p.rows_at_once = Shared::kStaged ? kMaxRowWarps / p.warps : 1;
+  const auto fits = [&] { return Shared::bytes(p.warps, p.rows_at_once, p.stages, p.shared_stage) <= limit; };
+  if (fits()) return true;
+  p.stages = 1;
+  while (p.rows_at_once > 1 && !fits()) --p.rows_at_once;
+  if (fits()) return true;
+  p.shared_stage = Shared::kStage <= Shared::kExchange;
+  return fits();
+}
+
+template <typename Source, QType kType, int kLogValues, int kLogWarps, int kBlockBits, bool kGroups>
+cudaError_t launch_rotate(RotateParams<Source>& p, int device, cudaStream_t stream) {
+  constexpr auto kKernel = rotate_quantize_kernel<Source, kType, kLogValues, kLogWarps, kBlockBits, kGroups>;
+  using Shared = RotateShared<Source, RotateLayout<kLogValues, kLogWarps>, kBlockBits != kNotRotated>;
+  if (!fit_rows<Shared>(p, shared_limit(device))) return cudaErrorNotSupported;
+  const size_t shared = Shared::bytes(p.warps, p.rows_at_once, p.stages, p.shared_stage);
+  const int threads = 32 * p.warps * p.rows_at_once;
   int blocks = 0;
-  const cudaError_t error = resident_blocks<kKernel>(device, p.warps, shared, blocks);
+  const cudaError_t error = resident_blocks<kKernel>(device, p.warps, threads, shared, blocks);
   if (error != cudaSuccess) return error;
-  const unsigned grid = static_cast<unsigned>(std::min<int64_t>(p.rows, blocks));
-  kKernel<<<grid, 32 * p.warps, shared, stream>>>(p);
+  const int64_t grid = std::min<int64_t>((p.rows + p.rows_at_once - 1) / p.rows_at_once, blocks);
+  kKernel<<<static_cast<unsigned>(grid), threads, shared, stream>>>(p);
   return cudaGetLastError();
 }
 
-template <typename T, QType kType, bool kScaled>
-cudaError_t rotate_sized(RotateParams<T>& p, int device, cudaStream_t stream) {
-  if (p.cols <= kRotateTile / 2) {
-    p.warps = 1;
-    return launch_rotate<T, kType, 5, 0, 0, false, kScaled>(p, device, stream);
+template <typename Source, QType kType>
+cudaError_t rotate_sized(RotateParams<Source>& p, int device, cudaStream_t stream) {
+  const bool small = p.cols <= kRotateTile / 2;
+  p.warps = small ? 1 : (p.cols + kRotateTile - 1) / kRotateTile;
+  if constexpr (!std::is_same_v<Source, PlainRows<typename Source::T, false>> &&
+                !std::is_same_v<Source, PlainRows<typename Source::T, true>>) {
+    if (p.log_block == 0) {
+      return small ? launch_rotate<Source, kType, 5, 0, kNotRotated, false>(p, device, stream)
+                   : launch_rotate<Source, kType, 6, 0, kNotRotated, false>(p, device, stream);
+    }
   }
-  p.warps = (p.cols + kRotateTile - 1) / kRotateTile;
+  if (small) return launch_rotate<Source, kType, 5, 0, 0, false>(p, device, stream);
   switch (p.log_block) {
     case 8:
-      return launch_rotate<T, kType, 6, 0, 8, false, kScaled>(p, device, stream);
+      return launch_rotate<Source, kType, 6, 0, 8, false>(p, device, stream);
     case 9:
-      return launch_rotate<T, kType, 6, 0, 9, false, kScaled>(p, device, stream);
+      return launch_rotate<Source, kType, 6, 0, 9, false>(p, device, stream);
     case 10:
-      return launch_rotate<T, kType, 6, 0, 10, false, kScaled>(p, device, stream);
+      return launch_rotate<Source, kType, 6, 0, 10, false>(p, device, stream);
     case 11:
-      return launch_rotate<T, kType, 6, 0, 11, false, kScaled>(p, device, stream);
+      return launch_rotate<Source, kType, 6, 0, 11, false>(p, device, stream);
     case 12:
-      return p.warps == 2 ? launch_rotate<T, kType, 6, 1, 0, false, kScaled>(p, device, stream)
-                          : launch_rotate<T, kType, 6, 1, 0, true, kScaled>(p, device, stream);
+      return p.warps == 2 ? launch_rotate<Source, kType, 6, 1, 0, false>(p, device, stream)
+                          : launch_rotate<Source, kType, 6, 1, 0, true>(p, device, stream);
     case 13:
-      return launch_rotate<T, kType, 6, 2, 0, true, kScaled>(p, device, stream);
+      return launch_rotate<Source, kType, 6, 2, 0, true>(p, device, stream);
     case 14:
-      return launch_rotate<T, kType, 6, 3, 0, false, kScaled>(p, device, stream);
+      return launch_rotate<Source, kType, 6, 3, 0, false>(p, device, stream);
     case 15:
-      return launch_rotate<T, kType, 6, 4, 0, false, kScaled>(p, device, stream);
+      return launch_rotate<Source, kType, 6, 4, 0, false>(p, device, stream);
     default:
-      return launch_rotate<T, kType, 6, 0, 7, false, kScaled>(p, device, stream);
+      return launch_rotate<Source, kType, 6, 0, 7, false>(p, device, stream);
   }
+}
+
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// e5m2 is for gradients, which are not rotated along their rows, and HaloLinear pads rows to multiples of 16.
+template <typename Source>
+cudaError_t rotate_rows(const Source& source, const RowsOutput& out, int block, uint32_t* tensor_amax,
+                        cudaStream_t stream) {
+  if (out.qtype == QType::kE5M2 || out.cols > kMaxRowWarps * kRotateTile || out.cols % 8 != 0 ||
+      (block > 1 && block < 16) || !aligned16(out.q)) {
+    return cudaErrorNotSupported;
+  }
+  RotateParams<Source> p{};
+  p.source = source;
+  p.rows = out.rows;
+  p.cols = static_cast<int>(out.cols);
+  while (1 << p.log_block < block) ++p.log_block;
+  p.q = static_cast<uint8_t*>(out.q);
+  p.scale = out.scale;
+  p.tensor_amax = tensor_amax;
+  p.norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
+  return out.qtype == QType::kInt8 ? rotate_sized<Source, QType::kInt8>(p, out.device, stream)
+                                   : rotate_sized<Source, QType::kE4M3>(p, out.device, stream);
+}
+
+// Rows of a matrix that bulk copies can fetch.
+template <typename T>
+bool row_aligned(const T* x, int64_t stride) {
+  return aligned16(x) && stride * sizeof(T) % 16 == 0;
 }
 
 template <typename T>
 cudaError_t launch_rotate_quantize(const QuantizeRowsArgs& a, int block, cudaStream_t stream) {
-  RotateParams<T> p{};
-  p.x = static_cast<const T*>(a.x);
-  p.rows = a.rows;
-  p.row_stride = a.row_stride;
-  p.cols = static_cast<int>(a.cols);
-  while (1 << p.log_block < block) ++p.log_block;
-  p.col_scale = a.col_scale;
-  p.q = static_cast<uint8_t*>(a.q);
-  p.scale = a.scale;
-  p.tensor_amax = a.tensor_amax;
-  p.norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
-  if (a.qtype == QType::kInt8) {
-    return a.col_scale == nullptr ? rotate_sized<T, QType::kInt8, false>(p, a.device, stream)
-                                  : rotate_sized<T, QType::kInt8, true>(p, a.device, stream);
-  }
-  return a.col_scale == nullptr ? rotate_sized<T, QType::kE4M3, false>(p, a.device, stream)
-                                : rotate_sized<T, QType::kE4M3, true>(p, a.device, stream);
+  const T* x = static_cast<const T*>(a.x);
+  if (block < 16 || !row_aligned(x, a.row_stride)) return cudaErrorNotSupported;
+  const RowsOutput out{a.rows, a.cols, a.qtype, a.q, a.scale, a.device};
+  return a.col_scale == nullptr
+             ? rotate_rows(PlainRows<T, false>{x, a.row_stride, nullptr}, out, block, a.tensor_amax, stream)
+             : rotate_rows(PlainRows<T, true>{x, a.row_stride, a.col_scale}, out, block, a.tensor_amax,
+                           stream);
 }
 
 }  // namespace halo_train::detail

@@ -1,9 +1,7 @@
-// Arithmetic on a tile of rotate_quantize_kernel.cuh: where the bits of an index sit in a warp, products,
-// factors of columns, and lane bits that trade places with register bits.
+// Arithmetic on a tile of rotate_quantize_kernel.cuh: where the bits of an index sit in a warp, products, and
+// lane bits that trade places with register bits.
 
 #pragma once
-
-#include <type_traits>
 
 #include "hadamard_tile.cuh"
 
@@ -65,84 +63,43 @@ __device__ __forceinline__ void rotate_matrix(uint32_t (&a)[4], int log_block) {
   }
 }
 
-// Eight factors, powers of two, as shared memory holds them: in bfloat16, or their exponents alone, where an
-// exchange takes so much of it that the L1 cache would have too little left for the loads under way.
-__device__ __forceinline__ void pack_factors(uint4& to, const float4& lo, const float4& hi) {
-  using P = Pair<__nv_bfloat16>;
-  to = make_uint4(P::pack(lo.x, lo.y), P::pack(lo.z, lo.w), P::pack(hi.x, hi.y), P::pack(hi.z, hi.w));
-}
-__device__ __forceinline__ void pack_factors(uint2& to, const float4& lo, const float4& hi) {
-  const auto exponents = [](const float4& f) {
-    const auto one = [](float v) { return __float_as_uint(v) >> 23 & 0xff; };
-    return one(f.x) | one(f.y) << 8 | one(f.z) << 16 | one(f.w) << 24;
-  };
-  to = make_uint2(exponents(lo), exponents(hi));
-}
-__device__ __forceinline__ uint4 bfloat16_factors(const uint4& from) { return from; }
-__device__ __forceinline__ uint4 bfloat16_factors(const uint2& from) {
-  return make_uint4(__byte_perm(from.x, 0, 0x4140) << 7, __byte_perm(from.x, 0, 0x4342) << 7,
-                    __byte_perm(from.y, 0, 0x4140) << 7, __byte_perm(from.y, 0, 0x4342) << 7);
-}
-
-// Eight neighbouring values, perhaps multiplied, as sums of bfloat16 terms, exact: a product of a term with
-// +-1 is, too.
-template <typename T>
+// Eight neighbouring values as sums of kCount bfloat16 terms; a product of a term with +-1 is exact.
+template <int kCount>
 struct Terms {
-  static constexpr int kCount = sizeof(T) == 4 ? 3 : std::is_same_v<T, __half> ? 2 : 1;
-  static constexpr int kQuads = sizeof(T) / 2;  // 16-byte pieces of eight values
   uint32_t pair[kCount][4];
 
-  template <bool kScaled>
-  __device__ __forceinline__ void set(const uint4 (&raw)[kQuads], const uint4& f) {
-    const uint32_t factor[4] = {f.x, f.y, f.z, f.w};
-    const uint32_t words[8] = {raw[0].x,          raw[0].y,          raw[0].z,          raw[0].w,
-                               raw[kQuads - 1].x, raw[kQuads - 1].y, raw[kQuads - 1].z, raw[kQuads - 1].w};
+  // float32 values: exact in three terms, to 2^-17 in two.
+  __device__ __forceinline__ void split(const float (&v)[8]) {
+    using P = Pair<__nv_bfloat16>;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if constexpr (kCount == 1) {
-        pair[0][i] = words[i];
-        if constexpr (kScaled) {
-          const __nv_bfloat162 product = __hmul2(reinterpret_cast<const __nv_bfloat162&>(words[i]),
-                                                 reinterpret_cast<const __nv_bfloat162&>(factor[i]));
-          pair[0][i] = reinterpret_cast<const uint32_t&>(product);
-        }
-      } else {
-        float2 v;
-        if constexpr (sizeof(T) == 2) {
-          v = Pair<T>::unpack(words[i]);
-        } else {
-          v = make_float2(__uint_as_float(words[2 * i]), __uint_as_float(words[2 * i + 1]));
-        }
-        if constexpr (kScaled) {
-          const float2 s = Pair<__nv_bfloat16>::unpack(factor[i]);
-          v.x *= s.x, v.y *= s.y;
-        }
+      float2 rest = make_float2(v[2 * i], v[2 * i + 1]);
 #pragma unroll
-        for (int t = 0; t < kCount; ++t) {
-          pair[t][i] = Pair<__nv_bfloat16>::pack(v.x, v.y);
-          const float2 taken = Pair<__nv_bfloat16>::unpack(pair[t][i]);
-          v.x -= taken.x, v.y -= taken.y;
-        }
+      for (int t = 0; t < kCount; ++t) {
+        pair[t][i] = P::pack(rest.x, rest.y);
+        if (t + 1 == kCount) break;
+        const float2 taken = P::unpack(pair[t][i]);
+        rest.x -= taken.x, rest.y -= taken.y;
       }
     }
   }
 };
 
 // d += a (b, the smallest terms first), or with b's signs flipped.
-template <typename T>
-__device__ __forceinline__ void product(float (&d)[4], const uint32_t (&a)[4], const Terms<T>& low,
-                                        const Terms<T>& high, int word, bool negative) {
+template <int kCount>
+__device__ __forceinline__ void product(float (&d)[4], const uint32_t (&a)[4], const Terms<kCount>& low,
+                                        const Terms<kCount>& high, int word, bool negative) {
   const uint32_t flip = negative ? 0x80008000u : 0;
 #pragma unroll
-  for (int t = Terms<T>::kCount - 1; t >= 0; --t) {
+  for (int t = kCount - 1; t >= 0; --t) {
     Pair<__nv_bfloat16>::mma(d, a, make_uint2(low.pair[t][word] ^ flip, high.pair[t][word] ^ flip),
                              make_float4(d[0], d[1], d[2], d[3]));
   }
 }
 
 // Step 1 for two loads, which differ in bit 6. v: bits 0, 1, 2 and 3 of the index.
-template <typename T>
-__device__ __forceinline__ void multiply_tile(const Terms<T>& low, const Terms<T>& high,
+template <int kCount>
+__device__ __forceinline__ void multiply_tile(const Terms<kCount>& low, const Terms<kCount>& high,
                                               const uint32_t (&a)[4], float* v) {
 #pragma unroll
   for (int w = 0; w < 2; ++w) {

@@ -44,11 +44,31 @@ __device__ __forceinline__ float scale_of(uint32_t amax_bits) {
   return amax_bits == 0 ? 1.0f : __fdiv_rn(floored(amax_bits), qmax<kType>());
 }
 
+// Two values to two bytes, the first in the lowest.
+template <QType kType>
+__device__ __forceinline__ uint32_t round2(float a, float b) {
+  if constexpr (kType == QType::kInt8) {
+    // |v| <= 127 up to rounding, so -128 does not occur; NaN becomes 0 and is told by the scale.
+    uint32_t pair;
+    asm("{\n\t"
+        ".reg .s32 a, b;\n\t"
+        "cvt.rni.s32.f32 a, %1;\n\t"
+        "cvt.rni.s32.f32 b, %2;\n\t"
+        "cvt.pack.sat.s8.s32.b32 %0, b, a, 0;\n\t"
+        "}"
+        : "=r"(pair)
+        : "f"(a), "f"(b));
+    return pair;
+  } else {
+    constexpr auto kInterpretation = kType == QType::kE4M3 ? __NV_E4M3 : __NV_E5M2;
+    return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, kInterpretation);
+  }
+}
+
 // Four values to four bytes, the first in the lowest.
 template <QType kType>
 __device__ __forceinline__ uint32_t round4(float a, float b, float c, float d) {
   if constexpr (kType == QType::kInt8) {
-    // |v| <= 127 up to rounding, so -128 does not occur; NaN becomes 0 and is told by the scale.
     uint32_t word;
     asm("{\n\t"
         ".reg .s32 a, b, c, d;\n\t"
@@ -64,10 +84,7 @@ __device__ __forceinline__ uint32_t round4(float a, float b, float c, float d) {
         : "f"(a), "f"(b), "f"(c), "f"(d));
     return word;
   } else {
-    constexpr auto kInterpretation = kType == QType::kE4M3 ? __NV_E4M3 : __NV_E5M2;
-    const uint32_t lo = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, kInterpretation);
-    const uint32_t hi = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, kInterpretation);
-    return lo | hi << 16;
+    return round2<kType>(a, b) | round2<kType>(c, d) << 16;
   }
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from quantize_oracle import assert_rounds
 
 from halo_train import ops, reference
 
@@ -14,17 +15,6 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-
-
-def assert_rounds(q: torch.Tensor, scale: torch.Tensor, exact: torch.Tensor) -> None:
-    """q and scale are those of the float64 values, but for near-ties that float32 decides otherwise. Values rounded to bfloat16
-    in between differ in 2 to 4 of 100."""
-    expected, expected_scale = reference.quantize_rows(exact, q.dtype)
-    torch.testing.assert_close(scale.double(), expected_scale, rtol=1e-5, atol=0)
-    step = 1.0 if q.dtype is torch.int8 else (expected.double().abs() / 8).clamp(min=2.0**-9)
-    off = (q.double() - expected.double()).abs()
-    assert (off <= 1.01 * step).all()
-    assert (off > 0).double().mean() < 1e-2
 
 
 def factors(n: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantize_oracle import assert_nearly_same_codes, bits
 
 from halo_train import ops, reference
 
@@ -24,10 +25,6 @@ SHAPES = [
 SHAPES += [(7, 32768), (5, 40000), (513, 136), (3, 131072)]
 INPUTS = [torch.bfloat16, torch.float16, torch.float32]
 FORMATS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
-
-
-def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.contiguous().reshape(t.shape or (1,)).view(torch.uint8)
 
 
 def assert_same(ours: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
@@ -111,14 +108,6 @@ ROTATED += [
     (2240, 64),
     (2112, 16),
 ]
-
-
-def assert_nearly_same_codes(q: torch.Tensor, expected: torch.Tensor) -> None:
-    """float32 sums decide near-ties differently: the next code, rarely."""
-    step = 1.0 if q.dtype is torch.int8 else (expected.double().abs() / 8).clamp(min=2.0**-9)
-    off = (q.cpu().double() - expected.double()).abs()
-    assert (off <= 1.01 * step).all()
-    assert (off > 0).double().sum() <= max(1e-3 * off.numel(), 4)
 
 
 @pytest.mark.parametrize("dtype", INPUTS)

@@ -4,19 +4,8 @@
 //     build/sanitize for tool in memcheck racecheck synccheck; do compute-sanitizer --tool $tool
 //     --error-exitcode 1 build/sanitize; done
 
-#include <cstdio>
-#include <cstdlib>
-
 #include "hadamard.h"
-
-#define CHECK(call)                                                                         \
-  do {                                                                                      \
-    const cudaError_t error = (call);                                                       \
-    if (error != cudaSuccess) {                                                             \
-      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-      std::exit(1);                                                                         \
-    }                                                                                       \
-  } while (0)
+#include "sanitize.h"
 
 namespace {
 
@@ -25,22 +14,6 @@ using halo_train::DType;
 struct Type {
   DType dtype;
   int bytes;
-};
-
-// Device memory of the exact size, so that one element too many is found.
-class Buffer {
- public:
-  explicit Buffer(size_t bytes, int fill = 0x3c) {
-    if (bytes == 0) return;
-    CHECK(cudaMalloc(&data_, bytes));
-    CHECK(cudaMemset(data_, fill, bytes));
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { cudaFree(data_); }
-  void* get() const { return data_; }
-
- private:
-  void* data_ = nullptr;
 };
 
 void rows(const Type& type, int order, int block, int count, bool strided, bool columns) {

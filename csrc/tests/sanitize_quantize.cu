@@ -1,51 +1,24 @@
 // Every quantising kernel on small odd shapes, without PyTorch: for compute-sanitizer, which would take
 // minutes with it.
-//     nvcc -std=c++17 -O3 -lineinfo -arch=sm_90 -Icsrc csrc/tests/sanitize_quantize.cu csrc/quantize.cu
-//     csrc/rotate_quantize*.cu csrc/transpose.cu -o build/sanitize_quantize
+//     nvcc -std=c++17 -O3 -lineinfo -arch=sm_90 -Icsrc csrc/tests/sanitize_quantize.cu csrc/*quantize*.cu
+//     csrc/gated_grad.cu csrc/producers.cu csrc/transpose.cu -o build/sanitize_quantize
 //     for tool in memcheck racecheck synccheck; do compute-sanitizer --tool $tool --error-exitcode 1
 //     build/sanitize_quantize; done
 
-#include <cstdio>
-#include <cstdlib>
-#include <vector>
-
 #include "quantize.h"
-
-#define CHECK(call)                                                                         \
-  do {                                                                                      \
-    const cudaError_t error = (call);                                                       \
-    if (error != cudaSuccess) {                                                             \
-      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-      std::exit(1);                                                                         \
-    }                                                                                       \
-  } while (0)
+#include "sanitize.h"
 
 namespace {
 
 using halo_train::DType;
 using halo_train::QType;
 
-// An allocation of the exact size, so that one element too many is found.
-struct Buffer {
-  explicit Buffer(size_t bytes, int fill = 0x3c) {
-    CHECK(cudaMalloc(&data, bytes));
-    CHECK(cudaMemset(data, fill, bytes));
-  }
-  ~Buffer() { cudaFree(data); }
-  Buffer(const Buffer&) = delete;
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(data);
-  }
-  void* data = nullptr;
-};
-
 void run(DType dtype, size_t size, QType qtype, int64_t rows, int64_t cols, int block) {
   const int64_t gap = cols % 8 == 0 ? 8 : 0, stride = cols + gap;
   const Buffer x(size * ((rows - 1) * stride + cols)), col_scale(sizeof(float) * cols),
       row_scale(sizeof(float) * rows), q(rows * cols), scale(sizeof(float) * rows), amax(4, 0);
   halo_train::QuantizeRowsArgs args{};
-  args.x = x.data;
+  args.x = x.get();
   args.dtype = dtype;
   args.rows = rows;
   args.cols = cols;
@@ -53,13 +26,13 @@ void run(DType dtype, size_t size, QType qtype, int64_t rows, int64_t cols, int 
   args.qtype = qtype;
   args.scale = scale.as<float>();
   const auto launch = [&] {
-    CHECK(block > 1 ? halo_train::rotate_quantize(args, block, nullptr)
-                    : halo_train::quantize_rows(args, nullptr));
+    if (block == 1) return CHECK(halo_train::quantize_rows(args, nullptr));
+    const cudaError_t error = halo_train::rotate_quantize(args, block, nullptr);
+    if (error != cudaErrorNotSupported) CHECK(error);
   };
   for (const bool scaled : {false, true}) {
     args.col_scale = scaled ? col_scale.as<float>() : nullptr;
-    args.q = q.data;
-    if (block > 1 && !halo_train::can_rotate_quantize(args, block)) continue;
+    args.q = q.get();
     args.tensor_amax = nullptr;
     launch();
     args.tensor_amax = amax.as<uint32_t>();
@@ -69,35 +42,85 @@ void run(DType dtype, size_t size, QType qtype, int64_t rows, int64_t cols, int 
   }
   if (block > 1) return;
 
-  const Buffer scratch(sizeof(uint32_t) * halo_train::quantize_rows_scratch(cols, 0)),
-      col_amax(sizeof(uint32_t) * cols), transposed(rows * cols), col_scales(sizeof(float) * cols),
-      sums(sizeof(float) * cols), partial(sizeof(float) * halo_train::column_sums_scratch(rows, cols)),
-      wide(sizeof(float) * rows * cols);
-  args.q = q.data;
-  args.tensor_amax = nullptr;
-  args.row_scale = row_scale.as<float>();
-  args.col_amax = col_amax.as<uint32_t>();
-  args.partial_amax = scratch.as<uint32_t>();
-  launch();
-  halo_train::QuantizeTransposedArgs t{};
-  t.x = x.data;
-  t.dtype = dtype;
-  t.rows = rows;
-  t.cols = cols;
-  t.row_stride = stride;
-  t.row_scale = row_scale.as<float>();
-  t.col_amax = col_amax.as<uint32_t>();
-  t.qtype = qtype;
-  t.q = transposed.data;
-  t.scale = col_scales.as<float>();
-  CHECK(halo_train::quantize_rows_transposed(t, nullptr));
-  t.gather_col_amax = true;
-  t.sums = sums.as<float>();
-  t.partial_sums = partial.as<float>();
-  CHECK(halo_train::quantize_rows_transposed(t, nullptr));
-  CHECK(halo_train::transpose_bytes(q.data, transposed.data, rows, cols, nullptr));
-  CHECK(halo_train::widen(x.data, dtype, rows, cols, stride, col_scale.as<float>(), wide.as<float>(), 0,
+  const Buffer transposed(rows * cols), col_scales(sizeof(float) * cols), sums(sizeof(float) * cols),
+      partial(sizeof(float) * halo_train::column_sums_scratch(rows, cols)), wide(sizeof(float) * rows * cols),
+      both(sizeof(uint32_t) * (rows + cols));
+  halo_train::QuantizeGradArgs g{};
+  g.x = x.get();
+  g.dtype = dtype;
+  g.rows = rows;
+  g.cols = cols;
+  g.row_stride = stride;
+  g.row_scale = row_scale.as<float>();
+  g.qtype = qtype;
+  g.forms = {nullptr, nullptr, transposed.as<uint8_t>(), col_scales.as<float>()};
+  g.amax = both.as<uint32_t>();
+  CHECK(halo_train::quantize_grad(g, nullptr));
+  g.forms.rows = q.as<uint8_t>();
+  g.forms.row_scales = scale.as<float>();
+  g.col_scale = col_scale.as<float>();
+  CHECK(halo_train::quantize_grad(g, nullptr));
+  g.sums = sums.as<float>();
+  g.partial_sums = partial.as<float>();
+  CHECK(halo_train::quantize_grad(g, nullptr));
+  CHECK(halo_train::transpose_bytes(q.get(), transposed.get(), rows, cols, nullptr));
+  CHECK(halo_train::widen(x.get(), dtype, rows, cols, stride, col_scale.as<float>(), wide.as<float>(), 0,
                           nullptr));
+}
+
+// Norms and gated activations; what the fused kernels do not take goes the other way.
+void run_fused(DType dtype, size_t size, QType qtype, int64_t rows, int64_t cols, int block) {
+  const int64_t stride = cols + (cols % 8 == 0 ? 8 : 0);
+  const size_t elements = (rows - 1) * stride + cols;
+  const Buffer x(size * elements), up(size * elements), vector(size * cols), d(sizeof(float) * cols),
+      statistics(2 * sizeof(float) * rows), q(rows * cols), scale(sizeof(float) * rows),
+      wide(sizeof(float) * rows * cols);
+  const halo_train::RowsOutput out{rows, cols, qtype, q.get(), scale.as<float>(), 0};
+  for (const bool center : {false, true}) {
+    halo_train::NormArgs norm{};
+    norm.x = x.get();
+    norm.dtype = dtype;
+    norm.row_stride = stride;
+    norm.weight = {vector.get(), dtype};
+    if (center) norm.bias = norm.weight;
+    norm.col_scale = d.as<float>();
+    norm.eps = 1e-5f;
+    norm.center = center;
+    norm.mean = statistics.as<float>();
+    norm.rstd = statistics.as<float>() + rows;
+    const cudaError_t error = halo_train::norm_quantize(norm, out, block, nullptr);
+    CHECK(error == cudaErrorNotSupported
+              ? halo_train::norm_rows(norm, rows, cols, wide.as<float>(), 0, nullptr)
+              : error);
+  }
+  for (const auto activation : {halo_train::Activation::kSilu, halo_train::Activation::kGelu}) {
+    halo_train::GatedArgs gated{x.get(), up.get(), dtype, stride, stride, activation, d.as<float>()};
+    const cudaError_t error = halo_train::gated_quantize(gated, out, block, nullptr);
+    CHECK(error == cudaErrorNotSupported
+              ? halo_train::gated_rows(gated, rows, cols, wide.as<float>(), 0, nullptr)
+              : error);
+    if (block > 1) continue;
+    const Buffer bytes(4 * rows * cols), scales(2 * sizeof(float) * (rows + cols)),
+        amax(2 * sizeof(uint32_t) * (rows + cols));
+    halo_train::GatedGradArgs grad{};
+    grad.dh = x.get();
+    grad.gate = up.get();
+    grad.up = x.get();
+    grad.dtype = dtype;
+    grad.rows = rows;
+    grad.cols = cols;
+    grad.dh_stride = grad.gate_stride = grad.up_stride = stride;
+    grad.activation = activation;
+    grad.col_scale[1] = d.as<float>();
+    grad.qtype = qtype;
+    for (int o = 0; o < 2; ++o) {
+      uint8_t* const data = bytes.as<uint8_t>() + 2 * o * rows * cols;
+      float* const floats = scales.as<float>() + o * (rows + cols);
+      grad.forms[o] = {data, floats, data + rows * cols, floats + rows};
+    }
+    grad.amax = amax.as<uint32_t>();
+    CHECK(halo_train::gated_grad_quantize(grad, nullptr));
+  }
 }
 
 }  // namespace
@@ -120,13 +143,15 @@ int main(int argc, char**) {
     for (const QType qtype : {QType::kE4M3, QType::kInt8}) {
       if (argc > 1 && (type.dtype != DType::kBFloat16 || qtype != QType::kE4M3)) continue;
       for (const auto& shape : shapes) {
-        // The last of these is more than the thread blocks that stay, so that some take a second row.
-        const int64_t many = shape.cols >= 12288   ? 270
-                             : shape.block == 8192 ? 534
-                             : shape.block == 4096 ? 1060
-                                                   : 100;
+        // The last of these is more than the rows that the thread blocks hold, so that some take a second
+        // one.
+        const int64_t many = shape.cols >= 12288                     ? 270
+                             : shape.block == 8192                   ? 534
+                             : shape.block > 1 && shape.cols <= 2048 ? 2200
+                                                                     : 1060;
         for (const int64_t rows : {int64_t{1}, int64_t{37}, many}) {
           run(type.dtype, type.size, qtype, rows, shape.cols, shape.block);
+          run_fused(type.dtype, type.size, qtype, rows, shape.cols, shape.block);
         }
       }
       CHECK(cudaDeviceSynchronize());

@@ -1,0 +1,83 @@
+// Both 8-bit forms of a gradient, or of a weight its columns alone; see quantize_grad_kernel.cuh.
+
+#include "quantize_grad_kernel.cuh"
+
+namespace halo_train {
+namespace {
+
+using namespace detail;
+
+constexpr int kAddRows = 16;  // threads that share a column
+
+// sums[n] = sum of partial[.., n].
+__global__ void __launch_bounds__(32 * kAddRows)
+    add_partial_sums_kernel(const float* partial, float* sums, int64_t parts, int64_t cols) {
+  __shared__ float shared[kAddRows][32];
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+  float total = 0.0f;
+  if (column < cols) {
+#pragma unroll 8
+    for (int64_t i = threadIdx.y; i < parts; i += kAddRows) total += __ldg(partial + i * cols + column);
+  }
+  shared[threadIdx.y][threadIdx.x] = total;
+  __syncthreads();
+  if (threadIdx.y > 0 || column >= cols) return;
+#pragma unroll
+  for (int i = 1; i < kAddRows; ++i) total += shared[i][threadIdx.x];
+  sums[column] = total;
+}
+
+// Two tiles are the fastest; with sums, which have a cost for each thread block, four.
+constexpr int kTiles = 2, kSumTiles = 4;
+
+template <typename Source, QType kType, int kWidth>
+cudaError_t grad_sized(const GradParams<Source>& p, float* sums, cudaStream_t stream) {
+  constexpr bool kVector = kWidth > 1;
+  if (p.forms[0].rows == nullptr) {
+    const cudaError_t error = gather_grad_amax<Source, kVector, false>(p, stream);
+    return error != cudaSuccess ? error : round_grad<Source, kType, kWidth, false, false, kTiles>(p, stream);
+  }
+  cudaError_t error = gather_grad_amax<Source, kVector, true>(p, stream);
+  if (error != cudaSuccess) return error;
+  if (sums == nullptr) return round_grad<Source, kType, kWidth, true, false, kTiles>(p, stream);
+  error = round_grad<Source, kType, kWidth, true, true, kSumTiles>(p, stream);
+  if (error != cudaSuccess) return error;
+  add_partial_sums_kernel<<<static_cast<unsigned>(ceil_div(p.cols, 32)), dim3(32, kAddRows), 0, stream>>>(
+      p.partial_sums, sums, ceil_div(p.rows, kGradRows * kSumTiles), p.cols);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t quantize_grad(const QuantizeGradArgs& a, cudaStream_t stream) {
+  return dispatch(a.dtype, a.qtype, [&](auto input, auto qtype) {
+    using T = typename decltype(input)::type;
+    using Source = PlainGrad<T>;
+    constexpr QType kType = decltype(qtype)::value;
+    GradParams<Source> p{};
+    p.source.x = {static_cast<const T*>(a.x), a.row_stride};
+    p.rows = a.rows;
+    p.cols = a.cols;
+    p.row_scale = a.row_scale;
+    p.col_scale[0] = a.col_scale;
+    p.row_amax = a.amax;
+    p.col_amax = a.amax + (a.forms.rows != nullptr ? a.rows : 0);
+    p.forms[0] = a.forms;
+    p.partial_sums = a.partial_sums;
+    const bool vectors = vectorised(p.source.x, a.cols) && (a.col_scale == nullptr || aligned(a.col_scale));
+    switch (grad_width(vectors, a.rows)) {
+      case 16:
+        return grad_sized<Source, kType, 16>(p, a.sums, stream);
+      case 4:
+        return grad_sized<Source, kType, 4>(p, a.sums, stream);
+      default:
+        return grad_sized<Source, kType, 1>(p, a.sums, stream);
+    }
+  });
+}
+
+int64_t column_sums_scratch(int64_t rows, int64_t cols) {
+  return ceil_div(rows, kGradRows * kSumTiles) * cols;
+}
+
+}  // namespace halo_train

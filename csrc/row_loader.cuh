@@ -1,0 +1,153 @@
+// How the rows of rotate_quantize_kernel.cuh come from memory: a warp fetches its tile of a row while it
+// works on an earlier one. Each thread reads, of load j, eight neighbouring elements from column in() + 64 j
+// of the tile.
+
+#pragma once
+
+#include "rotate_quantize_tile.cuh"
+
+namespace halo_train::detail {
+
+constexpr int kMaxRowWarps = 16, kMaxStages = 2;
+
+// Column, within its warp's tile, of the elements of a lane.
+template <typename L>
+__device__ __forceinline__ int lane_column(int lane) {
+  return (lane & 3) << 4 | (lane >> 2 & 1) << 3 | (lane >> 3) << L::kLaneBit;
+}
+
+// The next row waits in registers: for one input of 16 bits.
+template <typename T, typename L>
+class RegisterLoader {
+ public:
+  static constexpr int kQuads = sizeof(T) / 2;  // 16-byte pieces of eight elements
+  static constexpr int kInputs = 1;
+
+  // `columns` of the row are left from the warp's tile on.
+  __device__ RegisterLoader(uint4*, uint64_t*, int lane, int columns, int)
+      : in_(lane_column<L>(lane)), columns_(columns) {}
+  __device__ __forceinline__ void start(int, const T* const (&tile)[1]) {
+#pragma unroll
+    for (int j = 0; j < L::kLoads; ++j) {
+#pragma unroll
+      for (int k = 0; k < kQuads; ++k) {
+        raw_[j][k] = inside(j) ? load16(tile[0] + in_ + (j << 6) + 4 * k) : make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+  __device__ __forceinline__ void wait(int) {}
+  __device__ __forceinline__ bool inside(int j) const { return L::kExchange || in_ + (j << 6) < columns_; }
+  __device__ __forceinline__ void read(uint4 (&raw)[1][kQuads], int, int j) const {
+#pragma unroll
+    for (int k = 0; k < kQuads; ++k) raw[0][k] = raw_[j][k];
+  }
+
+ private:
+  uint4 raw_[L::kLoads][kQuads];
+  int in_, columns_;
+};
+
+// The next rows wait in shared memory, in `stages` buffers: bulk copies bring them, of which a lane starts
+// one for each input, or before Hopper copies of 16 bytes by the thread that reads them.
+template <typename T, typename L, int kInputs_>
+class SharedLoader {
+ public:
+  static constexpr int kQuads = sizeof(T) / 2;
+  static constexpr int kInputs = kInputs_;
+  static constexpr int kTileQuads = (static_cast<int>(sizeof(T)) << L::kTileBits) / 16;
+
+  // buffers: kInputs tiles for each stage. full: a barrier for each stage.
+  __device__ SharedLoader(uint4* buffers, uint64_t* full, int lane, int columns, int stages)
+      : buffers_(buffers), full_(full), lane_(lane), in_(lane_column<L>(lane)), columns_(columns) {
+    if (columns < 1 << L::kTileBits) {  // zeros where there is nothing to copy
+      for (int i = lane; i < stages * kInputs * kTileQuads; i += 32) buffers_[i] = make_uint4(0, 0, 0, 0);
+    }
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0) {
+      for (int s = 0; s < stages; ++s)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(full_ + s)));
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+    __syncwarp();
+  }
+  __device__ __forceinline__ void start(int stage, const T* const (&tile)[kInputs]) {
+#if __CUDA_ARCH__ >= 900
+    __syncwarp();  // the buffer has been read
+    if (lane_ != 0) return;
+    const uint32_t bytes = static_cast<uint32_t>(sizeof(T)) * min(columns_, 1 << L::kTileBits);
+    const uint32_t full = address(full_ + stage);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(kInputs * bytes)
+                 : "memory");
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) {
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+              address(buffer(stage, i))),
+          "l"(tile[i]), "r"(bytes), "r"(full)
+          : "memory");
+    }
+#else
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) {
+#pragma unroll
+      for (int j = 0; j < L::kLoads; ++j) {
+        if (!inside(j)) continue;
+#pragma unroll
+        for (int k = 0; k < kQuads; ++k) {
+          asm volatile(
+              "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(buffer(stage, i) + quad(j) + k)),
+              "l"(tile[i] + in_ + (j << 6) + 16 / sizeof(T) * k)
+              : "memory");
+        }
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+  }
+  __device__ __forceinline__ void wait(int stage) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t done = 0;
+    while (!done) {
+      asm volatile(
+          "{\n\t"
+          ".reg .pred p;\n\t"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+          "selp.b32 %0, 1, 0, p;\n\t"
+          "}"
+          : "=r"(done)
+          : "r"(address(full_ + stage)), "r"(phases_ >> stage & 1)
+          : "memory");
+    }
+    phases_ ^= 1u << stage;
+#else
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+  }
+  __device__ __forceinline__ bool inside(int j) const { return L::kExchange || in_ + (j << 6) < columns_; }
+  __device__ __forceinline__ void read(uint4 (&raw)[kInputs][kQuads], int stage, int j) const {
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) {
+#pragma unroll
+      for (int k = 0; k < kQuads; ++k) raw[i][k] = buffer(stage, i)[quad(j) + k];
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  }
+  __device__ __forceinline__ uint4* buffer(int stage, int input) const {
+    return buffers_ + (stage * kInputs + input) * kTileQuads;
+  }
+  __device__ __forceinline__ int quad(int j) const {
+    return (in_ + (j << 6)) * static_cast<int>(sizeof(T)) / 16;
+  }
+
+  uint4* buffers_;
+  uint64_t* full_;
+  uint32_t phases_ = 0;
+  int lane_, in_, columns_;
+};
+
+}  // namespace halo_train::detail

@@ -1,0 +1,427 @@
+// Where the rows of rotate_quantize_kernel.cuh come from: a matrix, a norm of one, or a gated activation of
+// two. A source says what it reads (kInputs, Loader), what it keeps of its column vectors in shared memory
+// (Factors), and makes of eight neighbouring inputs eight values, in float32 or as bfloat16 terms for the
+// products.
+
+#pragma once
+
+#include <type_traits>
+
+#include "activation.cuh"
+#include "row_loader.cuh"
+
+namespace halo_train {
+
+namespace detail {
+
+template <typename T>
+__device__ __forceinline__ void unpack8(float (&v)[8], const uint4 (&raw)[sizeof(T) / 2]) {
+  constexpr int kQuads = sizeof(T) / 2;
+  const uint32_t words[8] = {raw[0].x,          raw[0].y,          raw[0].z,          raw[0].w,
+                             raw[kQuads - 1].x, raw[kQuads - 1].y, raw[kQuads - 1].z, raw[kQuads - 1].w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 2) {
+      const float2 f = Pair<T>::unpack(words[i]);
+      v[2 * i] = f.x, v[2 * i + 1] = f.y;
+    } else {
+      v[2 * i] = __uint_as_float(words[2 * i]), v[2 * i + 1] = __uint_as_float(words[2 * i + 1]);
+    }
+  }
+}
+
+__device__ __forceinline__ void load8(float (&f)[8], const float* from, float missing) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) f[i] = from != nullptr ? __ldg(from + i) : missing;
+}
+
+// Eight elements of a vector of any type.
+__device__ __forceinline__ void load8(float (&f)[8], const Vector& vector, int column, float missing) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (vector.data == nullptr) {
+      f[i] = missing;
+    } else if (vector.dtype == DType::kFloat32) {
+      f[i] = __ldg(static_cast<const float*>(vector.data) + column + i);
+    } else if (vector.dtype == DType::kBFloat16) {
+      f[i] = __bfloat162float(static_cast<const __nv_bfloat16*>(vector.data)[column + i]);
+    } else {
+      f[i] = __half2float(static_cast<const __half*>(vector.data)[column + i]);
+    }
+  }
+}
+
+// Eight factors of columns. Word and kWords: how shared memory holds them.
+struct NoFactors {
+  using Word = uint4;
+  static constexpr int kWords = 0;
+  Word word[1];
+};
+
+// Powers of two: in bfloat16, or their exponents alone, where an exchange takes so much shared memory that
+// there would be too little left for the loads under way.
+template <bool kExponents>
+struct PowerFactors {
+  using Word = std::conditional_t<kExponents, uint2, uint4>;
+  static constexpr int kWords = 1;
+  Word word[1];
+
+  __device__ __forceinline__ explicit PowerFactors(const float (&f)[8]) {
+    if constexpr (kExponents) {
+      const auto four = [](const float* v) {
+        const auto one = [](float x) { return __float_as_uint(x) >> 23 & 0xff; };
+        return one(v[0]) | one(v[1]) << 8 | one(v[2]) << 16 | one(v[3]) << 24;
+      };
+      word[0] = make_uint2(four(f), four(f + 4));
+    } else {
+      using P = Pair<__nv_bfloat16>;
+      word[0] =
+          make_uint4(P::pack(f[0], f[1]), P::pack(f[2], f[3]), P::pack(f[4], f[5]), P::pack(f[6], f[7]));
+    }
+  }
+  PowerFactors() = default;
+  // Four pairs of bfloat16.
+  __device__ __forceinline__ uint4 pairs() const {
+    if constexpr (kExponents) {
+      return make_uint4(__byte_perm(word[0].x, 0, 0x4140) << 7, __byte_perm(word[0].x, 0, 0x4342) << 7,
+                        __byte_perm(word[0].y, 0, 0x4140) << 7, __byte_perm(word[0].y, 0, 0x4342) << 7);
+    } else {
+      return word[0];
+    }
+  }
+  __device__ __forceinline__ void multiply(float (&v)[8]) const {
+    const uint4 p = pairs();
+    const uint32_t pair[4] = {p.x, p.y, p.z, p.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 f = Pair<__nv_bfloat16>::unpack(pair[i]);
+      v[2 * i] *= f.x, v[2 * i + 1] *= f.y;
+    }
+  }
+};
+
+// Any factors.
+struct FloatFactors {
+  using Word = uint4;
+  static constexpr int kWords = 2;
+  Word word[2];
+
+  __device__ __forceinline__ explicit FloatFactors(const float (&f)[8]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      word[i] = make_uint4(__float_as_uint(f[4 * i]), __float_as_uint(f[4 * i + 1]),
+                           __float_as_uint(f[4 * i + 2]), __float_as_uint(f[4 * i + 3]));
+    }
+  }
+  FloatFactors() = default;
+  __device__ __forceinline__ void multiply(float (&v)[8]) const {
+    float f[8];
+    unpack8<float>(f, word);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] *= f[i];
+  }
+};
+
+// Any factors as sums of two bfloat16, exact to 2^-17.
+struct SplitFactors {
+  using Word = uint4;
+  static constexpr int kWords = 2;
+  Word word[2];
+
+  __device__ __forceinline__ explicit SplitFactors(const float (&f)[8]) {
+    Terms<2> terms;
+    terms.split(f);
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      word[t] = make_uint4(terms.pair[t][0], terms.pair[t][1], terms.pair[t][2], terms.pair[t][3]);
+    }
+  }
+  SplitFactors() = default;
+};
+
+// Factors and what is added after them.
+struct AffineFactors {
+  using Word = uint4;
+  static constexpr int kWords = 4;
+  Word word[4];
+
+  __device__ __forceinline__ AffineFactors(const float (&factor)[8], const float (&shift)[8]) {
+    const FloatFactors factors(factor), shifts(shift);
+    word[0] = factors.word[0], word[1] = factors.word[1];
+    word[2] = shifts.word[0], word[3] = shifts.word[1];
+  }
+  AffineFactors() = default;
+};
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
+  return value;
+}
+
+// The warps that share a row. kAlone: it is the only one of the thread block.
+template <bool kAlone>
+struct RowGroup {
+  int lane, warp, warps, group;  // of the lane, the warp in the row, the row in the thread block
+
+  __device__ __forceinline__ explicit RowGroup(int warps_of_row)
+      : lane(threadIdx.x & 31), warp(threadIdx.x >> 5), warps(warps_of_row), group(0) {
+    if constexpr (!kAlone) {
+      group = warp / warps;
+      warp -= group * warps;
+    }
+  }
+  __device__ __forceinline__ void barrier() const {
+    if constexpr (kAlone) {
+      __syncthreads();
+    } else if (warps == 1) {
+      __syncwarp();
+    } else {
+      asm volatile("bar.sync %0, %1;" ::"r"(group), "r"(32 * warps) : "memory");
+    }
+  }
+  // Sum over the row, always in the same order. slots: one float for each warp of the row, read by nobody
+  // since the last barrier but one.
+  __device__ __forceinline__ float sum(float value, float* slots) const {
+    value = warp_sum(value);
+    if (warps == 1) return value;
+    if (lane == 0) slots[warp] = value;
+    barrier();
+    return warp_sum(lane < warps ? slots[lane] : 0.0f);
+  }
+};
+
+}  // namespace detail
+
+// What a source knows of a row.
+struct RowState {
+  float squares = 0.0f;  // sum of those that this thread has seen, with kNorm
+  float mean = 0.0f, rstd = 1.0f;
+};
+
+enum class Norm { kNone, kRms, kLayer };
+
+template <typename T_, bool kScaled>
+struct PlainRows {
+  using T = T_;
+  static constexpr int kInputs = 1;
+  static constexpr int kTerms = sizeof(T) == 4 ? 3 : std::is_same_v<T, __half> ? 2 : 1;
+  static constexpr Norm kNorm = Norm::kNone;
+  // The next row of 16-bit values in registers: shared memory belongs to the exchange.
+  template <typename L>
+  using Loader =
+      std::conditional_t<sizeof(T) == 2, detail::RegisterLoader<T, L>, detail::SharedLoader<T, L, 1>>;
+  template <bool kRotated, bool kExchange>
+  using Factors = std::conditional_t<kScaled, detail::PowerFactors<kExchange>, detail::NoFactors>;
+
+  const T* x;
+  int64_t stride;
+  const float* col_scale;  // [cols] powers of two
+
+  __device__ __forceinline__ void tiles(const T* (&tile)[1], int64_t row, int column) const {
+    tile[0] = x + row * stride + column;
+  }
+  template <typename F>
+  __device__ __forceinline__ F factors(int column) const {
+    float f[8];
+    detail::load8(f, col_scale + column, 1.0f);
+    return F(f);
+  }
+  template <typename F>
+  __device__ __forceinline__ void terms(detail::Terms<kTerms>& t, const uint4 (&raw)[1][sizeof(T) / 2],
+                                        const F& f, RowState&) const {
+    if constexpr (kTerms == 1) {
+      uint4 words = raw[0][0];
+      if constexpr (kScaled) {
+        const uint4 pairs = f.pairs();
+        words = make_uint4(product(words.x, pairs.x), product(words.y, pairs.y), product(words.z, pairs.z),
+                           product(words.w, pairs.w));
+      }
+      t.pair[0][0] = words.x, t.pair[0][1] = words.y, t.pair[0][2] = words.z, t.pair[0][3] = words.w;
+    } else {
+      float v[8];
+      detail::unpack8<T>(v, raw[0]);
+      if constexpr (kScaled) f.multiply(v);
+      t.split(v);
+    }
+  }
+  static __device__ __forceinline__ uint32_t product(uint32_t a, uint32_t b) {
+    const __nv_bfloat162 p =
+        __hmul2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+    return reinterpret_cast<const uint32_t&>(p);
+  }
+};
+
+// x weight: the row's rstd, which is known once the row has been read, multiplies the result.
+template <typename T_>
+struct RmsNormRows {
+  using T = T_;
+  static constexpr int kInputs = 1, kTerms = 2;
+  static constexpr Norm kNorm = Norm::kRms;
+  template <typename L>
+  using Loader = detail::SharedLoader<T, L, 1>;
+  template <bool kRotated, bool kExchange>
+  using Factors = detail::SplitFactors;
+
+  const T* x;
+  int64_t stride;
+  Vector weight, bias;
+  const float* col_scale;
+  float eps;
+  float *mean, *rstd;
+
+  __device__ __forceinline__ void tiles(const T* (&tile)[1], int64_t row, int column) const {
+    tile[0] = x + row * stride + column;
+  }
+  template <typename F>
+  __device__ __forceinline__ F factors(int column) const {
+    float w[8], d[8];
+    detail::load8(w, weight, column, 1.0f);
+    detail::load8(d, col_scale == nullptr ? nullptr : col_scale + column, 1.0f);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) w[i] *= d[i];
+    return F(w);
+  }
+  // Products of two bfloat16 values are exact in two terms, the second by an exact remainder.
+  __device__ __forceinline__ void terms(detail::Terms<2>& t, const uint4 (&raw)[1][1],
+                                        const detail::SplitFactors& f, RowState& row) const {
+    static_assert(std::is_same_v<T, __nv_bfloat16>, "the remainder of other types is not exact");
+    float v[8];
+    detail::unpack8<T>(v, raw[0]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) row.squares = fmaf(v[i], v[i], row.squares);
+    const uint32_t words[4] = {raw[0][0].x, raw[0][0].y, raw[0][0].z, raw[0][0].w};
+    const uint32_t high[4] = {f.word[0].x, f.word[0].y, f.word[0].z, f.word[0].w};
+    const uint32_t low[4] = {f.word[1].x, f.word[1].y, f.word[1].z, f.word[1].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto& x2 = reinterpret_cast<const __nv_bfloat162&>(words[i]);
+      const auto& w2 = reinterpret_cast<const __nv_bfloat162&>(high[i]);
+      const __nv_bfloat162 first = __hmul2_rn(x2, w2);
+      const __nv_bfloat162 rest =
+          __hfma2(x2, reinterpret_cast<const __nv_bfloat162&>(low[i]), __hfma2(x2, w2, __hneg2(first)));
+      t.pair[0][i] = reinterpret_cast<const uint32_t&>(first);
+      t.pair[1][i] = reinterpret_cast<const uint32_t&>(rest);
+    }
+  }
+  __device__ __forceinline__ void values(float (&v)[8], const uint4 (&raw)[1][1],
+                                         const detail::SplitFactors& f, RowState& row) const {
+    detail::unpack8<T>(v, raw[0]);
+    float high[8], low[8];
+    detail::unpack8<__nv_bfloat16>(high, {f.word[0]});
+    detail::unpack8<__nv_bfloat16>(low, {f.word[1]});
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      row.squares = fmaf(v[i], v[i], row.squares);
+      v[i] *= high[i] + low[i];
+    }
+  }
+};
+
+// (x - mean) rstd weight + bias; the statistics need passes over the row of their own, in shared memory.
+template <typename T_>
+struct LayerNormRows : RmsNormRows<T_> {
+  using T = T_;
+  static constexpr Norm kNorm = Norm::kLayer;
+  template <bool kRotated, bool kExchange>
+  using Factors = detail::AffineFactors;
+
+  template <typename F>
+  __device__ __forceinline__ F factors(int column) const {
+    float w[8], b[8], d[8];
+    detail::load8(w, this->weight, column, 1.0f);
+    detail::load8(b, this->bias, column, 0.0f);
+    detail::load8(d, this->col_scale == nullptr ? nullptr : this->col_scale + column, 1.0f);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) w[i] *= d[i], b[i] *= d[i];
+    return F(w, b);
+  }
+  template <typename Loader>
+  __device__ __forceinline__ void statistics(RowState& row, const Loader& loader, int stage, int loads,
+                                             int cols, const detail::RowGroup<false>& group, float* sums,
+                                             float* squares) const {
+    float v[8], total = 0.0f;
+    uint4 raw[1][1];
+    for (int j = 0; j < loads; ++j) {
+      loader.read(raw, stage, j);  // zeros beyond the row
+      detail::unpack8<T>(v, raw[0]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) total += v[i];
+    }
+    row.mean = group.sum(total, sums) / cols;
+    total = 0.0f;
+    for (int j = 0; j < loads; ++j) {
+      if (!loader.inside(j)) continue;
+      loader.read(raw, stage, j);
+      detail::unpack8<T>(v, raw[0]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float difference = v[i] - row.mean;
+        total = fmaf(difference, difference, total);
+      }
+    }
+    row.rstd = rsqrtf(group.sum(total, squares) / cols + this->eps);
+  }
+  __device__ __forceinline__ void values(float (&v)[8], const uint4 (&raw)[1][1],
+                                         const detail::AffineFactors& f, const RowState& row) const {
+    detail::unpack8<T>(v, raw[0]);
+    float w[8], b[8];
+    detail::unpack8<float>(w, {f.word[0], f.word[1]});
+    detail::unpack8<float>(b, {f.word[2], f.word[3]});
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = fmaf((v[i] - row.mean) * row.rstd, w[i], b[i]);
+  }
+  __device__ __forceinline__ void terms(detail::Terms<2>& t, const uint4 (&raw)[1][1],
+                                        const detail::AffineFactors& f, const RowState& row) const {
+    float v[8];
+    values(v, raw, f, row);
+    t.split(v);
+  }
+};
+
+// act(gate) up.
+template <typename T_, typename Act>
+struct GatedRows {
+  using T = T_;
+  static constexpr int kInputs = 2, kTerms = 2;
+  static constexpr Norm kNorm = Norm::kNone;
+  template <typename L>
+  using Loader = detail::SharedLoader<T, L, 2>;
+  template <bool kRotated, bool kExchange>
+  using Factors = std::conditional_t<kRotated, detail::PowerFactors<kExchange>, detail::FloatFactors>;
+
+  const T *gate, *up;
+  int64_t gate_stride, up_stride;
+  const float* col_scale;
+  Act activation;
+
+  __device__ __forceinline__ void tiles(const T* (&tile)[2], int64_t row, int column) const {
+    tile[0] = gate + row * gate_stride + column;
+    tile[1] = up + row * up_stride + column;
+  }
+  template <typename F>
+  __device__ __forceinline__ F factors(int column) const {
+    float f[8];
+    detail::load8(f, col_scale == nullptr ? nullptr : col_scale + column, 1.0f);
+    return F(f);
+  }
+  template <typename F>
+  __device__ __forceinline__ void values(float (&v)[8], const uint4 (&raw)[2][1], const F& f,
+                                         RowState&) const {
+    float g[8];
+    detail::unpack8<T>(g, raw[0]);
+    detail::unpack8<T>(v, raw[1]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] *= activation.value(g[i]);
+    f.multiply(v);
+  }
+  template <typename F>
+  __device__ __forceinline__ void terms(detail::Terms<2>& t, const uint4 (&raw)[2][1], const F& f,
+                                        RowState& row) const {
+    float v[8];
+    values(v, raw, f, row);
+    t.split(v);
+  }
+};
+
+}  // namespace halo_train
