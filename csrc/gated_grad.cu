@@ -27,14 +27,11 @@ cudaError_t launch(const GatedGradArgs& a, cudaStream_t stream) {
     p.forms[o] = a.forms[o];
     vectors = vectors && (a.col_scale[o] == nullptr || aligned(a.col_scale[o]));
   }
-  const auto sized = [&](auto width) {
+  return with_grad_width(vectors, a.rows, [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
     const cudaError_t error = gather_grad_amax<Source, (kWidth > 1), true>(p, stream);
     return error != cudaSuccess ? error : round_grad<Source, kType, kWidth, true, false, 1>(p, stream);
-  };
-  // Rows are a multiple of 16 wherever speed matters: HaloLinear pads them.
-  return grad_width(vectors, a.rows) == 16 ? sized(std::integral_constant<int, 16>{})
-                                           : sized(std::integral_constant<int, 1>{});
+  });
 }
 
 }  // namespace

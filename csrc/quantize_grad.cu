@@ -65,14 +65,9 @@ cudaError_t quantize_grad(const QuantizeGradArgs& a, cudaStream_t stream) {
     p.forms[0] = a.forms;
     p.partial_sums = a.partial_sums;
     const bool vectors = vectorised(p.source.x, a.cols) && (a.col_scale == nullptr || aligned(a.col_scale));
-    switch (grad_width(vectors, a.rows)) {
-      case 16:
-        return grad_sized<Source, kType, 16>(p, a.sums, stream);
-      case 4:
-        return grad_sized<Source, kType, 4>(p, a.sums, stream);
-      default:
-        return grad_sized<Source, kType, 1>(p, a.sums, stream);
-    }
+    return with_grad_width(vectors, a.rows, [&](auto width) {
+      return grad_sized<Source, kType, decltype(width)::value>(p, a.sums, stream);
+    });
   });
 }
 

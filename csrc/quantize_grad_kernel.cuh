@@ -287,9 +287,12 @@ cudaError_t round_grad(const GradParams<Source>& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Bytes of a store along the columns of the result; 1 where the inputs are no aligned vectors.
-inline int grad_width(bool vectors, int64_t rows) {
-  return !vectors || rows % 4 != 0 ? 1 : rows % 16 != 0 ? 4 : 16;
+// Calls f(std::integral_constant<int, ...>{}) with the bytes of a store along the columns of the result: 16
+// for aligned vectors, else 1. Rows are a multiple of 16 wherever speed matters: HaloLinear pads them.
+template <typename F>
+cudaError_t with_grad_width(bool vectors, int64_t rows, const F& f) {
+  return vectors && rows % 16 == 0 ? f(std::integral_constant<int, 16>{})
+                                   : f(std::integral_constant<int, 1>{});
 }
 
 }  // namespace halo_train::detail
