@@ -8,7 +8,11 @@ namespace halo_train {
 cudaError_t norm_quantize(const NormArgs& a, const RowsOutput& out, int block, cudaStream_t stream) {
   using T = __nv_bfloat16;
   const T* x = static_cast<const T*>(a.x);
-  if (a.dtype != DType::kBFloat16 || !detail::row_aligned(x, a.row_stride)) return cudaErrorNotSupported;
+  if (a.dtype != DType::kBFloat16 || !detail::row_aligned(x, a.row_stride) ||
+      !detail::aligned16(a.weight.data) || !detail::aligned16(a.bias.data) ||
+      !detail::aligned16(a.col_scale)) {
+    return cudaErrorNotSupported;
+  }
   const RmsNormRows<T> rms{x, a.row_stride, a.weight, a.bias, a.col_scale, a.eps, a.mean, a.rstd};
   return a.center ? detail::rotate_rows(LayerNormRows<T>{rms}, out, block, nullptr, stream)
                   : detail::rotate_rows(rms, out, block, nullptr, stream);

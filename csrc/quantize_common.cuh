@@ -78,7 +78,21 @@ struct Matrix {
   int64_t stride;
 };
 
-// Zeros outside of [rows, cols].
+// The same of any type and alignment, an element at a time.
+struct AnyMatrix {
+  const void* x;
+  DType dtype;
+  int64_t stride;
+
+  __device__ __forceinline__ float element(int64_t row, int64_t column) const {
+    const int64_t i = row * stride + column;
+    if (dtype == DType::kFloat32) return static_cast<const float*>(x)[i];
+    return dtype == DType::kBFloat16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(x)[i])
+                                     : __half2float(static_cast<const __half*>(x)[i]);
+  }
+};
+
+// Eight columns of a row, zeros outside of [rows, cols].
 template <bool kVector, typename T>
 __device__ __forceinline__ void load_columns(Eight<T>& v, const Matrix<T>& m, int64_t row, int64_t column,
                                              int64_t rows, int64_t cols) {

@@ -30,17 +30,16 @@ __global__ void __launch_bounds__(32 * kAddRows)
 // Two tiles are the fastest; with sums, which have a cost for each thread block, four.
 constexpr int kTiles = 2, kSumTiles = 4;
 
-template <typename Source, QType kType, int kWidth>
-cudaError_t grad_sized(const GradParams<Source>& p, float* sums, cudaStream_t stream) {
-  constexpr bool kVector = kWidth > 1;
+template <QType kType, typename Source>
+cudaError_t launch(const GradParams<Source>& p, float* sums, cudaStream_t stream) {
   if (p.forms[0].rows == nullptr) {
-    const cudaError_t error = gather_grad_amax<Source, kVector, false>(p, stream);
-    return error != cudaSuccess ? error : round_grad<Source, kType, kWidth, false, false, kTiles>(p, stream);
+    const cudaError_t error = gather_grad_amax<Source, false>(p, stream);
+    return error != cudaSuccess ? error : round_grad<Source, kType, false, false, kTiles>(p, stream);
   }
-  cudaError_t error = gather_grad_amax<Source, kVector, true>(p, stream);
+  cudaError_t error = gather_grad_amax<Source, true>(p, stream);
   if (error != cudaSuccess) return error;
-  if (sums == nullptr) return round_grad<Source, kType, kWidth, true, false, kTiles>(p, stream);
-  error = round_grad<Source, kType, kWidth, true, true, kSumTiles>(p, stream);
+  if (sums == nullptr) return round_grad<Source, kType, true, false, kTiles>(p, stream);
+  error = round_grad<Source, kType, true, true, kSumTiles>(p, stream);
   if (error != cudaSuccess) return error;
   add_partial_sums_kernel<<<static_cast<unsigned>(ceil_div(p.cols, 32)), dim3(32, kAddRows), 0, stream>>>(
       p.partial_sums, sums, ceil_div(p.rows, kGradRows * kSumTiles), p.cols);
@@ -52,22 +51,24 @@ cudaError_t grad_sized(const GradParams<Source>& p, float* sums, cudaStream_t st
 cudaError_t quantize_grad(const QuantizeGradArgs& a, cudaStream_t stream) {
   return dispatch(a.dtype, a.qtype, [&](auto input, auto qtype) {
     using T = typename decltype(input)::type;
-    using Source = PlainGrad<T>;
     constexpr QType kType = decltype(qtype)::value;
-    GradParams<Source> p{};
-    p.source.x = {static_cast<const T*>(a.x), a.row_stride};
-    p.rows = a.rows;
-    p.cols = a.cols;
-    p.row_scale = a.row_scale;
-    p.col_scale[0] = a.col_scale;
-    p.row_amax = a.amax;
-    p.col_amax = a.amax + (a.forms.rows != nullptr ? a.rows : 0);
-    p.forms[0] = a.forms;
-    p.partial_sums = a.partial_sums;
-    const bool vectors = vectorised(p.source.x, a.cols) && (a.col_scale == nullptr || aligned(a.col_scale));
-    return with_grad_width(vectors, a.rows, [&](auto width) {
-      return grad_sized<Source, kType, decltype(width)::value>(p, a.sums, stream);
-    });
+    const auto run = [&](auto matrix) {
+      GradParams<PlainGrad<decltype(matrix)>> p{};
+      p.source.x = matrix;
+      p.rows = a.rows;
+      p.cols = a.cols;
+      p.row_scale = a.row_scale;
+      p.col_scale[0] = a.col_scale;
+      p.row_amax = a.amax;
+      p.col_amax = a.amax + (a.forms.rows != nullptr ? a.rows : 0);
+      p.forms[0] = a.forms;
+      p.partial_sums = a.partial_sums;
+      return launch<kType>(p, a.sums, stream);
+    };
+    const Matrix<T> x{static_cast<const T*>(a.x), a.row_stride};
+    return grad_vectors(x, a.rows, a.cols) && (a.col_scale == nullptr || aligned(a.col_scale))
+               ? run(x)
+               : run(AnyMatrix{a.x, a.dtype, a.row_stride});
   });
 }
 

@@ -11,39 +11,63 @@
 
 namespace halo_train::detail {
 
-// G itself.
+// Eight columns of a row of a Matrix, whose rows are aligned vectors, or of AnyMatrix; zeros outside.
 template <typename T>
+__device__ __forceinline__ void load_grad(Eight<T>& v, const Matrix<T>& m, int64_t row, int64_t column,
+                                          int64_t rows, int64_t cols) {
+  load_columns<true>(v, m, row, column, rows, cols);
+}
+__device__ __forceinline__ void load_grad(Eight<float>& v, const AnyMatrix& m, int64_t row, int64_t column,
+                                          int64_t rows, int64_t cols) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const bool inside = row < rows && column + i < cols;
+    v.word[i] = inside ? __float_as_uint(m.element(row, column + i)) : 0;
+  }
+}
+
+template <typename M>
+struct Loaded {
+  using type = Eight<float>;
+};
+template <typename T>
+struct Loaded<Matrix<T>> {
+  using type = Eight<T>;
+};
+
+// G itself.
+template <typename M>
 struct PlainGrad {
   static constexpr int kOutputs = 1, kBatch = 4, kMinBlocks = 3;
+  static constexpr bool kVector = !std::is_same_v<M, AnyMatrix>;
   struct Raw {
-    Eight<T> x;
+    typename Loaded<M>::type x;
   };
-  Matrix<T> x;
+  M x;
 
-  template <bool kVector>
   __device__ __forceinline__ void load(Raw& raw, int64_t row, int64_t column, int64_t rows,
                                        int64_t cols) const {
-    load_columns<kVector>(raw.x, x, row, column, rows, cols);
+    load_grad(raw.x, x, row, column, rows, cols);
   }
   __device__ __forceinline__ void values(float (&v)[1][8], const Raw& raw) const { raw.x.floats(v[0]); }
 };
 
 // dgate = dh up act'(gate) and dup = dh act(gate).
-template <typename T, typename Act>
+template <typename M, typename Act>
 struct GatedGrad {
   static constexpr int kOutputs = 2, kBatch = 2, kMinBlocks = 2;
+  static constexpr bool kVector = !std::is_same_v<M, AnyMatrix>;
   struct Raw {
-    Eight<T> dh, gate, up;
+    typename Loaded<M>::type dh, gate, up;
   };
-  Matrix<T> dh, gate, up;
+  M dh, gate, up;
   Act activation;
 
-  template <bool kVector>
   __device__ __forceinline__ void load(Raw& raw, int64_t row, int64_t column, int64_t rows,
                                        int64_t cols) const {
-    load_columns<kVector>(raw.dh, dh, row, column, rows, cols);
-    load_columns<kVector>(raw.gate, gate, row, column, rows, cols);
-    load_columns<kVector>(raw.up, up, row, column, rows, cols);
+    load_grad(raw.dh, dh, row, column, rows, cols);
+    load_grad(raw.gate, gate, row, column, rows, cols);
+    load_grad(raw.up, up, row, column, rows, cols);
   }
   __device__ __forceinline__ void values(float (&v)[2][8], const Raw& raw) const {
     float e[8], g[8], u[8];
@@ -75,9 +99,10 @@ struct GradParams {
 constexpr int kAmaxWarps = 4, kAmaxColumns = 256;
 
 // A warp takes 32 rows of 256 columns, a lane eight neighbouring columns.
-template <typename Source, bool kVector, bool kRows>
+template <typename Source, bool kRows>
 __global__ void __launch_bounds__(32 * kAmaxWarps) grad_amax_kernel(const GradParams<Source> p) {
   constexpr int kOutputs = Source::kOutputs, kBatch = Source::kBatch;
+  constexpr bool kVector = Source::kVector;
   __shared__ float col_best[kOutputs][kAmaxWarps][kAmaxColumns];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t col0 = static_cast<int64_t>(blockIdx.x) * kAmaxColumns, column = col0 + 8 * lane;
@@ -94,7 +119,7 @@ __global__ void __launch_bounds__(32 * kAmaxWarps) grad_amax_kernel(const GradPa
     typename Source::Raw raw[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      p.source.template load<kVector>(raw[b], first + r0 + b, column, p.rows, p.cols);
+      p.source.load(raw[b], first + r0 + b, column, p.rows, p.cols);
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
@@ -144,12 +169,13 @@ __device__ __forceinline__ void read8(float (&f)[8], const float4* from) {
 // kWidth: bytes of a store along the columns; those of one byte go with loads of one element. kRows: the rows
 // are written too. kTiles: down the rows, the next one loaded while one is written. kSum: sums of the columns
 // of G, in an order that is always the same.
-template <typename Source, QType kType, int kWidth, bool kRows, bool kSum, int kTiles>
+template <typename Source, QType kType, bool kRows, bool kSum, int kTiles>
 __global__ void __launch_bounds__(Tile<kGradRows>::kThreads, Source::kMinBlocks)
     round_grad_kernel(const GradParams<Source> p) {
   using L = Tile<kGradRows>;
   constexpr int kOutputs = Source::kOutputs, kColumns = 8 * kGroups;
-  constexpr bool kVector = kWidth > 1;
+  constexpr bool kVector = Source::kVector;
+  constexpr int kWidth = kVector ? 16 : 1;  // bytes of a store along the columns
   __shared__ __align__(16) uint32_t tile[kOutputs][kColumns * L::kWords];
   __shared__ float row_scales[kTiles * kGradRows], row_inverses[kRows ? kOutputs : 1][kTiles * kGradRows];
   __shared__ float4 col_scales[kOutputs][kColumns / 4], col_inverses[kOutputs][kColumns / 4];
@@ -163,7 +189,7 @@ __global__ void __launch_bounds__(Tile<kGradRows>::kThreads, Source::kMinBlocks)
   const auto load = [&](int64_t row) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      p.source.template load<kVector>(raw[r], row + r, column, p.rows, p.cols);
+      p.source.load(raw[r], row + r, column, p.rows, p.cols);
     }
   };
   load(first + 4 * word);
@@ -267,7 +293,7 @@ __global__ void __launch_bounds__(Tile<kGradRows>::kThreads, Source::kMinBlocks)
   }
 }
 
-template <typename Source, bool kVector, bool kRows>
+template <typename Source, bool kRows>
 cudaError_t gather_grad_amax(const GradParams<Source>& p, cudaStream_t stream) {
   // Both are parts of one allocation, the rows before the columns.
   const int64_t words = Source::kOutputs * (p.cols + (kRows ? p.rows : 0));
@@ -275,24 +301,22 @@ cudaError_t gather_grad_amax(const GradParams<Source>& p, cudaStream_t stream) {
       cudaMemsetAsync(kRows ? p.row_amax : p.col_amax, 0, sizeof(uint32_t) * words, stream);
   if (error != cudaSuccess) return error;
   const dim3 grid = tile_grid(ceil_div(p.cols, kAmaxColumns), ceil_div(p.rows, 32 * kAmaxWarps));
-  grad_amax_kernel<Source, kVector, kRows><<<grid, 32 * kAmaxWarps, 0, stream>>>(p);
+  grad_amax_kernel<Source, kRows><<<grid, 32 * kAmaxWarps, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
-template <typename Source, QType kType, int kWidth, bool kRows, bool kSum, int kTiles>
+template <typename Source, QType kType, bool kRows, bool kSum, int kTiles>
 cudaError_t round_grad(const GradParams<Source>& p, cudaStream_t stream) {
   const dim3 grid = tile_grid(ceil_div(p.cols, 8 * kGroups), ceil_div(p.rows, kGradRows * kTiles));
-  round_grad_kernel<Source, kType, kWidth, kRows, kSum, kTiles>
-      <<<grid, Tile<kGradRows>::kThreads, 0, stream>>>(p);
+  round_grad_kernel<Source, kType, kRows, kSum, kTiles><<<grid, Tile<kGradRows>::kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
-// Calls f(std::integral_constant<int, ...>{}) with the bytes of a store along the columns of the result: 16
-// for aligned vectors, else 1. Rows are a multiple of 16 wherever speed matters: HaloLinear pads them.
-template <typename F>
-cudaError_t with_grad_width(bool vectors, int64_t rows, const F& f) {
-  return vectors && rows % 16 == 0 ? f(std::integral_constant<int, 16>{})
-                                   : f(std::integral_constant<int, 1>{});
+// Whether the kernels take a matrix as vectors. Rows are a multiple of 16 wherever speed matters: HaloLinear
+// pads them.
+template <typename T>
+bool grad_vectors(const Matrix<T>& m, int64_t rows, int64_t cols) {
+  return vectorised(m, cols) && rows % 16 == 0;
 }
 
 }  // namespace halo_train::detail

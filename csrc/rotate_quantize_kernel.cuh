@@ -32,6 +32,7 @@ struct RotateParams {
   int rows_at_once;            // of a thread block
   int stages;                  // rows on their way, for SharedLoader
   bool shared_stage;           // they share the memory of the exchange
+  bool int8;                   // else e4m3: a branch where values are stored, not a kernel of its own
   uint8_t* q;
   float* scale;
   uint32_t* tensor_amax;  // see QuantizeRowsArgs
@@ -78,7 +79,7 @@ __device__ __forceinline__ void exchange_barrier(const Row& row, int group) {
 // kBlockBits: log2 of the block within a tile; 7 stands for those up to it, of which the matrix knows, 0 for
 // any, kNotRotated for none. kGroups: a row has several blocks of several warps each, which wait for
 // themselves only.
-template <typename Source, QType kType, int kLogValues, int kLogWarps, int kBlockBits, bool kGroups>
+template <typename Source, int kLogValues, int kLogWarps, int kBlockBits, bool kGroups>
 __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
     rotate_quantize_kernel(const RotateParams<Source> p) {
   using namespace detail;
@@ -117,19 +118,16 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
   for (int s = 0; s < p.stages; ++s) start(s, first + s * step);
 
   if constexpr (Factors::kWords > 0) {
-    if (group.group == 0) {
+#pragma unroll 4
+    for (int j = group.group; j < L::kLoads;
+         j += p.rows_at_once) {  // the rows of the thread block share the work
+      Factors f{};
+      if (loader.inside(j)) f = p.source.template factors<Factors>(tile0 + lane_column<L>(lane) + (j << 6));
 #pragma unroll
-      for (int j = 0; j < L::kLoads; ++j) {
-        if (!loader.inside(j)) continue;
-        const Factors f = p.source.template factors<Factors>(tile0 + lane_column<L>(lane) + (j << 6));
-#pragma unroll
-        for (int w = 0; w < Factors::kWords; ++w)
-          factors[(j * Factors::kWords + w) * row_threads] = f.word[w];
-      }
+      for (int w = 0; w < Factors::kWords; ++w) factors[(j * Factors::kWords + w) * row_threads] = f.word[w];
     }
   }
-  uint32_t a[4];
-  if constexpr (kRotated) rotate_matrix(a, kBlockBits == 7 ? p.log_block : log_block);
+  const Signs signs(!kRotated ? 0 : kBlockBits == 7 ? p.log_block : log_block);
   const bool trade0 = !L::kExchange && log_block > L::kLaneBit;
   const bool trade1 = !L::kExchange && log_block > L::kLaneBit + 1;
   const float sign0 = trade0 && (lane & 1) ? -1.0f : 1.0f, sign1 = trade1 && (lane & 2) ? -1.0f : 1.0f;
@@ -161,7 +159,7 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
         p.source.terms(low, raw, read_factors(j), state);
         loader.read(raw, stage, j + 1);
         p.source.terms(high, raw, read_factors(j + 1), state);
-        multiply_tile(low, high, a, v + 8 * j);
+        multiply_tile<Source::kNegated>(low, high, signs, v + 8 * j);
       }
     } else {
 #pragma unroll
@@ -277,61 +275,73 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
       norm *= state.rstd;
     }
     amax = magnitude(__uint_as_float(amax) * norm);
-    const float factor = norm * inverse_of<kType>(amax);
+    const float factor = norm * (p.int8 ? inverse_of<QType::kInt8>(amax) : inverse_of<QType::kE4M3>(amax));
 
     uint8_t* q = p.q + row * p.cols;
-    if constexpr (!kRotated) {
-      const int out = tile0 + lane_column<L>(lane);
+    if constexpr (kRotated) {
+      butterfly_registers_scaled<kLast>(v, factor);
+    } else {
 #pragma unroll
       for (int i = 0; i < L::kValues; ++i) v[i] *= factor;
+    }
+    const auto store = [&](auto qtype) {
+      constexpr QType kType = decltype(qtype)::value;
+      if constexpr (!kRotated) {
+        const int out = tile0 + lane_column<L>(lane);
 #pragma unroll
-      for (int j = 0; j < L::kLoads; ++j) {
-        const float* d = v + 8 * j;
-        const uint2 bytes = {round4<kType>(d[0], d[1], d[2], d[3]), round4<kType>(d[4], d[5], d[6], d[7])};
-        if (loader.inside(j)) *reinterpret_cast<uint2*>(q + out + (j << 6)) = bytes;
-      }
-    } else if constexpr (L::kExchange) {
-      butterfly_registers_scaled<kLast>(v, factor);
-      q += ((threadIdx.x & (32 * L::kWarps - 1)) << L::kLowBits) +
-           (warp >> kLogWarps << (L::kTileBits + kLogWarps));
-      constexpr int kStep = L::kLowBits == 3 ? 8 : 4;
+        for (int j = 0; j < L::kLoads; ++j) {
+          const float* d = v + 8 * j;
+          const uint2 bytes = {round4<kType>(d[0], d[1], d[2], d[3]), round4<kType>(d[4], d[5], d[6], d[7])};
+          if (loader.inside(j)) *reinterpret_cast<uint2*>(q + out + (j << 6)) = bytes;
+        }
+      } else if constexpr (L::kExchange) {
+        q += ((threadIdx.x & (32 * L::kWarps - 1)) << L::kLowBits) +
+             (warp >> kLogWarps << (L::kTileBits + kLogWarps));
+        constexpr int kStep = L::kLowBits == 3 ? 8 : 4;
 #pragma unroll
-      for (int i = 0; i < L::kValues; i += kStep) {
-        const uint32_t bytes = round4<kType>(v[i], v[i + 1], v[i + 2], v[i + 3]);
-        if constexpr (L::kLowBits == 3) {
-          *reinterpret_cast<uint2*>(q + L::after(i)) =
-              make_uint2(bytes, round4<kType>(v[i + 4], v[i + 5], v[i + 6], v[i + 7]));
-        } else if constexpr (L::kLowBits == 2) {
-          *reinterpret_cast<uint32_t*>(q + L::after(i)) = bytes;
-        } else if constexpr (L::kLowBits == 1) {
-          *reinterpret_cast<uint16_t*>(q + L::after(i)) = static_cast<uint16_t>(bytes);
-          *reinterpret_cast<uint16_t*>(q + L::after(i + 2)) = static_cast<uint16_t>(bytes >> 16);
-        } else {
+        for (int i = 0; i < L::kValues; i += kStep) {
+          const uint32_t bytes = round4<kType>(v[i], v[i + 1], v[i + 2], v[i + 3]);
+          if constexpr (L::kLowBits == 3) {
+            *reinterpret_cast<uint2*>(q + L::after(i)) =
+                make_uint2(bytes, round4<kType>(v[i + 4], v[i + 5], v[i + 6], v[i + 7]));
+          } else if constexpr (L::kLowBits == 2) {
+            *reinterpret_cast<uint32_t*>(q + L::after(i)) = bytes;
+          } else if constexpr (L::kLowBits == 1) {
+            *reinterpret_cast<uint16_t*>(q + L::after(i)) = static_cast<uint16_t>(bytes);
+            *reinterpret_cast<uint16_t*>(q + L::after(i + 2)) = static_cast<uint16_t>(bytes >> 16);
+          } else {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) q[L::after(i + k)] = static_cast<uint8_t>(bytes >> (8 * k));
+            for (int k = 0; k < 4; ++k) q[L::after(i + k)] = static_cast<uint8_t>(bytes >> (8 * k));
+          }
+        }
+      } else {
+        constexpr bool kBoth = kLogValues > 5;  // lane bits can trade places
+        const int lane0 = trade0 ? 7 : L::kLaneBit, register0 = trade0 ? L::kLaneBit : 7;
+        const int lane1 = kBoth && trade1 ? 8 : L::kLaneBit + 1;
+        const int register1 = kBoth && trade1 ? L::kLaneBit + 1 : 8;
+        const int out =
+            (lane & 1) << lane0 | (lane >> 1 & 1) << lane1 | (lane >> 2) << 4 | warp << L::kTileBits;
+#pragma unroll
+        for (int g = 0; g < L::kValues / 16; ++g) {
+          const int at = out + ((g & 1) << register0) + (g >> 1 << register1);
+          const float* d = v + 16 * g;
+          const uint4 bytes =
+              make_uint4(round4<kType>(d[0], d[1], d[2], d[3]), round4<kType>(d[4], d[5], d[6], d[7]),
+                         round4<kType>(d[8], d[9], d[10], d[11]), round4<kType>(d[12], d[13], d[14], d[15]));
+          if (at < p.cols) *reinterpret_cast<uint4*>(q + at) = bytes;
         }
       }
+    };
+    if (p.int8) {
+      store(std::integral_constant<QType, QType::kInt8>{});
     } else {
-      butterfly_registers_scaled<kLast>(v, factor);
-      constexpr bool kBoth = kLogValues > 5;  // lane bits can trade places
-      const int lane0 = trade0 ? 7 : L::kLaneBit, register0 = trade0 ? L::kLaneBit : 7;
-      const int lane1 = kBoth && trade1 ? 8 : L::kLaneBit + 1;
-      const int register1 = kBoth && trade1 ? L::kLaneBit + 1 : 8;
-      const int out =
-          (lane & 1) << lane0 | (lane >> 1 & 1) << lane1 | (lane >> 2) << 4 | warp << L::kTileBits;
-#pragma unroll
-      for (int g = 0; g < L::kValues / 16; ++g) {
-        const int at = out + ((g & 1) << register0) + (g >> 1 << register1);
-        const float* d = v + 16 * g;
-        const uint4 bytes =
-            make_uint4(round4<kType>(d[0], d[1], d[2], d[3]), round4<kType>(d[4], d[5], d[6], d[7]),
-                       round4<kType>(d[8], d[9], d[10], d[11]), round4<kType>(d[12], d[13], d[14], d[15]));
-        if (at < p.cols) *reinterpret_cast<uint4*>(q + at) = bytes;
-      }
+      store(std::integral_constant<QType, QType::kE4M3>{});
     }
     // Last, so that one warp's division keeps nobody waiting.
     if (warp == 0 && lane == 0) {
-      if (p.tensor_amax == nullptr || row == 0) p.scale[row] = scale_of<kType>(amax);
+      if (p.tensor_amax == nullptr || row == 0) {
+        p.scale[row] = p.int8 ? scale_of<QType::kInt8>(amax) : scale_of<QType::kE4M3>(amax);
+      }
       if constexpr (Source::kNorm != Norm::kNone) p.source.rstd[row] = state.rstd;
       if constexpr (Source::kNorm == Norm::kLayer) p.source.mean[row] = state.mean;
     }

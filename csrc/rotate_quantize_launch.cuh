@@ -27,9 +27,9 @@ bool fit_rows(RotateParams<Source>& p, size_t limit) {
   return fits();
 }
 
-template <typename Source, QType kType, int kLogValues, int kLogWarps, int kBlockBits, bool kGroups>
+template <typename Source, int kLogValues, int kLogWarps, int kBlockBits, bool kGroups>
 cudaError_t launch_rotate(RotateParams<Source>& p, int device, cudaStream_t stream) {
-  constexpr auto kKernel = rotate_quantize_kernel<Source, kType, kLogValues, kLogWarps, kBlockBits, kGroups>;
+  constexpr auto kKernel = rotate_quantize_kernel<Source, kLogValues, kLogWarps, kBlockBits, kGroups>;
   using Shared = RotateShared<Source, RotateLayout<kLogValues, kLogWarps>, kBlockBits != kNotRotated>;
   if (!fit_rows<Shared>(p, shared_limit(device))) return cudaErrorNotSupported;
   const size_t shared = Shared::bytes(p.warps, p.rows_at_once, p.stages, p.shared_stage);
@@ -42,38 +42,38 @@ cudaError_t launch_rotate(RotateParams<Source>& p, int device, cudaStream_t stre
   return cudaGetLastError();
 }
 
-template <typename Source, QType kType>
+template <typename Source>
 cudaError_t rotate_sized(RotateParams<Source>& p, int device, cudaStream_t stream) {
   const bool small = p.cols <= kRotateTile / 2;
   p.warps = small ? 1 : (p.cols + kRotateTile - 1) / kRotateTile;
   if constexpr (!std::is_same_v<Source, PlainRows<typename Source::T, false>> &&
                 !std::is_same_v<Source, PlainRows<typename Source::T, true>>) {
     if (p.log_block == 0) {
-      return small ? launch_rotate<Source, kType, 5, 0, kNotRotated, false>(p, device, stream)
-                   : launch_rotate<Source, kType, 6, 0, kNotRotated, false>(p, device, stream);
+      return small ? launch_rotate<Source, 5, 0, kNotRotated, false>(p, device, stream)
+                   : launch_rotate<Source, 6, 0, kNotRotated, false>(p, device, stream);
     }
   }
-  if (small) return launch_rotate<Source, kType, 5, 0, 0, false>(p, device, stream);
+  if (small) return launch_rotate<Source, 5, 0, 0, false>(p, device, stream);
   switch (p.log_block) {
     case 8:
-      return launch_rotate<Source, kType, 6, 0, 8, false>(p, device, stream);
+      return launch_rotate<Source, 6, 0, 8, false>(p, device, stream);
     case 9:
-      return launch_rotate<Source, kType, 6, 0, 9, false>(p, device, stream);
+      return launch_rotate<Source, 6, 0, 9, false>(p, device, stream);
     case 10:
-      return launch_rotate<Source, kType, 6, 0, 10, false>(p, device, stream);
+      return launch_rotate<Source, 6, 0, 10, false>(p, device, stream);
     case 11:
-      return launch_rotate<Source, kType, 6, 0, 11, false>(p, device, stream);
+      return launch_rotate<Source, 6, 0, 11, false>(p, device, stream);
     case 12:
-      return p.warps == 2 ? launch_rotate<Source, kType, 6, 1, 0, false>(p, device, stream)
-                          : launch_rotate<Source, kType, 6, 1, 0, true>(p, device, stream);
+      return p.warps == 2 ? launch_rotate<Source, 6, 1, 0, false>(p, device, stream)
+                          : launch_rotate<Source, 6, 1, 0, true>(p, device, stream);
     case 13:
-      return launch_rotate<Source, kType, 6, 2, 0, true>(p, device, stream);
+      return launch_rotate<Source, 6, 2, 0, true>(p, device, stream);
     case 14:
-      return launch_rotate<Source, kType, 6, 3, 0, false>(p, device, stream);
+      return launch_rotate<Source, 6, 3, 0, false>(p, device, stream);
     case 15:
-      return launch_rotate<Source, kType, 6, 4, 0, false>(p, device, stream);
+      return launch_rotate<Source, 6, 4, 0, false>(p, device, stream);
     default:
-      return launch_rotate<Source, kType, 6, 0, 7, false>(p, device, stream);
+      return launch_rotate<Source, 6, 0, 7, false>(p, device, stream);
   }
 }
 
@@ -96,8 +96,8 @@ cudaError_t rotate_rows(const Source& source, const RowsOutput& out, int block, 
   p.scale = out.scale;
   p.tensor_amax = tensor_amax;
   p.norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
-  return out.qtype == QType::kInt8 ? rotate_sized<Source, QType::kInt8>(p, out.device, stream)
-                                   : rotate_sized<Source, QType::kE4M3>(p, out.device, stream);
+  p.int8 = out.qtype == QType::kInt8;
+  return rotate_sized(p, out.device, stream);
 }
 
 // Rows of a matrix that bulk copies can fetch.
@@ -109,12 +109,14 @@ bool row_aligned(const T* x, int64_t stride) {
 template <typename T>
 cudaError_t launch_rotate_quantize(const QuantizeRowsArgs& a, int block, cudaStream_t stream) {
   const T* x = static_cast<const T*>(a.x);
-  if (block < 16 || !row_aligned(x, a.row_stride)) return cudaErrorNotSupported;
+  if (block < 16 || !row_aligned(x, a.row_stride) || !aligned16(a.col_scale)) return cudaErrorNotSupported;
   const RowsOutput out{a.rows, a.cols, a.qtype, a.q, a.scale, a.device};
-  return a.col_scale == nullptr
-             ? rotate_rows(PlainRows<T, false>{x, a.row_stride, nullptr}, out, block, a.tensor_amax, stream)
-             : rotate_rows(PlainRows<T, true>{x, a.row_stride, a.col_scale}, out, block, a.tensor_amax,
-                           stream);
+  if constexpr (sizeof(T) == 2) {
+    if (a.col_scale == nullptr) {
+      return rotate_rows(PlainRows<T, false>{x, a.row_stride, nullptr}, out, block, a.tensor_amax, stream);
+    }
+  }
+  return rotate_rows(PlainRows<T, true>{x, a.row_stride, a.col_scale}, out, block, a.tensor_amax, stream);
 }
 
 }  // namespace halo_train::detail

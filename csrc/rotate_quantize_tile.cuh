@@ -85,30 +85,40 @@ struct Terms {
   }
 };
 
-// d += a (b, the smallest terms first), or with b's signs flipped.
-template <int kCount>
-__device__ __forceinline__ void product(float (&d)[4], const uint32_t (&a)[4], const Terms<kCount>& low,
+// The matrix and its negative: one of 4 registers more instead of flipped signs of every operand.
+struct Signs {
+  uint32_t plus[4], minus[4];
+  __device__ __forceinline__ explicit Signs(int log_block) {
+    rotate_matrix(plus, log_block);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) minus[i] = plus[i] ^ 0x80008000u;  // -0 for 0
+  }
+};
+
+// d += a (b, the smallest terms first), or with the opposite sign. kNegated: the first term is that of -b.
+template <bool kNegated, int kCount>
+__device__ __forceinline__ void product(float (&d)[4], const Signs& a, const Terms<kCount>& low,
                                         const Terms<kCount>& high, int word, bool negative) {
-  const uint32_t flip = negative ? 0x80008000u : 0;
 #pragma unroll
   for (int t = kCount - 1; t >= 0; --t) {
-    Pair<__nv_bfloat16>::mma(d, a, make_uint2(low.pair[t][word] ^ flip, high.pair[t][word] ^ flip),
+    Pair<__nv_bfloat16>::mma(d, negative != (kNegated && t == 0) ? a.minus : a.plus,
+                             make_uint2(low.pair[t][word], high.pair[t][word]),
                              make_float4(d[0], d[1], d[2], d[3]));
   }
 }
 
 // Step 1 for two loads, which differ in bit 6. v: bits 0, 1, 2 and 3 of the index.
-template <int kCount>
+template <bool kNegated, int kCount>
 __device__ __forceinline__ void multiply_tile(const Terms<kCount>& low, const Terms<kCount>& high,
-                                              const uint32_t (&a)[4], float* v) {
+                                              const Signs& a, float* v) {
 #pragma unroll
   for (int w = 0; w < 2; ++w) {
     float first[4] = {};
-    product(first, a, low, high, 2 * w, false);
+    product<kNegated>(first, a, low, high, 2 * w, false);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       float d[4] = {first[0], first[1], first[2], first[3]};
-      product(d, a, low, high, 2 * w + 1, b);
+      product<kNegated>(d, a, low, high, 2 * w + 1, b);
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[(i & 1) << 3 | w << 2 | b << 1 | i >> 1] = d[i];
     }

@@ -30,25 +30,35 @@ __device__ __forceinline__ void unpack8(float (&v)[8], const uint4 (&raw)[sizeof
   }
 }
 
-__device__ __forceinline__ void load8(float (&f)[8], const float* from, float missing) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) f[i] = from != nullptr ? __ldg(from + i) : missing;
-}
-
-// Eight elements of a vector of any type.
+// Eight elements of an aligned vector of any type, without a branch between the loads of several calls.
 __device__ __forceinline__ void load8(float (&f)[8], const Vector& vector, int column, float missing) {
+  const bool wide = vector.dtype == DType::kFloat32, half = vector.dtype == DType::kFloat16;
+  const char* from = static_cast<const char*>(vector.data) + column * (wide ? 4 : 2);
+  uint4 raw[2] = {};
+  if (vector.data != nullptr) raw[0] = __ldg(reinterpret_cast<const uint4*>(from));
+  if (vector.data != nullptr && wide) raw[1] = __ldg(reinterpret_cast<const uint4*>(from) + 1);
+  float floats[8], bfloats[8], halves[8];
+  unpack8<float>(floats, raw);
+  unpack8<__nv_bfloat16>(bfloats, {raw[0]});
+  unpack8<__half>(halves, {raw[0]});
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    if (vector.data == nullptr) {
-      f[i] = missing;
-    } else if (vector.dtype == DType::kFloat32) {
-      f[i] = __ldg(static_cast<const float*>(vector.data) + column + i);
-    } else if (vector.dtype == DType::kBFloat16) {
-      f[i] = __bfloat162float(static_cast<const __nv_bfloat16*>(vector.data)[column + i]);
-    } else {
-      f[i] = __half2float(static_cast<const __half*>(vector.data)[column + i]);
-    }
+    f[i] = vector.data == nullptr ? missing : wide ? floats[i] : half ? halves[i] : bfloats[i];
   }
+}
+
+__device__ __forceinline__ void load8(float (&f)[8], const float* vector, int column, float missing) {
+  load8(f, Vector{vector, DType::kFloat32}, column, missing);
+}
+
+// Four pairs of bfloat16 values, multiplied.
+__device__ __forceinline__ uint4 multiply_pairs(const uint4& a, const uint4& b) {
+  const auto one = [](uint32_t x, uint32_t y) {
+    const __nv_bfloat162 p =
+        __hmul2(reinterpret_cast<const __nv_bfloat162&>(x), reinterpret_cast<const __nv_bfloat162&>(y));
+    return reinterpret_cast<const uint32_t&>(p);
+  };
+  return make_uint4(one(a.x, b.x), one(a.y, b.y), one(a.z, b.z), one(a.w, b.w));
 }
 
 // Eight factors of columns. Word and kWords: how shared memory holds them.
@@ -122,19 +132,20 @@ struct FloatFactors {
   }
 };
 
-// Any factors as sums of two bfloat16, exact to 2^-17.
+// Any factors as sums of two bfloat16, exact to 2^-17: the first, its negative, the second.
 struct SplitFactors {
   using Word = uint4;
-  static constexpr int kWords = 2;
-  Word word[2];
+  static constexpr int kWords = 3;
+  Word word[3];
 
   __device__ __forceinline__ explicit SplitFactors(const float (&f)[8]) {
     Terms<2> terms;
     terms.split(f);
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      word[t] = make_uint4(terms.pair[t][0], terms.pair[t][1], terms.pair[t][2], terms.pair[t][3]);
-    }
+    const auto& p = terms.pair;
+    const uint32_t sign = 0x80008000u;
+    word[0] = make_uint4(p[0][0], p[0][1], p[0][2], p[0][3]);
+    word[1] = make_uint4(p[0][0] ^ sign, p[0][1] ^ sign, p[0][2] ^ sign, p[0][3] ^ sign);
+    word[2] = make_uint4(p[1][0], p[1][1], p[1][2], p[1][3]);
   }
   SplitFactors() = default;
 };
@@ -207,6 +218,7 @@ struct PlainRows {
   static constexpr int kInputs = 1;
   static constexpr int kTerms = sizeof(T) == 4 ? 3 : std::is_same_v<T, __half> ? 2 : 1;
   static constexpr Norm kNorm = Norm::kNone;
+  static constexpr bool kNegated = false;
   // The next row of 16-bit values in registers: shared memory belongs to the exchange.
   template <typename L>
   using Loader =
@@ -216,7 +228,7 @@ struct PlainRows {
 
   const T* x;
   int64_t stride;
-  const float* col_scale;  // [cols] powers of two
+  const float* col_scale;  // [cols] powers of two, or nullptr
 
   __device__ __forceinline__ void tiles(const T* (&tile)[1], int64_t row, int column) const {
     tile[0] = x + row * stride + column;
@@ -224,7 +236,7 @@ struct PlainRows {
   template <typename F>
   __device__ __forceinline__ F factors(int column) const {
     float f[8];
-    detail::load8(f, col_scale + column, 1.0f);
+    detail::load8(f, col_scale, column, 1.0f);
     return F(f);
   }
   template <typename F>
@@ -233,9 +245,7 @@ struct PlainRows {
     if constexpr (kTerms == 1) {
       uint4 words = raw[0][0];
       if constexpr (kScaled) {
-        const uint4 pairs = f.pairs();
-        words = make_uint4(product(words.x, pairs.x), product(words.y, pairs.y), product(words.z, pairs.z),
-                           product(words.w, pairs.w));
+        words = detail::multiply_pairs(words, f.pairs());
       }
       t.pair[0][0] = words.x, t.pair[0][1] = words.y, t.pair[0][2] = words.z, t.pair[0][3] = words.w;
     } else {
@@ -245,11 +255,6 @@ struct PlainRows {
       t.split(v);
     }
   }
-  static __device__ __forceinline__ uint32_t product(uint32_t a, uint32_t b) {
-    const __nv_bfloat162 p =
-        __hmul2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
-    return reinterpret_cast<const uint32_t&>(p);
-  }
 };
 
 // x weight: the row's rstd, which is known once the row has been read, multiplies the result.
@@ -258,6 +263,7 @@ struct RmsNormRows {
   using T = T_;
   static constexpr int kInputs = 1, kTerms = 2;
   static constexpr Norm kNorm = Norm::kRms;
+  static constexpr bool kNegated = true;  // of the terms, the first
   template <typename L>
   using Loader = detail::SharedLoader<T, L, 1>;
   template <bool kRotated, bool kExchange>
@@ -277,12 +283,13 @@ struct RmsNormRows {
   __device__ __forceinline__ F factors(int column) const {
     float w[8], d[8];
     detail::load8(w, weight, column, 1.0f);
-    detail::load8(d, col_scale == nullptr ? nullptr : col_scale + column, 1.0f);
+    detail::load8(d, col_scale, column, 1.0f);
 #pragma unroll
     for (int i = 0; i < 8; ++i) w[i] *= d[i];
     return F(w);
   }
-  // Products of two bfloat16 values are exact in two terms, the second by an exact remainder.
+  // Products of two bfloat16 values are exact in two terms, the second an exact remainder. The first is
+  // negative, because a remainder wants it so.
   __device__ __forceinline__ void terms(detail::Terms<2>& t, const uint4 (&raw)[1][1],
                                         const detail::SplitFactors& f, RowState& row) const {
     static_assert(std::is_same_v<T, __nv_bfloat16>, "the remainder of other types is not exact");
@@ -290,16 +297,14 @@ struct RmsNormRows {
     detail::unpack8<T>(v, raw[0]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) row.squares = fmaf(v[i], v[i], row.squares);
-    const uint32_t words[4] = {raw[0][0].x, raw[0][0].y, raw[0][0].z, raw[0][0].w};
-    const uint32_t high[4] = {f.word[0].x, f.word[0].y, f.word[0].z, f.word[0].w};
-    const uint32_t low[4] = {f.word[1].x, f.word[1].y, f.word[1].z, f.word[1].w};
+    const auto word = [](const uint4& quad, int i) {
+      const uint32_t words[4] = {quad.x, quad.y, quad.z, quad.w};
+      return reinterpret_cast<const __nv_bfloat162&>(words[i]);
+    };
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const auto& x2 = reinterpret_cast<const __nv_bfloat162&>(words[i]);
-      const auto& w2 = reinterpret_cast<const __nv_bfloat162&>(high[i]);
-      const __nv_bfloat162 first = __hmul2_rn(x2, w2);
-      const __nv_bfloat162 rest =
-          __hfma2(x2, reinterpret_cast<const __nv_bfloat162&>(low[i]), __hfma2(x2, w2, __hneg2(first)));
+      const __nv_bfloat162 x2 = word(raw[0][0], i), first = __hmul2_rn(x2, word(f.word[1], i));
+      const __nv_bfloat162 rest = __hfma2(x2, word(f.word[2], i), __hfma2(x2, word(f.word[0], i), first));
       t.pair[0][i] = reinterpret_cast<const uint32_t&>(first);
       t.pair[1][i] = reinterpret_cast<const uint32_t&>(rest);
     }
@@ -309,7 +314,7 @@ struct RmsNormRows {
     detail::unpack8<T>(v, raw[0]);
     float high[8], low[8];
     detail::unpack8<__nv_bfloat16>(high, {f.word[0]});
-    detail::unpack8<__nv_bfloat16>(low, {f.word[1]});
+    detail::unpack8<__nv_bfloat16>(low, {f.word[2]});
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       row.squares = fmaf(v[i], v[i], row.squares);
@@ -323,6 +328,7 @@ template <typename T_>
 struct LayerNormRows : RmsNormRows<T_> {
   using T = T_;
   static constexpr Norm kNorm = Norm::kLayer;
+  static constexpr bool kNegated = false;
   template <bool kRotated, bool kExchange>
   using Factors = detail::AffineFactors;
 
@@ -331,7 +337,7 @@ struct LayerNormRows : RmsNormRows<T_> {
     float w[8], b[8], d[8];
     detail::load8(w, this->weight, column, 1.0f);
     detail::load8(b, this->bias, column, 0.0f);
-    detail::load8(d, this->col_scale == nullptr ? nullptr : this->col_scale + column, 1.0f);
+    detail::load8(d, this->col_scale, column, 1.0f);
 #pragma unroll
     for (int i = 0; i < 8; ++i) w[i] *= d[i], b[i] *= d[i];
     return F(w, b);
@@ -385,6 +391,7 @@ struct GatedRows {
   using T = T_;
   static constexpr int kInputs = 2, kTerms = 2;
   static constexpr Norm kNorm = Norm::kNone;
+  static constexpr bool kNegated = false;
   template <typename L>
   using Loader = detail::SharedLoader<T, L, 2>;
   template <bool kRotated, bool kExchange>
@@ -402,18 +409,23 @@ struct GatedRows {
   template <typename F>
   __device__ __forceinline__ F factors(int column) const {
     float f[8];
-    detail::load8(f, col_scale == nullptr ? nullptr : col_scale + column, 1.0f);
+    detail::load8(f, col_scale, column, 1.0f);
     return F(f);
   }
   template <typename F>
   __device__ __forceinline__ void values(float (&v)[8], const uint4 (&raw)[2][1], const F& f,
                                          RowState&) const {
+    static_assert(std::is_same_v<T, __nv_bfloat16>, "powers of two multiply pairs of bfloat16");
     float g[8];
     detail::unpack8<T>(g, raw[0]);
-    detail::unpack8<T>(v, raw[1]);
+    if constexpr (std::is_same_v<F, detail::FloatFactors>) {
+      detail::unpack8<T>(v, raw[1]);
+      f.multiply(v);
+    } else {
+      detail::unpack8<T>(v, {detail::multiply_pairs(raw[1][0], f.pairs())});
+    }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] *= activation.value(g[i]);
-    f.multiply(v);
+    for (int i = 0; i < 8; ++i) v[i] = activation.value(g[i], v[i]);
   }
   template <typename F>
   __device__ __forceinline__ void terms(detail::Terms<2>& t, const uint4 (&raw)[2][1], const F& f,

@@ -13,7 +13,8 @@ def bits(t: torch.Tensor) -> torch.Tensor:
 
 def assert_nearly_same_codes(q: torch.Tensor, expected: torch.Tensor, share: float = 1e-3) -> None:
     """float32 sums decide near-ties differently: the next code, rarely."""
-    step = 1.0 if q.dtype is torch.int8 else (expected.double().abs() / 8).clamp(min=2.0**-9)
+    steps, least = (4, 2.0**-16) if q.dtype is torch.float8_e5m2 else (8, 2.0**-9)
+    step = 1.0 if q.dtype is torch.int8 else (expected.double().abs() / steps).clamp(min=least)
     off = (q.cpu().double() - expected.double()).abs()
     assert (off <= 1.01 * step).all()
     assert (off > 0).double().sum() <= max(share * off.numel(), 4)
