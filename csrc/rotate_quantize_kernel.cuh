@@ -101,7 +101,10 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
 
   float* const exchange = reinterpret_cast<float*>(shared);
   uint4* memory = shared + p.warps * p.rows_at_once * (Shared::kExchange / 16);
-  uint4* const stages = (p.shared_stage ? shared : memory) + block_warp * p.stages * (Shared::kStage / 16);
+  // Where they share memory, within what the warp itself writes for the exchange, so that it has been read by
+  // then.
+  uint4* const stages = p.shared_stage ? shared + block_warp * (Shared::kExchange / 16)
+                                       : memory + block_warp * p.stages * (Shared::kStage / 16);
   if (!p.shared_stage) memory += p.warps * p.rows_at_once * p.stages * (Shared::kStage / 16);
   auto* const factors = reinterpret_cast<typename Factors::Word*>(memory) + 32 * warp + lane;
 

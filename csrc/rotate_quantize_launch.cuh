@@ -111,7 +111,7 @@ cudaError_t launch_rotate_quantize(const QuantizeRowsArgs& a, int block, cudaStr
   const T* x = static_cast<const T*>(a.x);
   if (block < 16 || !row_aligned(x, a.row_stride) || !aligned16(a.col_scale)) return cudaErrorNotSupported;
   const RowsOutput out{a.rows, a.cols, a.qtype, a.q, a.scale, a.device};
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     if (a.col_scale == nullptr) {
       return rotate_rows(PlainRows<T, false>{x, a.row_stride, nullptr}, out, block, a.tensor_amax, stream);
     }
