@@ -87,7 +87,7 @@ Vector column_vector(const std::optional<Tensor>& v, int64_t n, const Tensor& x,
   }
   STD_TORCH_CHECK(v->numel() == n && v->is_cuda() && v->get_device_index() == x.get_device_index(),
                   "halo_train: weight and bias must have one value for each column, on the device of x");
-  kept = torch::stable::contiguous(*v);
+  kept = halo_train::dense(*v);
   return {kept->data_ptr(), *dtype};
 }
 

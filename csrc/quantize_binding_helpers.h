@@ -47,8 +47,7 @@ inline Tensor with_dense_rows(const Tensor& x) {
 inline Tensor factors_of(const Tensor& v, int64_t n, const Tensor& x) {
   STD_TORCH_CHECK(v.numel() == n && v.is_cuda() && v.get_device_index() == x.get_device_index(),
                   "halo_train: scales must have one value for each row or column, on the device of x");
-  return torch::stable::contiguous(
-      v.scalar_type() == ScalarType::Float ? v : torch::stable::to(v, ScalarType::Float));
+  return dense(v, ScalarType::Float);
 }
 
 inline Tensor empty_floats(const std::vector<int64_t>& sizes, const Tensor& like) {

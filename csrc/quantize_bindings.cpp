@@ -114,7 +114,8 @@ std::tuple<Tensor, Tensor> quantize_tensor(const Tensor& x, ScalarType dtype, in
   return quantize("quantize_tensor", x, dtype, block, col_scale, true);
 }
 
-// Both forms of x, or its columns alone where `a` is not given, and its column sums where `sums` is.
+// Both forms of x, or its columns alone where forms.rows is nullptr, and its column sums where `sums` is
+// given.
 void quantize_forms(const char* op, const Tensor& x, QType qtype, const std::optional<Tensor>& col_scale,
                     const std::optional<Tensor>& row_scale, const halo_train::GradForms& forms,
                     const std::optional<Tensor>& sums = std::nullopt) {
@@ -179,7 +180,7 @@ Tensor transpose_bytes(const Tensor& input) {
   const DeviceGuard guard(device);
   STD_TORCH_CHECK(input.dim() == 2 && input.element_size() == 1,
                   "halo_train::transpose_bytes: x must be a matrix of one-byte elements");
-  const Tensor x = torch::stable::contiguous(input);
+  const Tensor x = halo_train::dense(input);
   Tensor y = halo_train::empty({x.size(1), x.size(0)}, x);
   if (x.numel() == 0) return y;
   check_launch(
@@ -194,7 +195,7 @@ std::tuple<Tensor, Tensor> equalizer_factors(const Tensor& input) {
   const DeviceGuard guard(device);
   STD_TORCH_CHECK(input.dim() == 1 && input.scalar_type() == ScalarType::Char,
                   "halo_train::equalizer_factors: exponent must be an int8 vector");
-  const Tensor exponent = torch::stable::contiguous(input);
+  const Tensor exponent = halo_train::dense(input);
   const int64_t n = exponent.size(0);
   Tensor d = empty_floats({n}, exponent), inverse = empty_floats({n}, exponent);
   if (n == 0) return {d, inverse};
