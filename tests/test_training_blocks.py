@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,13 @@ from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_fixtures import metrics, run_in_two_parts, write_run
 
-from halo_train import convert_to_halo_training
+from halo_train import RECIPES, convert_to_halo_training
 from halo_train.recipes import finetune
 from halo_train.training.blocks import blocks, checkpoint_activations, compile_blocks
 from halo_train.training.config import load_config
 from halo_train.training.errors import UserError
 from halo_train.training.loss import TokenLoss
+from halo_train.training.precision import convert
 
 LLAMA = transformers.LlamaConfig(
     vocab_size=128, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
@@ -115,6 +117,20 @@ def test_what_is_kept() -> None:
     assert kept["selective"] < 0.5 * kept["none"]
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_switch_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], fuse: bool) -> None:
+    config = load_config(write_run(tmp_path), [f"quant.fuse={str(fuse).lower()}"])
+    model = transformers.AutoModelForCausalLM.from_config(LLAMA)
+    model.model.layers[0].mlp.act_fn = nn.ReLU()
+    report = convert(model, {"*": RECIPES["fp8"]}, config, tmp_path)
+    assert len(report.fused) == (7 if fuse else 0)
+    printed = capsys.readouterr().out
+    assert (
+        "7 parts of blocks run fused; one by one:\n  model.layers.0.mlp: its activation ReLU" in printed
+    ) is fuse
+    assert len(json.loads((tmp_path / "conversion.json").read_text())["fused"]) == len(report.fused)
+
+
 WITHOUT_BLOCKS = nn.Sequential(nn.Linear(4, 4))
 
 
@@ -155,7 +171,7 @@ def test_sampling_the_error_changes_nothing(tmp_path: Path) -> None:
     assert lines["none"] == lines["selective"]
 
 
-@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_compiled_blocks(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
     """Traced with autograd, not lowered to C++, which takes minutes: one graph serves all blocks, with the same bits."""
     monkeypatch.setattr(LLAMA, "attention_dropout", 0.0)  # compiled code draws other random numbers

@@ -8,12 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 from torch._ops import OpOverload
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import UserError
@@ -48,10 +43,9 @@ def checkpoint_activations(model: nn.Module, mode: Literal["selective", "full"])
     Raises:
         UserError: a model without blocks.
     """
-    kept = partial(create_selective_checkpoint_contexts, _keep) if mode == "selective" else noop_context_fn
     for block in blocks(model, f"train.activation_checkpointing={mode}"):
         # The forward and not the call, so that hooks, those of FSDP2 among them, run once.
-        block.forward = _checkpointed(block.forward, kept)
+        block.forward = _checkpointed(block.forward, mode)
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -81,12 +75,18 @@ def blocks(model: nn.Module, wanted_by: str) -> Iterator[nn.Module]:
     return (block for block in found if id(block) not in inside)
 
 
-def _checkpointed(forward: Callable[..., Any], context_fn: Callable[..., Any]) -> Callable[..., Any]:
-    # A function of its own: torch.compile sees through it, but not through a partial of torch's checkpoint.
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+def _checkpointed(forward: Callable[..., Any], mode: Literal["selective", "full"]) -> Callable[..., Any]:
+    # Functions of their own: torch.compile sees through them, but not through a partial of torch's checkpoint, nor on torch 2.11
+    # through the context function that checkpoint has by default.
+    kept = partial(create_selective_checkpoint_contexts, _keep)
 
-    return run
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    def run_keeping(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=kept, **kwargs)
+
+    return run_keeping if mode == "selective" else run
 
 
 def _keep(ctx: Any, op: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:

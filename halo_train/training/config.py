@@ -72,6 +72,8 @@ class QuantSection(_Section):
 
     recipe: str = "fp8"
     """A named precision recipe (``halo-train ls`` lists them), or a file of recipes by layer from ``halo-train calibrate``."""
+    fuse: bool = False
+    """Norms and gated MLPs of known transformer blocks write 8 bits once for all layers that read them; docs/blocks.md."""
 
     @field_validator("recipe")
     @classmethod

@@ -74,7 +74,7 @@ def convert(
     """
     label = config.quant.label
     try:
-        report = convert_to_halo_training(model, recipe=recipes)
+        report = convert_to_halo_training(model, recipe=recipes, fuse=config.quant.fuse)
     except ValueError as error:
         raise UserError(f"quant.recipe={label} cannot be applied to {config.model.path}: {error}") from error
     path = folder / "conversion.json"
@@ -82,6 +82,10 @@ def convert(
     print(f"{len(report.converted)} linear layers run {label}; {path} names them; left alone:")
     for skip in report.skipped:
         print(f"  {skip.name}: {skip.reason}", flush=True)
+    if report.fused or report.unfused:
+        print(f"{len(report.fused)} parts of blocks run fused; one by one:")
+    for left in report.unfused:
+        print(f"  {left.name}: {left.reason}", flush=True)
     return report
 
 
