@@ -32,7 +32,9 @@ CASES = {
     "rotated, int8": 3,
     "rotated, float32": 5,
     "not rotated": 3,
+    "columns": 5,
     "gradient": 6,
+    "gradient, folded": 6,
     "gradient, sums": 6,
     "one scale": 5,
     "one scale, rotated": 5,
@@ -101,9 +103,11 @@ def measure(columns: int, block: int, elements: int, cast: Callable[[Tensor], An
         "rotated, int8": lambda i: ops.quantize_rows(xs[i % BUFFERS], torch.int8, block),
         "rotated, float32": lambda i: ops.quantize_rows(wide[i % BUFFERS], E4M3, block),
         "not rotated": lambda i: ops.quantize_rows(xs[i % BUFFERS], E4M3),
-        "gradient": lambda i: ops.quantize_grad(xs[i % BUFFERS], E4M3, col_scale, row_scale),
+        "columns": lambda i: ops.quantize_rows_transposed(xs[i % BUFFERS], E4M3),
+        "gradient": lambda i: ops.quantize_grad(xs[i % BUFFERS], E4M3, None, row_scale),
+        "gradient, folded": lambda i: ops.quantize_grad(xs[i % BUFFERS], E4M3, col_scale, row_scale),
         "gradient, sums": lambda i: ops.quantize_grad(
-            xs[i % BUFFERS], E4M3, col_scale, row_scale, column_sums=True
+            xs[i % BUFFERS], E4M3, None, row_scale, column_sums=True
         ),
         "one scale": lambda i: ops.quantize_tensor(xs[i % BUFFERS], E4M3),
         "one scale, rotated": lambda i: ops.quantize_tensor(xs[i % BUFFERS], E4M3, block),
