@@ -20,8 +20,11 @@ def may_keep(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors):
+    if torch.is_inference_mode_enabled():
         return False
+    for t in tensors:
+        if t.is_inference():
+            return False
     return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
@@ -44,6 +47,9 @@ def ones(n: int, like: Tensor) -> Tensor:
     return found
 
 
+_DISTRIBUTED = dist.is_available()
+
+
 class KeptEqualizer:
     """d and 1/d of a layer, made again when its exponents change. A copy or a pickle starts empty."""
 
@@ -53,7 +59,7 @@ class KeptEqualizer:
     def get(self, exponent: Tensor) -> Equalizer:
         """Of log2 d, [K] int8."""
         # Collectives write without a new version, as DDP does when it broadcasts buffers.
-        if not may_keep(exponent) or (dist.is_available() and dist.is_initialized()):
+        if not may_keep(exponent) or (_DISTRIBUTED and dist.is_initialized()):
             return Equalizer.of_exponents(exponent)
         key = (exponent._version, exponent.data_ptr(), stream_of(exponent))
         made = self._made
