@@ -131,7 +131,7 @@ def test_moments_in_8_bits_follow_the_exact_ones_and_resume(dtype: torch.dtype, 
     moment = optimizer.state[nets["adamw_8bit"].up.weight]["exp_avg"]
     assert moment.codes.dtype == torch.uint8
 
-    with CheckpointWriter(tmp_path, keep=1) as writer:
+    with CheckpointWriter(tmp_path, keep=1, background=True) as writer:
         path = writer.save(nets["adamw_8bit"], optimizer, Progress(4, 4))
     steps(nets["adamw_8bit"], optimizer, lrs)
     torch.manual_seed(5)

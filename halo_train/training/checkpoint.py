@@ -19,8 +19,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from halo_train import equalizer_state_dict, load_equalizer_state_dict
 
@@ -49,31 +49,19 @@ class CheckpointWriter:
     Args:
         folder: of the run's checkpoints.
         keep: how many.
-        background: ``save`` copies the state to CPU memory and returns; a thread writes it. The memory of that copy, pinned for
-            a GPU, is kept until the end.
+        background: ``save`` copies the state to CPU memory and returns; a thread writes the copy.
     """
 
     def __init__(self, folder: Path, keep: int, *, background: bool = False) -> None:
         self._folder, self._keep = folder, keep
         self._writing: Future[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
-        self._stager: DefaultStager | None = None
         # Of its own: the collectives of a thread must not meet those of the training.
         self._group = distributed.new_group(backend="gloo") if distributed.is_initialized() else None
         self._resources = ExitStack()
         self._resources.enter_context(_single_process_is_fine())
         if background:
             self._thread = self._resources.enter_context(ThreadPoolExecutor(1, "checkpoint"))
-            on_gpu = torch.cuda.is_available()
-            self._stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=on_gpu,
-                    use_shared_memory=False,
-                    use_async_staging=False,
-                    use_non_blocking_copy=on_gpu,
-                )
-            )
-            self._resources.callback(self._stager.close)
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
         """Saves everything that the next step depends on, after the checkpoint that is being written, if any.
@@ -86,12 +74,10 @@ class CheckpointWriter:
         """
         self.wait()
         state, step = _state(model, optimizer, progress), progress.step
-        if self._thread is None or self._stager is None:
+        if self._thread is None:
             self._write(state, step)
         else:
-            copy = self._stager.stage(state)
-            assert isinstance(copy, dict)  # a future with asynchronous staging
-            self._writing = self._thread.submit(self._write, copy, step)
+            self._writing = self._thread.submit(self._write, _copied(state), step)
         return self._folder / f"step-{step}"
 
     @property
@@ -219,6 +205,21 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progres
         "step": progress.step,
         "batches": progress.batches,
     }
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a state on the CPU. PyTorch's DefaultStager fails in torch 2.11 (KeyError: <class 'type'>)."""
+    if is_traceable_wrapper_subclass(value):  # DTensors, moments in 8 bits: these have no clone
+        names, context = value.__tensor_flatten__()
+        parts = {name: _copied(getattr(value, name)) for name in names}
+        return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
+    if isinstance(value, Tensor):
+        return value.detach().clone() if value.device.type == "cpu" else value.detach().to("cpu")
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return value
 
 
 def _rng_key() -> str:
