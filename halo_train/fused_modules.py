@@ -23,10 +23,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .fsdp import GatheredWeight
 from .fused import NormedInput, Projected, halo_gated_mlp, halo_projections
+from .fused_functions import Layer
+from .fused_reference import ACTIVATIONS
 from .gemm import MULTIPLE
 from .linear import HaloLinear, take_equalizers
 from .norms import Norm
 from .products import autocast_dtype
+from .quantize import Quantized, RoundedWeight
 
 
 class Reader(NamedTuple):
@@ -62,13 +65,22 @@ class FusedModule(nn.Module):
         return _new, (self.kind, self.original), self.__dict__
 
 
-class HaloGatedMLP(FusedModule):
-    """down_proj(act_fn(gate_proj(x)) * up_proj(x)) as one autograd function, as long as its layers allow it."""
+class MLPFusion(NamedTuple):
+    """How a :class:`HaloGatedMLP` runs."""
 
-    own_state = ("activation",)
-    act_fn: nn.Module
+    readers: tuple[str, ...]
+    """Names of the layers of gate and of up, or of the one that computes both, gate first."""
+    down: str
+    """Name of the layer that reads act(gate) * up."""
     activation: str
-    """Of the gate, a key of :data:`halo_train.fused_reference.ACTIVATIONS`."""
+    """A key of :data:`halo_train.fused_reference.ACTIVATIONS`."""
+
+
+class HaloGatedMLP(FusedModule):
+    """down(act(gate(x)) * up(x)) as one autograd function, as long as its layers allow it."""
+
+    own_state = ("fusion",)
+    fusion: MLPFusion
 
     def forward(self, x: Tensor | NormedInput) -> Tensor:
         """x [..., K], or what a :class:`HaloNorm` hands on, -> [..., N]."""
@@ -79,46 +91,68 @@ class HaloGatedMLP(FusedModule):
             self.take_equalizers(x)
             if not self.can_fuse(x):
                 return super().forward(x)
-        gate, up, down = self.layers()
-        equalizer, down_equalizer = gate.factors(), down.factors()
+        first, down = self.readers()[0], self.down()
+        equalizer, down_equalizer = first.factors(), down.factors()
+        operands = [layer.operands(equalizer) for layer in self.readers()]
+        gate, up = operands if len(operands) == 2 else _halves(operands[0])
         return halo_gated_mlp(
             x,
-            gate.operands(equalizer),
-            up.operands(equalizer),
+            gate,
+            up,
             down.operands(down_equalizer),
-            activation=self.activation,
-            config=gate.running_config,
+            activation=self.fusion.activation,
+            config=first.running_config,
             equalizer=equalizer,
             down_equalizer=down_equalizer,
             norm=norm,
         )
 
-    def layers(self) -> tuple[Any, Any, Any]:
-        """gate, up and down: HaloLinear, unless somebody put something else there."""
-        return self.gate_proj, self.up_proj, self.down_proj
+    def readers(self) -> list[Any]:
+        """The layers that read x: HaloLinear, unless somebody put something else there."""
+        return [getattr(self, name) for name in self.fusion.readers]
+
+    def down(self) -> Any:
+        """The layer that reads act(gate) * up."""
+        return getattr(self, self.fusion.down)
 
     def can_fuse(self, x: Tensor) -> bool:
         """Whether nothing in this forward needs the layers themselves to be called."""
-        gate, up, down = self.layers()
+        readers, down = self.readers(), self.down()
         return (
-            can_fuse((gate, up), x)
+            can_fuse(readers, x)
             and is_usable(down)
-            and down.running_config == gate.running_config
-            and gate.bias is None
-            and up.bias is None
+            and down.running_config == readers[0].running_config
+            and all(layer.bias is None for layer in readers)
+            and (len(readers) == 2 or type(readers[0].weight) is nn.Parameter)
         )
 
     def take_equalizers(self, x: Tensor) -> None:
-        """Takes factors that are missing from the first batch: from x, and for down from what the other two make of it."""
-        gate, up, down = self.layers()
-        if any(lacks_equalizer(layer) for layer in (gate, up)):
-            take_jointly((gate, up), x)
-        ready = all(isinstance(layer, HaloLinear) and not lacks_equalizer(layer) for layer in (gate, up))
+        """Takes factors that are missing from the first batch: from x, and for down from what the others make of it."""
+        readers, down = self.readers(), self.down()
+        if any(lacks_equalizer(layer) for layer in readers):
+            take_jointly(readers, x)
+        ready = all(isinstance(layer, HaloLinear) and not lacks_equalizer(layer) for layer in readers)
         if ready and lacks_equalizer(down):
             with torch.no_grad(), _outside_modes():
                 # Not by calling the modules, whose hooks are there for other calls.
-                hidden = self.act_fn(HaloLinear.forward(gate, x)) * HaloLinear.forward(up, x)
-                take_equalizers((down,), hidden)
+                outputs = [HaloLinear.forward(layer, x) for layer in readers]
+                gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, -1)
+                take_equalizers((down,), ACTIVATIONS[self.fusion.activation](gate)[0] * up)
+
+    def lacks_equalizers(self) -> bool:
+        """Whether some are still to be taken."""
+        return any(lacks_equalizer(layer) for layer in (*self.readers(), self.down()))
+
+
+def _halves(layer: Layer) -> tuple[Layer, Layer]:
+    """The layers that compute the first and the second half of what ``layer`` computes."""
+    gate, up = layer.weight.chunk(2)
+    if layer.rounded is None:
+        return Layer(gate), Layer(up)
+    # Only its rows: the scales of columns are those of both halves, and a weight that is not kept has them apart.
+    (data, scale), n = layer.rounded.rows, gate.shape[0]
+    rows = Quantized(data[:n], scale[:n]), Quantized(data[n:], scale[n:])
+    return Layer(gate, None, RoundedWeight(rows[0], None)), Layer(up, None, RoundedWeight(rows[1], None))
 
 
 class HaloNorm(FusedModule):
@@ -132,7 +166,7 @@ class HaloNorm(FusedModule):
         """x [..., K] -> its norm, in one of the forms at the top of this file."""
         mlp = self.fusion.readers[0].module
         if isinstance(mlp, HaloGatedMLP):
-            if any(lacks_equalizer(layer) for layer in mlp.layers()):
+            if mlp.lacks_equalizers():
                 with torch.no_grad():
                     mlp.take_equalizers(super().forward(x))
             return (

@@ -17,6 +17,7 @@ from .fused_modules import (
     FusedModule,
     HaloGatedMLP,
     HaloNorm,
+    MLPFusion,
     NormFusion,
     Reader,
     become,
@@ -59,6 +60,10 @@ class _Block:
     """Class without prefix; "" for nn.LayerNorm."""
     eps_name: str = "variance_epsilon"
     unit_offset: bool = False
+    gated: tuple[str, ...] = ("gate_proj", "up_proj")
+    """The layers of gate and up in a gated MLP, whose third is down_proj; none if it is no gated one."""
+    activation: str = "act_fn"
+    """Its name in the MLP."""
 
     def class_path(self, kind: str) -> str:
         """Full name of its DecoderLayer, Attention, MLP or norm."""
@@ -68,7 +73,7 @@ class _Block:
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _LLAMA = {"input_layernorm": _QKV, "post_attention_layernorm": ("mlp",)}
 _GEMMA_2 = {"input_layernorm": _QKV, "pre_feedforward_layernorm": ("mlp",)}
-_PHI_3 = {"input_layernorm": ("self_attn.qkv_proj",), "post_attention_layernorm": ("mlp.gate_up_proj",)}
+_PHI_3 = {"input_layernorm": ("self_attn.qkv_proj",), "post_attention_layernorm": ("mlp",)}
 
 _BLOCKS = (
     _Block("llama", "Llama", _LLAMA),
@@ -78,8 +83,8 @@ _BLOCKS = (
     _Block("gemma", "Gemma", _LLAMA, eps_name="eps", unit_offset=True),
     _Block("gemma2", "Gemma2", _GEMMA_2, eps_name="eps", unit_offset=True),
     _Block("gemma3", "Gemma3", _GEMMA_2, eps_name="eps", unit_offset=True),
-    _Block("phi3", "Phi3", _PHI_3),
-    _Block("phi", "Phi", {"input_layernorm": (*_QKV, "mlp.fc1")}, norm="", eps_name="eps"),
+    _Block("phi3", "Phi3", _PHI_3, gated=("gate_up_proj",), activation="activation_fn"),
+    _Block("phi", "Phi", {"input_layernorm": (*_QKV, "mlp.fc1")}, norm="", eps_name="eps", gated=()),
 )
 _BY_CLASS = {block.class_path("DecoderLayer"): block for block in _BLOCKS}
 
@@ -142,15 +147,13 @@ def _fuse_block(layer: nn.Module, block: _Block) -> Iterator[tuple[str, str, str
         return
     # The MLP first: its norm hands on to what it has become.
     mlp = layer.get_submodule("mlp")
-    gated = ("mlp",) in block.readers.values()
-    if gated:
-        reason = _why_not_class(mlp, block.class_path("MLP")) or _why_not_gated(mlp)
+    if block.gated:
+        reason = _why_not_class(mlp, block.class_path("MLP")) or _why_not_gated(mlp, block)
         if not reason:
-            _join((mlp.gate_proj, mlp.up_proj))
-            become(mlp, HaloGatedMLP, activation=_activation_of(mlp.act_fn))
-        yield "mlp", "gate_proj, up_proj -> activation -> down_proj", reason
-    elif hasattr(mlp, "gate_up_proj"):
-        yield "mlp", "", "gate and up are one layer, of which no fused form exists"
+            _join([getattr(mlp, name) for name in block.gated])
+            activation = _activation_of(getattr(mlp, block.activation))
+            become(mlp, HaloGatedMLP, fusion=MLPFusion(block.gated, "down_proj", activation))
+        yield "mlp", f"{', '.join(block.gated)} -> activation -> down_proj", reason
     for name, readers in block.readers.items():
         norm = layer.get_submodule(name)
         reason = _why_not_norm(norm, block)
@@ -204,14 +207,17 @@ def _why_not_norm(norm: nn.Module, block: _Block) -> str:
     return ""
 
 
-def _why_not_gated(mlp: nn.Module) -> str:
-    layers = {name: getattr(mlp, name) for name in _GATED_LAYERS}
+def _why_not_gated(mlp: nn.Module, block: _Block) -> str:
+    layers = {name: getattr(mlp, name) for name in (*block.gated, "down_proj")}
     if reason := _why_not_alike(layers):
         return reason
-    if layers["gate_proj"].bias is not None or layers["up_proj"].bias is not None:
-        return "gate_proj and up_proj have biases"
-    if not _activation_of(mlp.act_fn):
-        return f"its activation {type(mlp.act_fn).__name__} is none of {', '.join(dict.fromkeys(_ACTIVATIONS.values()))}"
+    if any(layers[name].bias is not None for name in block.gated):
+        return f"{', '.join(block.gated)}: biases of gate and up are not fused"
+    if len(block.gated) == 1 and layers["down_proj"].in_features % MULTIPLE:
+        return f"its width must be a multiple of {MULTIPLE} for the halves of {block.gated[0]}; it is {layers['down_proj'].in_features}"
+    activation = getattr(mlp, block.activation)
+    if not _activation_of(activation):
+        return f"its activation {type(activation).__name__} is none of {', '.join(dict.fromkeys(_ACTIVATIONS.values()))}"
     return ""
 
 

@@ -36,7 +36,7 @@ FIELDS = {
     "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
 }  # fmt: skip
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text", "Phi3", "Phi"]
-PARTS = {"Phi3": 2, "Phi": 1}
+PARTS = {"Phi": 1}
 """That run fused in a block; 3 in the others."""
 IDS = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -99,8 +99,7 @@ def test_without_rounding_a_model_is_what_it_was(kind: str) -> None:
     for recipe in ("fp8", "fp8_plain"):
         model, report = convert(build(kind), RECIPES[recipe].without_rounding())
         assert len(report.fused) == 2 * PARTS.get(kind, 3)
-        assert all("gate and up are one layer" in part.reason for part in report.unfused)
-        assert len(report.unfused) == (2 if kind == "Phi3" else 0)
+        assert not report.unfused
         for mine, true in zip(step(model), exact, strict=True):
             assert relative(mine, true) < 5e-6
 
@@ -113,8 +112,10 @@ def test_rounded_it_is_the_layers_one_by_one(kind: str, recipe: str) -> None:
     twin = twin_of(model, kind, recipe)
     assert runs_fused(twin) == (0, 0)
     assert runs_fused(model) == ({"Phi": 2}.get(kind, 4), 0 if kind in PARTS else 2)
+    # The halves of Phi-3's gate_up_proj have column scales of their own in dgrad.
+    bound = 0.04 if kind == "Phi3" else 5e-3
     for mine, other in zip(step(model), step(twin), strict=True):
-        assert relative(mine, other) < 5e-3
+        assert relative(mine, other) < bound
 
 
 def test_the_first_batch_takes_one_vector_of_factors_and_is_fused_too() -> None:
@@ -335,7 +336,7 @@ def test_other_reasons() -> None:
             for p in convert(model, recipe, **arguments)[1].unfused
         }
 
-    assert "gate_proj and up_proj have biases" in reasons(build(mlp_bias=True))["mlp"]
+    assert "biases of gate and up are not fused" in reasons(build(mlp_bias=True))["mlp"]
     assert "mlp, which reads it, is not fused" in reasons(build(mlp_bias=True))["post_attention_layernorm"]
     assert "one scale for a whole tensor" in reasons(build(), "halo1_fp8")["mlp"]
     assert (
@@ -431,8 +432,9 @@ def test_training_goes_as_with_the_layers_one_by_one() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_bytes_that_a_block_keeps() -> None:
-    """A Llama-3-8B block at a 32nd of its width, bfloat16, eager: at most 60% of what the plain block keeps."""
+@pytest.mark.parametrize(("recompute", "share"), [(False, 0.62), (True, 0.5)])
+def test_bytes_that_a_block_keeps(recompute: bool, share: float) -> None:
+    """A Llama-3-8B block at a 16th of its width, bfloat16, eager, beside what the plain block keeps."""
     fields = {
         "hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32,
         "num_hidden_layers": 1, "attn_implementation": "sdpa",
@@ -441,7 +443,7 @@ def test_bytes_that_a_block_keeps() -> None:
     for fused in (True, False):
         model = build(**fields).bfloat16()
         if fused:
-            convert(model)
+            convert(model, HaloConfig(recompute_inputs=recompute))
             step(model)
             model.zero_grad()  # else this is another micro-batch, which keeps rounded weights
         layer, x = model.model.layers[0], torch.randn(1, 512, 256, dtype=torch.bfloat16, requires_grad=True)
@@ -458,4 +460,4 @@ def test_bytes_that_a_block_keeps() -> None:
             y = layer(x, position_embeddings=rotary)
         assert y.requires_grad
         kept.append(sum(found.values()) / 512 / 256)
-    assert kept[0] < 0.6 * kept[1]
+    assert kept[0] < share * kept[1]

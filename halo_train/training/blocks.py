@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -91,7 +91,10 @@ def _checkpointed(forward: Callable[..., Any], mode: Literal["selective", "full"
 
 def _keep(ctx: Any, op: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     # A rounded weight is a byte an element of the whole model, and quickly made again.
-    of_weight = bool(args) and isinstance(args[0], nn.Parameter)
+    first = args[0] if args else None
+    of_weight = isinstance(first, Tensor) and isinstance(
+        first if first._base is None else first._base, nn.Parameter
+    )
     if op.name() in KEPT_OPS and not of_weight:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
