@@ -210,6 +210,8 @@ def measure(variant: Variant, shape: Shape, device: torch.device, steps: int) ->
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = []
+    gc.collect()
+    gc.disable()  # a collection on one rank keeps all others waiting, each at another moment
     for _ in range(steps):
         dist.barrier()
         synchronise(device)
@@ -217,6 +219,7 @@ def measure(variant: Variant, shape: Shape, device: torch.device, steps: int) ->
         loss, norm = step()
         synchronise(device)
         times.append(time.perf_counter() - began)
+    gc.enable()
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     mine = {"loss": loss.item(), "norm": norm.item(), "peak": peak, "ms": 1e3 * statistics.median(times)}
@@ -277,7 +280,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights, to see that it runs")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument(
         "--seconds", type=float, default=150, help="no further variant is started after this time"
     )
