@@ -68,7 +68,8 @@ class HaloConfig:
     fast_accum: bool = True
     """Float8 products on a GPU: sums with the few bits that the tensor core keeps, or in float32, slower."""
     recompute_inputs: bool = False
-    """Fused blocks round a norm's output and h once more in backward, to the same bits, instead of keeping them until then."""
+    """Round X once more in backward, to the same bits, instead of keeping Xq until then: fused blocks a norm's output and h, from what
+    they keep anyway; a layer by itself from x in its own dtype, which costs nothing where the op before keeps it, as attention does."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", parse_choice(Format, "format", self.format))

@@ -27,6 +27,7 @@ from .gemm import MULTIPLE, matmul
 from .hadamard import hadamard_transform
 from .operands import contract_rows, pad_vector, quantize_input, quantize_operands, rotation_block
 from .products import (
+    again,
     as_matrix,
     autocast_dtype,
     crop,
@@ -162,8 +163,8 @@ class HaloLinearFunction(torch.autograd.Function):
     :class:`RoundedInput`, whose carrier [M', K'] is x and gets its gradient padded (and rotated) as it is, and the leading
     shape of Y.
 
-    Saved for backward: Xq (1 byte an element), its scales s and d when the weight needs a gradient. When x does, what dgrad
-    takes: the weight itself, which takes no memory, or its columns if they are given; folded, Wq, its scales t and 1/d. The
+    Saved for backward: Xq (1 byte an element; x itself if the config says so), its scales s and d when the weight needs a
+    gradient. When x does, what dgrad takes: the weight itself, which takes no memory, or its columns if they are given; folded, Wq, its scales t and 1/d. The
     padding is part of Xq and Wq; it is zero and adds nothing to a sum.
     """
 
@@ -196,11 +197,14 @@ class HaloLinearFunction(torch.autograd.Function):
 
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         # Row scales are saved with the data they belong to: wgrad needs s, a folded dgrad t.
-        saved_x = (op.x.data, op.x.scale, d) if needs_dw else (None, None, None)
+        again_from_x = config.recompute_inputs and quantized_input is None
+        saved_x = (x if again_from_x else op.x.data, op.x.scale, d) if needs_dw else (None, None, None)
         columns = None if wc_data is None or wc_scale is None else Quantized(wc_data, wc_scale)
         saved_w = for_dgrad(weight, op.w, columns, config) if needs_dx else (None, None, None)
-        ctx.save_for_backward(*saved_x, *saved_w, None if config.requantize_w_dgrad else inverse)
+        needs_inverse = again_from_x or not config.requantize_w_dgrad
+        ctx.save_for_backward(*saved_x, *saved_w, inverse if needs_inverse else None)
         ctx.config, ctx.block, ctx.from_carrier = config, op.block, quantized_input is not None
+        ctx.again_from_x = again_from_x
         ctx.x_dtype, ctx.x_shape, ctx.weight_form = x.dtype, x.shape, (weight.shape, weight.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y.view(*(x.shape[:-1] if leading is None else leading), n)
@@ -226,6 +230,9 @@ class HaloLinearFunction(torch.autograd.Function):
                     dx = undo_fold(dx, ctx.block, inverse, config)
                     dx = crop(dx, e.shape[0], ctx.x_shape[-1]).reshape(ctx.x_shape)
             if for_dw is not None:
+                if ctx.again_from_x:
+                    factors = again(inverse, ctx.x_shape[-1], e)
+                    x = Quantized(quantize_input(as_matrix(x_data), factors, config).data, x_scale)
                 dw = wgrad(for_dw, contract_rows(x, config), ctx.block, d, ctx.weight_form, config)
         return dx, dw, db, *(None,) * 10
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +56,35 @@ def test_gradcheck_in_float64(recipe):
     assert torch.autograd.gradcheck(
         lambda x, w, b: halo_linear(x, w, b, config=config, equalizer=d), (x, w, b)
     )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recipe", ["fp8, folded", "int8", "halo1_fp8"])
+def test_an_input_that_is_rounded_again_is_kept_itself(recipe, compiled):
+    x, w, b, e = torch.randn(40, 32), torch.randn(24, 32), torch.randn(24), torch.randn(40, 24)
+    results, kept = [], []
+    for recompute in (False, True):
+        config = dataclasses.replace(CONFIGS[recipe], recompute_inputs=recompute)
+        d = torch.exp2(torch.randint(-3, 4, (32,), generator=torch.Generator().manual_seed(0)).float())
+
+        def function(x, w, b, config=config, d=d if config.equalize else None):
+            return halo_linear(x, w, b, config=config, equalizer=d)
+
+        if compiled:
+            torch.compiler.reset()
+            function = torch.compile(function, backend="aot_eager", fullgraph=True)
+        saved = []
+
+        def keep(t, saved=saved):
+            saved.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            results.append(grads(function, x, w, b, e))
+        kept.append([t.dtype for t in saved if tuple(t.shape) in ((48, 32), (32, 48), (40, 32))])
+    assert all(torch.equal(mine, other) for mine, other in zip(*results, strict=True))
+    assert [dtype.itemsize for dtype in kept[0]] == [1]
+    assert kept[1] == [torch.float32]
 
 
 @pytest.mark.parametrize("requantize", [True, False])
