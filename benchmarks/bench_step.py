@@ -17,12 +17,18 @@ import torch
 from common import RESULTS, environment, save_json
 from torch import nn
 
-from halo_train import convert_to_halo_training
+from halo_train import HaloConfig, convert_to_halo_training
 from halo_train.bench.linear import require_gpu
 from halo_train.bench.step import CHECKPOINTING, Case, add_arguments, measure, recipe_case, recipes, size_of
 
 UNFUSED = Case("fp8, fuse=False", lambda model: convert_to_halo_training(model, recipe="fp8", fuse=False))
 """Every layer rounds what it reads, norms and SwiGLU write bfloat16."""
+
+LEAN = Case(
+    "fp8, recompute_inputs",
+    lambda model: convert_to_halo_training(model, recipe=HaloConfig(recompute_inputs=True), fuse=True),
+)
+"""Norms' outputs and h are rounded again in backward."""
 
 
 def torchao_cases() -> list[Case]:
@@ -74,7 +80,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
     require_gpu(parser)
-    cases = [*(recipe_case(recipe) for recipe in recipes(args)), UNFUSED, *torchao_cases()]
+    cases = [*(recipe_case(recipe) for recipe in recipes(args)), UNFUSED, LEAN, *torchao_cases()]
     if args.only:
         cases = [case for case in cases if case.name in args.only]
     rows = measure(size_of(args), cases, args)
