@@ -84,7 +84,7 @@ def convert_to_halo_training(
     module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
     tokens: int | None = None,
     share_inputs: bool = False,
-    fuse: bool = False,
+    fuse: bool = True,
 ) -> ConversionReport:
     """Replaces the linear layers inside ``module`` by HaloLinear, in place, sharing their parameters.
 

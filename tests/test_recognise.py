@@ -54,7 +54,7 @@ def build(kind: str = "Llama", **fields: Any) -> nn.Module:
 def convert(
     model: nn.Module, recipe: str | HaloConfig = "fp8", **arguments: Any
 ) -> tuple[nn.Module, ConversionReport]:
-    return model, convert_to_halo_training(model, recipe=recipe, **{"fuse": True} | arguments)
+    return model, convert_to_halo_training(model, recipe=recipe, **arguments)
 
 
 def step(model: nn.Module, ids: Tensor = IDS) -> list[Tensor]:

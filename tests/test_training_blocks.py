@@ -35,7 +35,7 @@ IDS = torch.randint(1, 128, (2, 32), generator=torch.Generator().manual_seed(0))
 def build(recipe: str) -> TokenLoss:
     transformers.set_seed(0)
     loss = TokenLoss(transformers.AutoModelForCausalLM.from_config(LLAMA)).train()
-    convert_to_halo_training(loss.model, recipe=recipe, fuse=True)
+    convert_to_halo_training(loss.model, recipe=recipe)
     return loss
 
 

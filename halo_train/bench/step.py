@@ -186,7 +186,7 @@ def recipe_case(recipe: str) -> Case:
     """A recipe, applied as users do."""
     if recipe == "bf16":
         return Case("bf16", lambda model: None)
-    return Case(recipe, lambda model: convert_to_halo_training(model, recipe=recipe, fuse=True))
+    return Case(recipe, lambda model: convert_to_halo_training(model, recipe=recipe))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -72,7 +72,7 @@ class QuantSection(_Section):
 
     recipe: str = "fp8"
     """A named precision recipe (``halo-train ls`` lists them), or a file of recipes by layer from ``halo-train calibrate``."""
-    fuse: bool = False
+    fuse: bool = True
     """Norms and gated MLPs of known transformer blocks write 8 bits once for all layers that read them; docs/blocks.md."""
 
     @field_validator("recipe")
