@@ -155,7 +155,7 @@ def measure(size: Size, cases: Sequence[Case], args: argparse.Namespace) -> list
     """One row for each case, mode and checkpointing; prints them as they come."""
     print(
         f"{'':>24} {'mode':>8} {'checkpointing':>13} {'ms':>7} {'x bf16':>7} {'tokens/s':>9} {'peak GiB':>9} "
-        f"{'activations':>11}  GPU ms by category"
+        f"{'activations':>11} {'loss':>8}  GPU ms by category"
     )
     rows: list[dict[str, Any]] = []
     for compiled in args.mode:
@@ -176,7 +176,7 @@ def measure(size: Size, cases: Sequence[Case], args: argparse.Namespace) -> list
                 parts = "  ".join(f"{name} {ms:.0f}" for name, ms in row["gpu_ms"].items())
                 print(
                     f"{case.name:>24} {compiled:>8} {checkpointing:>13} {row['ms']:7.1f} {row['speedup']:7.2f} "
-                    f"{row['tokens_per_second']:9.0f} {row['peak_gib']:9.1f} {row['activations_gib']:11.1f}  {parts}",
+                    f"{row['tokens_per_second']:9.0f} {row['peak_gib']:9.1f} {row['activations_gib']:11.1f} {row['loss']:8.4f}  {parts}",
                     flush=True,
                 )
     return rows
