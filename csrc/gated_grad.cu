@@ -22,7 +22,7 @@ cudaError_t launch(const GatedGradArgs& a, const M& dh, const M& gate, const M& 
     p.forms[o] = a.forms[o];
   }
   const cudaError_t error = gather_grad_amax<Source, true>(p, stream);
-  return error != cudaSuccess ? error : round_grad<Source, kType, true, false, 1>(p, stream);
+  return error != cudaSuccess ? error : round_grad<Source, kType, true, false, 4>(p, stream);
 }
 
 template <QType kType, typename Act>

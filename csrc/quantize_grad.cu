@@ -27,8 +27,7 @@ __global__ void __launch_bounds__(32 * kAddRows)
   sums[column] = total;
 }
 
-// Two tiles are the fastest; with sums, which have a cost for each thread block, four.
-constexpr int kTiles = 2, kSumTiles = 4;
+constexpr int kTiles = 4;
 
 template <QType kType, typename Source>
 cudaError_t launch(const GradParams<Source>& p, float* sums, cudaStream_t stream) {
@@ -39,10 +38,10 @@ cudaError_t launch(const GradParams<Source>& p, float* sums, cudaStream_t stream
   cudaError_t error = gather_grad_amax<Source, true>(p, stream);
   if (error != cudaSuccess) return error;
   if (sums == nullptr) return round_grad<Source, kType, true, false, kTiles>(p, stream);
-  error = round_grad<Source, kType, true, true, kSumTiles>(p, stream);
+  error = round_grad<Source, kType, true, true, kTiles>(p, stream);
   if (error != cudaSuccess) return error;
   add_partial_sums_kernel<<<static_cast<unsigned>(ceil_div(p.cols, 32)), dim3(32, kAddRows), 0, stream>>>(
-      p.partial_sums, sums, ceil_div(p.rows, kGradRows * kSumTiles), p.cols);
+      p.partial_sums, sums, ceil_div(p.rows, kGradRows * kTiles), p.cols);
   return cudaGetLastError();
 }
 
@@ -72,8 +71,6 @@ cudaError_t quantize_grad(const QuantizeGradArgs& a, cudaStream_t stream) {
   });
 }
 
-int64_t column_sums_scratch(int64_t rows, int64_t cols) {
-  return ceil_div(rows, kGradRows * kSumTiles) * cols;
-}
+int64_t column_sums_scratch(int64_t rows, int64_t cols) { return ceil_div(rows, kGradRows * kTiles) * cols; }
 
 }  // namespace halo_train

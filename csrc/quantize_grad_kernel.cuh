@@ -38,12 +38,15 @@ struct Loaded<Matrix<T>> {
 // G itself.
 template <typename M>
 struct PlainGrad {
-  static constexpr int kOutputs = 1, kBatch = 4, kMinBlocks = 3;
+  static constexpr int kInputs = 1, kOutputs = 1, kBatch = 4, kMinBlocks = 3;
   static constexpr bool kVector = !std::is_same_v<M, AnyMatrix>;
   struct Raw {
     typename Loaded<M>::type x;
   };
   M x;
+
+  __device__ __forceinline__ const M& input(int) const { return x; }
+  static __device__ __forceinline__ typename Loaded<M>::type& eight(Raw& raw, int) { return raw.x; }
 
   __device__ __forceinline__ void load(Raw& raw, int64_t row, int64_t column, int64_t rows,
                                        int64_t cols) const {
@@ -55,13 +58,18 @@ struct PlainGrad {
 // dgate = dh up act'(gate) and dup = dh act(gate).
 template <typename M, typename Act>
 struct GatedGrad {
-  static constexpr int kOutputs = 2, kBatch = 2, kMinBlocks = 2;
+  static constexpr int kInputs = 3, kOutputs = 2, kBatch = 2, kMinBlocks = 3;
   static constexpr bool kVector = !std::is_same_v<M, AnyMatrix>;
   struct Raw {
     typename Loaded<M>::type dh, gate, up;
   };
   M dh, gate, up;
   Act activation;
+
+  __device__ __forceinline__ const M& input(int i) const { return i == 0 ? dh : i == 1 ? gate : up; }
+  static __device__ __forceinline__ typename Loaded<M>::type& eight(Raw& raw, int i) {
+    return i == 0 ? raw.dh : i == 1 ? raw.gate : raw.up;
+  }
 
   __device__ __forceinline__ void load(Raw& raw, int64_t row, int64_t column, int64_t rows,
                                        int64_t cols) const {
@@ -115,12 +123,18 @@ __global__ void __launch_bounds__(32 * kAmaxWarps) grad_amax_kernel(const GradPa
     load_factors<kVector>(t[o], column < p.cols ? p.col_scale[o] : nullptr, column, p.cols);
   }
   uint32_t mine[kOutputs] = {};  // of row `lane`
+  typename Source::Raw next[kBatch];
+  const auto load = [&](int r0) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) p.source.load(next[b], first + r0 + b, column, p.rows, p.cols);
+  };
+  load(0);
+#pragma unroll 2
   for (int r0 = 0; r0 < 32 && first + r0 < p.rows; r0 += kBatch) {
     typename Source::Raw raw[kBatch];
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      p.source.load(raw[b], first + r0 + b, column, p.rows, p.cols);
-    }
+    for (int b = 0; b < kBatch; ++b) raw[b] = next[b];
+    if (r0 + kBatch < 32) load(r0 + kBatch);
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       float v[kOutputs][8];
@@ -166,9 +180,59 @@ __device__ __forceinline__ void read8(float (&f)[8], const float4* from) {
   f[0] = lo.x, f[1] = lo.y, f[2] = lo.z, f[3] = lo.w, f[4] = hi.x, f[5] = hi.y, f[6] = hi.z, f[7] = hi.w;
 }
 
-// kWidth: bytes of a store along the columns; those of one byte go with loads of one element. kRows: the rows
-// are written too. kTiles: down the rows, the next one loaded while one is written. kSum: sums of the columns
-// of G, in an order that is always the same.
+// What a thread of round_grad_kernel reads next, four rows of eight columns of each input, on its way to
+// shared memory, where nobody else looks; of AnyMatrix it is loaded when it is wanted.
+template <typename Source, int kThreads>
+struct GradStage {
+  static constexpr int kQuads = sizeof(typename Source::Raw) / 16 / Source::kInputs;  // of eight elements
+  static constexpr size_t kBytes = Source::kVector ? 4 * sizeof(typename Source::Raw) * kThreads : 0;
+  uint4* const memory;
+
+  __device__ __forceinline__ uint4* slot(int row, int input, int quad) const {
+    return memory + ((row * Source::kInputs + input) * kQuads + quad) * kThreads;
+  }
+  // Row r of the four; zeros outside.
+  __device__ __forceinline__ void start(const GradParams<Source>& p, int r, int64_t row,
+                                        int64_t column) const {
+    if constexpr (Source::kVector) {
+#pragma unroll
+      for (int i = 0; i < Source::kInputs; ++i) {
+#pragma unroll
+        for (int k = 0; k < kQuads; ++k) {
+          const auto& m = p.source.input(i);
+          if (row < p.rows && column < p.cols) {
+            const auto* from = reinterpret_cast<const uint4*>(m.x + row * m.stride + column) + k;
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                             static_cast<uint32_t>(__cvta_generic_to_shared(slot(r, i, k)))),
+                         "l"(from)
+                         : "memory");
+          } else {
+            *slot(r, i, k) = make_uint4(0, 0, 0, 0);
+          }
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void read(typename Source::Raw& raw, const GradParams<Source>& p, int r,
+                                       int64_t row, int64_t column) const {
+    if constexpr (Source::kVector) {
+#pragma unroll
+      for (int i = 0; i < Source::kInputs; ++i) {
+#pragma unroll
+        for (int k = 0; k < kQuads; ++k) {
+          const uint4 w = *slot(r, i, k);
+          uint32_t* to = Source::eight(raw, i).word + 4 * k;
+          to[0] = w.x, to[1] = w.y, to[2] = w.z, to[3] = w.w;
+        }
+      }
+    } else {
+      p.source.load(raw, row, column, p.rows, p.cols);
+    }
+  }
+};
+
+// kRows: the rows are written too. kTiles: down the rows, the next one on its way meanwhile. kSum: sums of
+// the columns of G, in an order that is always the same.
 template <typename Source, QType kType, bool kRows, bool kSum, int kTiles>
 __global__ void __launch_bounds__(Tile<kGradRows>::kThreads, Source::kMinBlocks)
     round_grad_kernel(const GradParams<Source> p) {
@@ -185,14 +249,10 @@ __global__ void __launch_bounds__(Tile<kGradRows>::kThreads, Source::kMinBlocks)
   const int64_t down = ceil_div(p.rows, kTiles * kGradRows) - 1 - block_down();
   if (down < 0) return;
   const int64_t first = down * kTiles * kGradRows;
-  typename Source::Raw raw[4];
-  const auto load = [&](int64_t row) {
+  extern __shared__ uint4 stage_memory[];
+  const GradStage<Source, L::kThreads> stage{stage_memory + threadIdx.x};
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      p.source.load(raw[r], row + r, column, p.rows, p.cols);
-    }
-  };
-  load(first + 4 * word);
+  for (int r = 0; r < 4; ++r) stage.start(p, r, first + 4 * word + r, column);
   for (int i = threadIdx.x; i < kTiles * kGradRows; i += L::kThreads) {
     const int64_t row = first + i;
     const bool inside = row < p.rows;
@@ -227,12 +287,18 @@ __global__ void __launch_bounds__(Tile<kGradRows>::kThreads, Source::kMinBlocks)
   for (int t = 0; t < kTiles; ++t) {
     const int64_t row0 = first + t * kGradRows;
     if (row0 >= p.rows) break;
+    asm volatile("cp.async.wait_all;" ::: "memory");
     uint32_t words[kOutputs][8];
 #pragma unroll
     for (int r = 0; r < 4; r += 2) {
       float v[2][kOutputs][8];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) p.source.values(v[h], raw[r + h]);
+      for (int h = 0; h < 2; ++h) {
+        typename Source::Raw raw;
+        stage.read(raw, p, r + h, row0 + 4 * word + r + h, column);
+        p.source.values(v[h], raw);
+        if (t + 1 < kTiles) stage.start(p, r + h, row0 + kGradRows + 4 * word + r + h, column);
+      }
       const int row = t * kGradRows + 4 * word + r;
       const float s[2] = {row_scales[row], row_scales[row + 1]};
 #pragma unroll
@@ -263,7 +329,6 @@ __global__ void __launch_bounds__(Tile<kGradRows>::kThreads, Source::kMinBlocks)
         }
       }
     }
-    if (t + 1 < kTiles) load(row0 + kGradRows + 4 * word);
     if (t > 0) __syncthreads();  // the tile before has been read
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
@@ -307,8 +372,16 @@ cudaError_t gather_grad_amax(const GradParams<Source>& p, cudaStream_t stream) {
 
 template <typename Source, QType kType, bool kRows, bool kSum, int kTiles>
 cudaError_t round_grad(const GradParams<Source>& p, cudaStream_t stream) {
+  constexpr auto kKernel = round_grad_kernel<Source, kType, kRows, kSum, kTiles>;
+  constexpr int kThreads = Tile<kGradRows>::kThreads;
+  constexpr size_t kShared = GradStage<Source, kThreads>::kBytes;
+  if constexpr (kShared > 16 * 1024) {  // with what the kernel declares itself more than needs no asking
+    const cudaError_t error =
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kShared));
+    if (error != cudaSuccess) return error;
+  }
   const dim3 grid = tile_grid(ceil_div(p.cols, 8 * kGroups), ceil_div(p.rows, kGradRows * kTiles));
-  round_grad_kernel<Source, kType, kRows, kSum, kTiles><<<grid, Tile<kGradRows>::kThreads, 0, stream>>>(p);
+  kKernel<<<grid, kThreads, kShared, stream>>>(p);
   return cudaGetLastError();
 }
 
