@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
       if constexpr (L::kExchange) group.barrier();  // the shared memory has been read
       continue;
     }
-    if (L::kExchange && p.shared_stage) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    if (L::kExchange && p.shared_stage) order_before_copies();
     if constexpr (Source::kNorm == Norm::kRms) state.squares = warp_sum(state.squares);
     if (p.tensor_amax != nullptr) {
       amax = __ldg(p.tensor_amax);

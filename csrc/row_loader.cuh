@@ -16,6 +16,13 @@ __device__ __forceinline__ int lane_column(int lane) {
   return (lane & 3) << 4 | (lane >> 2 & 1) << 3 | (lane >> 3) << L::kLaneBit;
 }
 
+// Between accesses to shared memory and bulk copies into the same.
+__device__ __forceinline__ void order_before_copies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // The next row waits in registers: for one input of 16 bits.
 template <typename T, typename L>
 class RegisterLoader {
@@ -67,8 +74,8 @@ class SharedLoader {
       for (int s = 0; s < stages; ++s)
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(full_ + s)));
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
+    order_before_copies();
     __syncwarp();
   }
   __device__ __forceinline__ void start(int stage, const T* const (&tile)[kInputs]) {
