@@ -8,20 +8,9 @@
 
 #include "hadamard.h"
 #include "hadamard_kernel.cuh"
+#include "occupancy.cuh"
 
 namespace halo_train::detail {
-
-constexpr int kMaxDevices = 64;
-
-inline cudaError_t multiprocessors(int device, int& count) {
-  static std::atomic<int> known[kMaxDevices];
-  const bool cached = device < kMaxDevices;
-  count = cached ? known[device].load(std::memory_order_relaxed) : 0;
-  if (count > 0) return cudaSuccess;
-  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess && cached) known[device].store(count, std::memory_order_relaxed);
-  return error;
-}
 
 // More than 48 KB of shared memory has to be asked for, once for each kernel and device.
 template <auto kKernel, size_t kBytes>
@@ -29,8 +18,8 @@ cudaError_t allow_shared(int device) {
   if constexpr (kBytes <= 48 * 1024) {
     return cudaSuccess;
   } else {
-    static std::atomic<bool> done[kMaxDevices];
-    const bool cached = device < kMaxDevices;
+    static std::atomic<bool> done[kCachedDevices];
+    const bool cached = device < kCachedDevices;
     if (cached && done[device].load(std::memory_order_relaxed)) return cudaSuccess;
     int limit = 0;
     cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -69,9 +58,8 @@ cudaError_t launch_blocks(const HadamardParams<typename L::T>& p, int device, cu
   constexpr int kResident = kFactors && kMinBlocks >= 16 ? kMinBlocks * 3 / 4 : kMinBlocks;
   constexpr auto kKernel = hadamard_block<L, kGroups, kResident, false, kFactors>;
   constexpr size_t kShared = L::kSharedBytes * kGroups;
-  int count;
-  cudaError_t error = multiprocessors(device, count);
-  if (error == cudaSuccess) error = allow_shared<kKernel, kShared>(device);
+  const int count = multiprocessors(device);
+  const cudaError_t error = allow_shared<kKernel, kShared>(device);
   if (error != cudaSuccess) return error;
   const int64_t grid = ((p.total >> L::kLogN) + kGroups - 1) / kGroups;
   kKernel<<<static_cast<unsigned>(grid), 32 * L::kWarps * kGroups, kShared, stream>>>(
@@ -86,9 +74,8 @@ cudaError_t launch_staying(const HadamardParams<typename L::T>& p, int device, c
     if (p.out_scale != nullptr) return launch_staying<L, true>(p, device, stream);
   }
   constexpr auto kKernel = hadamard_block<L, 1, 1, true, kFactors>;
-  int count;
-  cudaError_t error = multiprocessors(device, count);
-  if (error == cudaSuccess) error = allow_shared<kKernel, L::kSharedBytes>(device);
+  const int count = multiprocessors(device);
+  const cudaError_t error = allow_shared<kKernel, L::kSharedBytes>(device);
   if (error != cudaSuccess) return error;
   const unsigned grid = static_cast<unsigned>(std::min<int64_t>(p.total >> L::kLogN, count));
   kKernel<<<grid, 32 * L::kWarps, L::kSharedBytes, stream>>>(p, 0);
@@ -100,8 +87,9 @@ cudaError_t launch_staying(const HadamardParams<typename L::T>& p, int device, c
 // work in place.
 template <typename Whole>
 bool halved(const HadamardParams<typename Whole::T>& p, int device, int few) {
-  int count = 0, shared = 0;
-  if (p.x == p.y || multiprocessors(device, count) != cudaSuccess ||
+  const int count = multiprocessors(device);
+  int shared = 0;
+  if (p.x == p.y ||
       cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
     return false;
   }

@@ -19,9 +19,8 @@ cudaError_t launch_matrix(const MatrixParams<typename L::T>& p, int device, cuda
   constexpr int kResident = kFactors && L::kValues == 64 ? 2 : kMinBlocks;
   constexpr auto kKernel = hadamard_matrix<L, kResident, kFactors>;
   constexpr size_t kMost = sizeof(float) * L::kGroups * L::kSlabs * L::slab_words(16 * L::kTiles);
-  int count;
-  cudaError_t error = multiprocessors(device, count);
-  if (error == cudaSuccess) error = allow_shared<kKernel, kMost>(device);
+  const int count = multiprocessors(device);
+  const cudaError_t error = allow_shared<kKernel, kMost>(device);
   if (error != cudaSuccess) return error;
   const size_t shared = sizeof(float) * L::kGroups * L::kSlabs * L::slab_words(p.order);
   const int64_t grid = (p.blocks + L::kGroups - 1) / L::kGroups;
