@@ -121,13 +121,18 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
   for (int s = 0; s < p.stages; ++s) start(s, first + s * step);
 
   if constexpr (Factors::kWords > 0) {
-#pragma unroll 4
-    for (int j = group.group; j < L::kLoads;
-         j += p.rows_at_once) {  // the rows of the thread block share the work
+    const auto keep = [&](int j) {
       Factors f{};
       if (loader.inside(j)) f = p.source.template factors<Factors>(tile0 + lane_column<L>(lane) + (j << 6));
 #pragma unroll
       for (int w = 0; w < Factors::kWords; ++w) factors[(j * Factors::kWords + w) * row_threads] = f.word[w];
+    };
+    if constexpr (Shared::kStaged) {  // the rows of the thread block share the work
+#pragma unroll 4
+      for (int j = group.group; j < L::kLoads; j += p.rows_at_once) keep(j);
+    } else {
+#pragma unroll
+      for (int j = 0; j < L::kLoads; ++j) keep(j);
     }
   }
   const Signs signs(!kRotated ? 0 : kBlockBits == 7 ? p.log_block : log_block);

@@ -48,7 +48,12 @@ __device__ __forceinline__ void load8(float (&f)[8], const Vector& vector, int c
 }
 
 __device__ __forceinline__ void load8(float (&f)[8], const float* vector, int column, float missing) {
-  load8(f, Vector{vector, DType::kFloat32}, column, missing);
+  float4 lo = make_float4(missing, missing, missing, missing), hi = lo;
+  if (vector != nullptr) {
+    lo = __ldg(reinterpret_cast<const float4*>(vector + column));
+    hi = __ldg(reinterpret_cast<const float4*>(vector + column) + 1);
+  }
+  f[0] = lo.x, f[1] = lo.y, f[2] = lo.z, f[3] = lo.w, f[4] = hi.x, f[5] = hi.y, f[6] = hi.z, f[7] = hi.w;
 }
 
 // Four pairs of bfloat16 values, multiplied.
@@ -132,20 +137,19 @@ struct FloatFactors {
   }
 };
 
-// Any factors as sums of two bfloat16, exact to 2^-17: the first, its negative, the second.
+// Any factors as sums of two bfloat16, exact to 2^-17.
 struct SplitFactors {
   using Word = uint4;
-  static constexpr int kWords = 3;
-  Word word[3];
+  static constexpr int kWords = 2;
+  Word word[2];
 
   __device__ __forceinline__ explicit SplitFactors(const float (&f)[8]) {
     Terms<2> terms;
     terms.split(f);
-    const auto& p = terms.pair;
-    const uint32_t sign = 0x80008000u;
-    word[0] = make_uint4(p[0][0], p[0][1], p[0][2], p[0][3]);
-    word[1] = make_uint4(p[0][0] ^ sign, p[0][1] ^ sign, p[0][2] ^ sign, p[0][3] ^ sign);
-    word[2] = make_uint4(p[1][0], p[1][1], p[1][2], p[1][3]);
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      word[t] = make_uint4(terms.pair[t][0], terms.pair[t][1], terms.pair[t][2], terms.pair[t][3]);
+    }
   }
   SplitFactors() = default;
 };
@@ -297,14 +301,15 @@ struct RmsNormRows {
     detail::unpack8<T>(v, raw[0]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) row.squares = fmaf(v[i], v[i], row.squares);
-    const auto word = [](const uint4& quad, int i) {
-      const uint32_t words[4] = {quad.x, quad.y, quad.z, quad.w};
+    const auto pair = [](const uint4& quad, int i, uint32_t flip) {
+      const uint32_t words[4] = {quad.x ^ flip, quad.y ^ flip, quad.z ^ flip, quad.w ^ flip};
       return reinterpret_cast<const __nv_bfloat162&>(words[i]);
     };
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const __nv_bfloat162 x2 = word(raw[0][0], i), first = __hmul2_rn(x2, word(f.word[1], i));
-      const __nv_bfloat162 rest = __hfma2(x2, word(f.word[2], i), __hfma2(x2, word(f.word[0], i), first));
+      const __nv_bfloat162 x2 = pair(raw[0][0], i, 0), w2 = pair(f.word[0], i, 0);
+      const __nv_bfloat162 first = __hmul2_rn(x2, pair(f.word[0], i, 0x80008000u));
+      const __nv_bfloat162 rest = __hfma2(x2, pair(f.word[1], i, 0), __hfma2(x2, w2, first));
       t.pair[0][i] = reinterpret_cast<const uint32_t&>(first);
       t.pair[1][i] = reinterpret_cast<const uint32_t&>(rest);
     }
@@ -314,7 +319,7 @@ struct RmsNormRows {
     detail::unpack8<T>(v, raw[0]);
     float high[8], low[8];
     detail::unpack8<__nv_bfloat16>(high, {f.word[0]});
-    detail::unpack8<__nv_bfloat16>(low, {f.word[2]});
+    detail::unpack8<__nv_bfloat16>(low, {f.word[1]});
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       row.squares = fmaf(v[i], v[i], row.squares);
