@@ -123,10 +123,10 @@ def _compiled() -> tuple[Any, Any]:
 
     global tl
     tl = triton.language
-    return triton.jit(_kernel), TensorDescriptor
+    return triton.jit(_int8_gemm_kernel), TensorDescriptor
 
 
-def _kernel(  # type: ignore[no-untyped-def]
+def _int8_gemm_kernel(  # type: ignore[no-untyped-def]
     a_desc,
     b_desc,
     c_desc,
