@@ -115,7 +115,7 @@ def fuse_blocks(model: nn.Module) -> tuple[list[FusedPart], list[UnfusedPart]]:
         if block is None:
             continue
         for part, what, reason in _fuse_block(layer, block):
-            full = f"{name}.{part}" if name else part
+            full = ".".join(filter(None, (name, part)))
             if reason:
                 unfused.append(UnfusedPart(full, reason))
             else:
@@ -155,30 +155,33 @@ def _fuse_block(layer: nn.Module, block: _Block) -> Iterator[tuple[str, str, str
             become(mlp, HaloGatedMLP, fusion=MLPFusion(block.gated, "down_proj", activation))
         yield "mlp", f"{', '.join(block.gated)} -> activation -> down_proj", reason
     for name, readers in block.readers.items():
-        norm = layer.get_submodule(name)
-        reason = _why_not_norm(norm, block)
-        fusion: list[Reader] = []
-        for owner in dict.fromkeys(reader.split(".")[0] for reader in readers):
-            module = layer.get_submodule(owner)
-            layers = tuple(reader.split(".")[1] for reader in readers if reader.startswith(f"{owner}."))
-            fusion.append(Reader(module, layers))
-            if layers:
-                kind = {"self_attn": "Attention", "mlp": "MLP"}[owner]
-                reason = reason or _why_not_class(module, block.class_path(kind))
-            elif not isinstance(module, HaloGatedMLP):
-                reason = reason or f"{owner}, which reads it, is not fused"
-        named = [each for reader in fusion for each in reader.layers]
-        if not reason and named:
-            found = [getattr(reader.module, each) for reader in fusion for each in reader.layers]
-            reason = _why_not_alike(dict(zip(named, found, strict=True)))
-            if not reason:
-                _join(found)
-        if not reason:
-            center = isinstance(norm, nn.LayerNorm)
-            become(
-                norm, HaloNorm, fusion=NormFusion(tuple(fusion), block.eps_name, center, block.unit_offset)
-            )
-        yield name, f"norm -> {', '.join(named) or 'mlp'}", reason
+        what, reason = _fuse_norm(layer, block, name, readers)
+        yield name, f"norm -> {what}", reason
+
+
+def _fuse_norm(layer: nn.Module, block: _Block, name: str, names: tuple[str, ...]) -> tuple[str, str]:
+    """What reads a norm of a decoder layer, and why it is not fused."""
+    norm, readers = layer.get_submodule(name), []
+    reason = _why_not_norm(norm, block)
+    for owner in dict.fromkeys(reader.split(".")[0] for reader in names):
+        module = layer.get_submodule(owner)
+        reader = Reader(
+            module, tuple(n.removeprefix(f"{owner}.") for n in names if n.startswith(f"{owner}."))
+        )
+        readers.append(reader)
+        if reader.layers:
+            kind = {"self_attn": "Attention", "mlp": "MLP"}[owner]
+            reason = reason or _why_not_class(module, block.class_path(kind))
+        elif not isinstance(module, HaloGatedMLP):
+            reason = reason or f"{owner}, which reads it, is not fused"
+    layers = {each: getattr(reader.module, each) for reader in readers for each in reader.layers}
+    reason = reason or _why_not_alike(layers)
+    if not reason:
+        if layers:
+            _join(layers.values())
+        center = isinstance(norm, nn.LayerNorm)
+        become(norm, HaloNorm, fusion=NormFusion(tuple(readers), block.eps_name, center, block.unit_offset))
+    return ", ".join(layers) or "mlp", reason
 
 
 def _why_not_class(module: nn.Module, path: str) -> str:
