@@ -146,7 +146,7 @@ def test_bfloat16_models_and_autocast(kind: str) -> None:
         assert relative(grad, exact[1]) < 0.08
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Phi"])
+@pytest.mark.parametrize("kind", ["Llama", pytest.param("Phi", marks=pytest.mark.slow)])
 def test_one_graph_for_all_blocks_with_the_same_bits(kind: str) -> None:
     model, _ = convert(build(kind))
     with torch.no_grad():
@@ -161,6 +161,7 @@ def test_one_graph_for_all_blocks_with_the_same_bits(kind: str) -> None:
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiled_from_the_first_batch_and_recomputed() -> None:
     torch._dynamo.reset()
     model, expected = convert(build())[0], step(convert(build())[0])
@@ -413,6 +414,7 @@ def test_factors_are_saved_restored_and_taken_anew() -> None:
     step(fresh)
 
 
+@pytest.mark.slow
 def test_training_goes_as_with_the_layers_one_by_one() -> None:
     losses = []
     for fuse in (True, False):
