@@ -82,7 +82,8 @@ class LayerProbe:
         Returns:
             What :func:`reduce_inputs` takes besides moments.
         """
-        plan, found = self._plan, {}
+        plan = self._plan
+        found: Sample = {}
         fprop = {"x": x[self._tokens], "w": weight[self._outputs]}
         if equalizer is not None:
             fprop |= {"d": equalizer.d, "inverse": equalizer.inverse}
@@ -92,29 +93,15 @@ class LayerProbe:
         values = x.new_empty((len(plan.changed), *self._wgrad["x"].shape), dtype=wide)
         for i, out in zip(plan.changed, values, strict=True):
             config = plan.configs[i]
-            d, inverse = equalizer if equalizer is not None and config.equalize else (None, None)
-            rounded = quantize_input(x, inverse, config)
-            self._columns(rounded, d, config, out)
-            self._wgrad[f"scale{i}"] = of_rows(rounded.scale, len(x))
-            rowwise = config.scaling is Scaling.ROWWISE
+            factors = equalizer if config.equalize else None
+            operand = quantize_input(x, None if factors is None else factors.inverse, config)
+            self._columns(operand, None if factors is None else factors.d, config, out)
+            self._wgrad[f"scale{i}"] = of_rows(operand.scale, len(x))
             if config == plan.own:
                 found["x_scale"] = self._wgrad[f"scale{i}"]
-            elif rowwise and config.requantize_w_dgrad:
-                continue  # the rows of W are rounded from the sample
-            w_rounded = quantize_weight(weight, d, config)
-            w_scale = of_rows(w_rounded.scale, len(weight))
-            if config == plan.own:
-                found["w_scale"] = w_scale
-                if d is not None and inverse is not None:
-                    found |= {"x_factor": inverse, "w_factor": d}
-            if not rowwise:
-                # One scale for all of an operand: every row has a part in it.
-                q = below(take_rows(rounded, self._tokens), take_rows(w_rounded, self._outputs))
-                fprop |= {f"data{i}": q.data, f"scale{i}": q.scale}
-            if not config.requantize_w_dgrad:
-                columns = values.new_empty(self._dgrad["w"].shape)
-                self._columns(w_rounded, inverse, config, columns)
-                self._dgrad |= {f"values{i}": columns, f"scale{i}": w_scale}
+                if factors is not None:
+                    found |= {"x_factor": factors.inverse, "w_factor": factors.d}
+            self._round_weight(i, weight, factors, operand, fprop, found)
         if plan.changed:
             values.mul_(torch.stack([self._wgrad[f"scale{i}"] for i in plan.changed])[..., None])
             # Of the error alone 8 bits of mantissa are plenty.
@@ -123,6 +110,33 @@ class LayerProbe:
             self._wgrad |= {f"error{i}": error for i, error in zip(plan.changed, errors, strict=True)}
         self._batches.add(self._name, reduce_fprop, plan, fprop)
         return found
+
+    def _round_weight(
+        self,
+        i: int,
+        weight: Tensor,
+        factors: Equalizer | None,
+        x_operand: Quantized,
+        fprop: Sample,
+        found: Sample,
+    ) -> None:
+        """The whole of W for a config that changes it, where sampled rows and columns do not say what they become."""
+        config, own = self._plan.configs[i], self._plan.own
+        rowwise = config.scaling is Scaling.ROWWISE
+        if config != own and rowwise and config.requantize_w_dgrad:
+            return
+        operand = quantize_weight(weight, None if factors is None else factors.d, config)
+        scale = of_rows(operand.scale, len(weight))
+        if config == own:
+            found["w_scale"] = scale  # the largest of all rows is asked for
+        if not rowwise:
+            # One scale for all of an operand: every row has a part in it.
+            q = below(take_rows(x_operand, self._tokens), take_rows(operand, self._outputs))
+            fprop |= {f"data{i}": q.data, f"scale{i}": q.scale}
+        if not config.requantize_w_dgrad:
+            columns = weight.new_empty(self._dgrad["w"].shape, dtype=operand.scale.dtype)
+            self._columns(operand, None if factors is None else factors.inverse, config, columns)
+            self._dgrad |= {f"values{i}": columns, f"scale{i}": scale}
 
     def _columns(self, q: Quantized, undo: Tensor | None, config: HaloConfig, out: Tensor) -> None:
         """The sampled columns of what the data of a rounded X or W stands for, into ``out`` [R, C].
