@@ -186,16 +186,18 @@ class QuantMetrics:
             else:
                 stats = found[layer].setdefault(part, {})
                 stats.update(zip(STATS_OF[kind], vector, strict=True))
-        values: Values = {
-            layer: {part: self._kept(found[layer][part]) for part in self._parts if part in found[layer]}
-            for layer in self.layers
-            if layer in measured
-        }
+        values: Values = {}
+        for layer, of_layer in found.items():
+            if layer in measured:
+                parts = (part for part in self._parts if part in of_layer)
+                values[layer] = {part: self._kept(of_layer[part]) for part in parts}
         recipes = {layer: self.layers[layer].config.name for layer in values}
         return QuantSample(self.step_number, self.size, recipes, values, {k: histograms[k] for k in values})
 
     def _kept(self, stats: dict[str, float]) -> dict[str, float]:
-        return {name: stats[name] for name in self._stats if name in stats}
+        if len(self._stats) == len(STATS):
+            return stats
+        return {name: value for name, value in stats.items() if name in self._stats}
 
 
 def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, HaloLinear]:
@@ -211,10 +213,10 @@ def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, HaloLinear]:
     return {name: m for name, m in layers.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
 
 
-def _known_stats(stats: Sequence[str] | None) -> tuple[str, ...]:
+def _known_stats(stats: Sequence[str] | None) -> frozenset[str]:
     for name in stats or ():
         if name not in STATS:
             raise ValueError(
                 f"QuantMetrics: stats must be out of {', '.join(STATS)}; got {name!r}{did_you_mean(name, STATS)}"
             )
-    return tuple(name for name in STATS if stats is None or name in stats)
+    return frozenset(STATS if stats is None else stats)

@@ -19,7 +19,7 @@ TENSORS = ("x", "w", "e", "x_operand", "w_operand", "e_dgrad_operand", "e_wgrad_
 
 HIGH_IS_BAD = ("crest", "kurtosis", "nonfinite", "underflow", "saturation", "row_outliers", "column_outliers")
 LOW_IS_BAD = ("sqnr_db", "median_db", "p10_db", "min_db", "cosine")
-_JUDGED = {*HIGH_IS_BAD, *LOW_IS_BAD, "bias"}
+_JUDGED = (*HIGH_IS_BAD, *LOW_IS_BAD, "bias")
 
 CHARTED = ("sqnr_db", "median_db", "p10_db", "underflow", "crest", "nonfinite")
 """Stats of single layers that trackers draw."""
@@ -56,28 +56,25 @@ class QuantSample:
     @functools.cached_property
     def aggregates(self) -> Values:
         """Worst and median layer of every stat for which one of the two directions is bad."""
-        measured: dict[tuple[str, str], list[float]] = {}
-        for parts in self.values.values():
-            for part, stats in parts.items():
-                for stat, value in stats.items():
-                    if stat in _JUDGED:
-                        measured.setdefault((part, stat), []).append(value)
         found: Values = {WORST: {}, MEDIAN: {}}
-        for (part, stat), values in measured.items():
-            known = [value for value in values if not math.isnan(value)]
-            found[WORST].setdefault(part, {})[stat] = _worst(stat, known)
-            found[MEDIAN].setdefault(part, {})[stat] = median(known) if known else math.nan
+        for part in self.parts():
+            layers = [parts[part] for parts in self.values.values() if part in parts]
+            for stat in _JUDGED:
+                values = [stats[stat] for stats in layers if stat in stats]
+                if values:
+                    known = [value for value in values if not math.isnan(value)]
+                    found[WORST].setdefault(part, {})[stat] = _worst(stat, known)
+                    found[MEDIAN].setdefault(part, {})[stat] = median(known) if known else math.nan
         return found
 
     def flat(self) -> dict[str, float]:
         """``{"quant/<layer>/<tensor or product>/<stat>": value}`` of all layers and of the aggregates."""
-        size = {f"quant/sample/{k}": float(v) for k, v in dataclasses.asdict(self.size).items()}
-        return size | {
-            f"quant/{layer}/{part}/{stat}": value
-            for layer, parts in (self.aggregates | self.values).items()
-            for part, stats in parts.items()
-            for stat, value in stats.items()
-        }
+        values = {f"quant/sample/{k}": float(v) for k, v in dataclasses.asdict(self.size).items()}
+        for layer, parts in (self.aggregates | self.values).items():
+            for part, stats in parts.items():
+                prefix = f"quant/{layer}/{part}/"
+                values.update({prefix + stat: value for stat, value in stats.items()})
+        return values
 
     def charts(self) -> dict[str, float]:
         """What trackers draw: aggregates as in :meth:`flat`; of single layers :data:`CHARTED` only.
