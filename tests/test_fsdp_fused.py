@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from halo_train import (
     RECIPES,
@@ -162,21 +162,16 @@ def check_inputs_are_kept_once(rank: int, world: int, device: str) -> None:
 
 
 def check_training(rank: int, world: int, device: str) -> None:
-    """Eight steps: sharded, sharded in bfloat16, sharded and checkpointed selectively, and not at all."""
+    """Six steps: sharded, sharded and checkpointed selectively, and not at all."""
     curves = []
-    for variant in ("alone", "sharded", "selective", "bf16")[: 5 if world == 2 else 2]:
+    for variant in ("alone", "sharded", "selective")[: 3 if world == 2 else 2]:
         model = build(device)
         if variant == "selective":
             blocks.checkpoint_activations(model, "selective")
-        if variant == "bf16":
-            shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
-        elif variant != "alone":
-            shard(model)
-        else:
-            model = alone(device, "fp8", world)
-        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        model = alone(device, "fp8", world) if variant == "alone" else shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
         losses = []
-        for _ in range(8):
+        for _ in range(6):
             total = torch.zeros((), device=device)
             for r in range(world) if variant == "alone" else [rank]:
                 loss = loss_of(model, batch(r, device)) / (world if variant == "alone" else 1)
@@ -193,10 +188,7 @@ def check_training(rank: int, world: int, device: str) -> None:
     reference, sharded, *others = curves
     assert reference[-1] < reference[0] - 0.3
     torch.testing.assert_close(sharded, reference, rtol=5e-3, atol=0)
-    if others:
-        selective, bf16 = others
-        assert torch.equal(selective, sharded)
-        torch.testing.assert_close(bf16, reference, rtol=0.02, atol=0)
+    assert all(torch.equal(selective, sharded) for selective in others)
 
 
 def check_factors_are_restored(rank: int, world: int, device: str) -> None:
