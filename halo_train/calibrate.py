@@ -30,7 +30,7 @@ Prefer = Literal["memory", "time"]
 TARGET_DB = 22.0
 """Between what trained like bf16 (24 dB in the worst product) and what did not (19 dB): docs/numerics.md, sections 3, 6."""
 
-_RATES, _TOKENS = H200._replace(host_bf16=0.0, host_8bit=0.0), 16384
+_RATES, _TOKENS = H200._replace(host_bf16=0.0, host_float8=0.0, host_int8=0.0), 16384
 """Of the GPU alone, which layers of a transformer keep busy with so many tokens."""
 
 

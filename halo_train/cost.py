@@ -25,10 +25,12 @@ class Rates(NamedTuple):
     """Bytes a second, read and written."""
     host_bf16: float
     """Seconds that the host takes for forward and backward of one nn.Linear in eager mode."""
-    host_8bit: float
+    host_float8: float
+    """The same of a HaloLinear in float8."""
+    host_int8: float
 
 
-H200 = Rates(740e12, 1400e12, 1080e12, 2.6e12, 90e-6, 430e-6)
+H200 = Rates(760e12, 1500e12, 1410e12, 3.6e12, 100e-6, 430e-6, 570e-6)
 """With torch 2.11 (benchmarks/results/, bench_linear)."""
 
 _RATES = {(9, 0): H200}
@@ -60,5 +62,7 @@ def predicted_speedup(tokens: int, shape: tuple[int, int], config: HaloConfig, r
         moved += 3 * w
     elif config.rotate_k:
         moved += 4 * x
-    products = flops / (rates.int8 if config.format is Format.INT8 else rates.float8)
-    return bf16 / max(products + moved / rates.bandwidth, rates.host_8bit)
+    rate, host = (
+        (rates.int8, rates.host_int8) if config.format is Format.INT8 else (rates.float8, rates.host_float8)
+    )
+    return bf16 / max(flops / rate + moved / rates.bandwidth, host)

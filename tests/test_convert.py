@@ -150,7 +150,8 @@ def test_not_a_module():
 
 
 def test_layers_that_would_be_slower_are_left_alone(monkeypatch):
-    rates = Rates(bf16=1.0, float8=2.0, int8=2.0, bandwidth=1e9, host_bf16=0.0, host_8bit=6.0 * 10 * 32 * 64)
+    host = 6.0 * 10 * 32 * 64
+    rates = Rates(1.0, float8=2.0, int8=2.0, bandwidth=1e9, host_bf16=0.0, host_float8=host, host_int8=host)
     monkeypatch.setattr(convert, "measured_rates", lambda device: rates)
     # 8 bits are twice as fast, but the host needs as long as bf16 with 10 tokens; down, of the same size, likewise.
     report = convert_to_halo_training(Toy(), tokens=11)
