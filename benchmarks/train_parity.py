@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from halo_train import convert_to_halo_training
 
 OUTLIER_CHANNELS = 6
-EVAL_POINTS = 6
+EVAL_POINTS = 3
 
 
 @dataclass(frozen=True)
@@ -309,13 +309,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--outliers", type=int, nargs="+", default=[1, 64, 512])
     parser.add_argument("--seeds", type=int, default=3, help="of bf16, fp8 and int8")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
+    parser.add_argument("--pretrain-steps", type=int, default=Size.pretrain_steps)
     parser.add_argument("--per-gpu", type=int, default=2, help="processes that share a GPU")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no run that would end later")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="of the sources, where they are no git checkout")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one seed, on the CPU")
     args = parser.parse_args(argv)
-    size, seeds = (SMOKE, 1) if args.smoke else (Size(), args.seeds)
+    size, seeds = (SMOKE, 1) if args.smoke else (Size(pretrain_steps=args.pretrain_steps), args.seeds)
     if not (args.smoke or torch.cuda.is_available()):
         parser.error("needs a CUDA GPU; --smoke runs on a CPU")
     count = 0 if args.smoke else torch.cuda.device_count()
