@@ -23,7 +23,8 @@ from halo_train import ops
 from halo_train.bench import hadamard as core
 from halo_train.bench.hadamard import Call, geometric_mean
 
-FORMS = [1024, 2048, 4096, 8192, 16384, 32768, *core.M_2K]
+POWERS = [1024, 2048, 4096, 8192, 16384, 32768]
+FORMS = [*POWERS, *core.M_2K]
 COLUMNS = [64, 256, 1024, 4096, 16384]
 
 
@@ -222,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(1, "bench_hadamard: needs a CUDA GPU\n")
     dtypes = [getattr(torch, name) for name in arguments.dtypes]
     half = [dtype for dtype in dtypes if dtype.itemsize == 2]
+    wide = [dtype for dtype in dtypes if dtype.itemsize == 4]
     logs, sizes = arguments.log_elements, arguments.sizes
     rows = core.measure(dtypes, logs, sizes, contenders, supports)
     print("in place")
@@ -232,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "summary": summary([row for row in rows if row["dtype"] != "float32"] or rows),
         "cold": rows,
         "in_place": in_place,
-        "forms": core.measure(half, large, FORMS, core.forms),
+        "forms": core.measure(half, large, FORMS, core.forms)
+        # Of 512 MB copy_ moves two thirds of its usual bytes a second, which would flatter us.
+        + core.measure(wide, [log for log in large if log < 27], POWERS, core.forms),
         "columns": core.measure(dtypes, large, COLUMNS, core.columns),
         "accuracy": accuracy(arguments.sizes),
     }

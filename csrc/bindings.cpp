@@ -105,11 +105,12 @@ halo_train::DType check_hadamard(const Tensor& x, const Options& o) {
             m.is_cuda() && m.get_device_index() == x.get_device_index(),
         "halo_train::hadamard: matrix must be square, contiguous, of the dtype of x and on its device");
     const int64_t order = m.size(0), power = order > 0 ? o.block / order : 0;
-    STD_TORCH_CHECK(
-        order % 4 == 0 && order <= 64 && order * power == o.block && is_power_of_two(power) && power >= 64 &&
-            power <= 512 && axis % o.block == 0 && x.element_size() == 2,
-        "halo_train::hadamard: with a matrix, x must be bfloat16 or float16 and block must divide the "
-        "last axis and be 64, 128, 256 or 512 times the order, a multiple of 4 up to 64");
+    STD_TORCH_CHECK(order % 4 == 0 && order <= 64 && order * power == o.block && is_power_of_two(power) &&
+                        power >= 64 && power <= (order > 16 && order <= 32 ? 1024 : 512) &&
+                        axis % o.block == 0 && x.element_size() == 2,
+                    "halo_train::hadamard: with a matrix, x must be bfloat16 or float16 and block must "
+                    "divide the last axis and be 64 "
+                    "to 512 times the order, a multiple of 4 up to 64, or 1024 times an order from 20 to 32");
   }
   for (const std::optional<Tensor>* v : {&o.signs, &o.out_scale}) {
     STD_TORCH_CHECK(
@@ -158,40 +159,119 @@ void transform(const Tensor& x, const Tensor& y, halo_train::DType dtype, const 
   check_launch("hadamard", halo_train::hadamard(args, halo_train::current_stream(device)), device);
 }
 
-Tensor out_of_place(const Tensor& x, halo_train::DType dtype, const Options& o) {
+// Runs transform(x, y) into a new tensor, from a copy of x where the kernels do not read its layout.
+template <typename Transform>
+Tensor out_of_place(const Tensor& x, const Transform& run) {
   const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   Tensor y = empty(sizes, x);
   if (x.numel() == 0) return y;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Layout layout(x);
   if (layout.dense || layout.rows) {
-    transform(x, y, dtype, o);
+    run(x, y);
   } else {
     Tensor copy = empty(sizes, x);
     torch::stable::copy_(copy, x);
-    transform(copy, y, dtype, o);
+    run(copy, y);
   }
   return y;
+}
+
+template <typename Transform>
+void in_place(Tensor& x, const Transform& run) {
+  if (x.numel() == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  if (Layout(x).dense) {
+    run(x, x);
+  } else {
+    torch::stable::copy_(x, out_of_place(x, run));
+  }
 }
 
 Tensor hadamard(const Tensor& x, int64_t block, double scale, const std::optional<Tensor>& signs,
                 const std::optional<Tensor>& out_scale, const std::optional<Tensor>& matrix) {
   const Options options{block, scale, signs, out_scale, matrix};
   const halo_train::DType dtype = check_hadamard(x, options);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  return out_of_place(x, dtype, options);
+  return out_of_place(x, [&](const Tensor& from, const Tensor& to) { transform(from, to, dtype, options); });
 }
 
 void hadamard_(Tensor x, int64_t block, double scale, const std::optional<Tensor>& signs,
                const std::optional<Tensor>& out_scale, const std::optional<Tensor>& matrix) {
   const Options options{block, scale, signs, out_scale, matrix};
   const halo_train::DType dtype = check_hadamard(x, options);
-  if (x.numel() == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  if (Layout(x).dense) {
-    transform(x, x, dtype, options);
-  } else {
-    torch::stable::copy_(x, out_of_place(x, dtype, options));
+  in_place(x, [&](const Tensor& from, const Tensor& to) { transform(from, to, dtype, options); });
+}
+
+// What the operators for two rounds take beside x.
+struct Rounds {
+  int64_t block;
+  double scale;
+  const std::optional<Tensor>& first;
+  const Tensor& middle;
+  const std::optional<Tensor>& last;
+};
+
+halo_train::DType check_rounds(const Tensor& x, const Rounds& o) {
+  const auto dtype = kernel_dtype(x.scalar_type());
+  STD_TORCH_CHECK(dtype && *dtype != halo_train::DType::kFloat64,
+                  "halo_train::hadamard_rounds: x must be bfloat16, float16 or float32 on a GPU");
+  STD_TORCH_CHECK(x.dim() > 0, "halo_train::hadamard_rounds: x must have at least one dimension");
+  const int64_t axis = x.sizes()[x.dim() - 1];
+  STD_TORCH_CHECK(is_power_of_two(o.block) && o.block >= 64 && o.block <= 32768 && axis % o.block == 0,
+                  "halo_train::hadamard_rounds: block must be a power of two from 64 to 32768 that divides "
+                  "the last axis");
+  const Tensor* const given[] = {o.first ? &*o.first : nullptr, &o.middle, o.last ? &*o.last : nullptr};
+  for (const Tensor* v : given) {
+    STD_TORCH_CHECK(
+        v == nullptr ||
+            (v->scalar_type() == ScalarType::Byte && v->is_contiguous() && v->numel() == axis / 8 &&
+             v->is_cuda() && v->get_device_index() == x.get_device_index()),
+        "halo_train::hadamard_rounds: first, middle and last must be contiguous uint8 of one bit per index "
+        "of the last axis, on the device of x");
   }
+  return *dtype;
+}
+
+// As transform(), for two rounds.
+void transform_rounds(const Tensor& x, const Tensor& y, halo_train::DType dtype, const Rounds& o) {
+  const Layout layout(x);
+  const int device = x.get_device_index();
+  // Bits are read eight bytes at a time.
+  std::vector<Tensor> kept;
+  const auto bits = [&](const Tensor& v) {
+    kept.push_back(aligned(v.data_ptr()) ? v : torch::stable::clone(v));
+    return static_cast<const uint8_t*>(kept.back().data_ptr());
+  };
+  halo_train::HadamardRoundsArgs args{};
+  args.x = x.data_ptr();
+  args.y = y.data_ptr();
+  args.first = o.first ? bits(*o.first) : nullptr;
+  args.middle = bits(o.middle);
+  args.last = o.last ? bits(*o.last) : nullptr;
+  args.dtype = dtype;
+  args.total = x.numel();
+  args.axis = x.sizes()[x.dim() - 1];
+  args.row_stride = layout.dense ? args.axis : layout.stride;
+  args.block = static_cast<int>(o.block);
+  args.scale = o.scale;
+  args.device = device;
+  check_launch("hadamard_rounds", halo_train::hadamard_rounds(args, halo_train::current_stream(device)),
+               device);
+}
+
+Tensor hadamard_rounds(const Tensor& x, int64_t block, double scale, const std::optional<Tensor>& first,
+                       const Tensor& middle, const std::optional<Tensor>& last) {
+  const Rounds rounds{block, scale, first, middle, last};
+  const halo_train::DType dtype = check_rounds(x, rounds);
+  return out_of_place(
+      x, [&](const Tensor& from, const Tensor& to) { transform_rounds(from, to, dtype, rounds); });
+}
+
+void hadamard_rounds_(Tensor x, int64_t block, double scale, const std::optional<Tensor>& first,
+                      const Tensor& middle, const std::optional<Tensor>& last) {
+  const Rounds rounds{block, scale, first, middle, last};
+  const halo_train::DType dtype = check_rounds(x, rounds);
+  in_place(x, [&](const Tensor& from, const Tensor& to) { transform_rounds(from, to, dtype, rounds); });
 }
 
 Tensor hadamard_axis(const Tensor& input, int64_t block, double scale, const std::optional<Tensor>& signs) {
@@ -242,5 +322,7 @@ Tensor hadamard_axis(const Tensor& input, int64_t block, double scale, const std
 STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
   m.impl("hadamard", TORCH_BOX(&hadamard));
   m.impl("hadamard_", TORCH_BOX(&hadamard_));
+  m.impl("hadamard_rounds", TORCH_BOX(&hadamard_rounds));
+  m.impl("hadamard_rounds_", TORCH_BOX(&hadamard_rounds_));
   m.impl("hadamard_axis", TORCH_BOX(&hadamard_axis));
 }

@@ -67,4 +67,18 @@ cudaError_t hadamard(const HadamardArgs& args, cudaStream_t stream) {
   return cudaErrorInvalidValue;
 }
 
+cudaError_t hadamard_rounds(const HadamardRoundsArgs& args, cudaStream_t stream) {
+  switch (args.dtype) {
+    case DType::kBFloat16:
+      return detail::launch_hadamard_rounds<__nv_bfloat16>(args, stream);
+    case DType::kFloat16:
+      return detail::launch_hadamard_rounds<__half>(args, stream);
+    case DType::kFloat32:
+      return detail::launch_hadamard_rounds<float>(args, stream);
+    case DType::kFloat64:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace halo_train

@@ -25,13 +25,33 @@ struct HadamardArgs {
   // [order, order] of x's dtype, 16 bits, 8-byte aligned; nullptr where order is 1.
   const void* matrix;
   int order;
-  int block;  // order times a power of two: at most 32768, with a matrix 64 to 512
+  int block;  // order times a power of two: at most 32768, with a matrix 64 to 512, of order 20 to 32 to 1024
   double scale;
   int device;
 };
 
 // Enqueues the transform.
 cudaError_t hadamard(const HadamardArgs& args, cudaStream_t stream);
+
+// y = scale * x diag(first) (I kron H) diag(middle) (I kron H) diag(last) over rows of `axis` elements,
+// rounded once.
+struct HadamardRoundsArgs {
+  const void* x;  // as in HadamardArgs
+  void* y;
+  const uint8_t*
+      first;  // a bit for each index of the axis, set where the sign is minus, 8-byte aligned; or nullptr
+  const uint8_t* middle;  // likewise, never nullptr
+  const uint8_t* last;    // likewise
+  DType dtype;            // not float64
+  int64_t total;          // elements of x, not zero
+  int64_t axis;
+  int64_t row_stride;
+  int block;  // power of two from 64 to 32768 that divides axis
+  double scale;
+  int device;
+};
+
+cudaError_t hadamard_rounds(const HadamardRoundsArgs& args, cudaStream_t stream);
 
 // y = scale * the blocks of `block` rows of (diag(signs) x) transformed along the axis, for dense x [outer,
 // axis, inner].
@@ -57,6 +77,9 @@ cudaError_t launch_hadamard(const HadamardArgs& args, cudaStream_t stream);
 
 template <typename T>
 cudaError_t launch_hadamard_matrix(const HadamardArgs& args, cudaStream_t stream);
+
+template <typename T>
+cudaError_t launch_hadamard_rounds(const HadamardRoundsArgs& args, cudaStream_t stream);
 
 }  // namespace detail
 

@@ -225,7 +225,8 @@ template <typename L, int kGroups, int kMinBlocks, bool kStay, bool kFactors>
 __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
     hadamard_block(const HadamardParams<typename L::T> p, const int64_t ahead) {
   static_assert(L::kExchange, "smaller blocks take hadamard_warp");
-  static_assert(!kStay || kGroups == 1, "thread blocks that stay are large");
+  static_assert(!kStay || (kGroups == 1 && L::kParts == 1 && L::kTensor && L::kLoads == 8),
+                "for the largest block");
   using T = typename L::T;
   constexpr int kThreads = 32 * L::kWarps;
   extern __shared__ float shared_memory[];
@@ -274,15 +275,40 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
   uint32_t a[4] = {};
   if constexpr (L::kTensor) detail::sign_matrix<T>(a);
 
+  // Of thread blocks that stay: bits 15 - i % 16 and 31 - i % 16 of flips[i / 16] are the signs of the i-th
+  // word of raw.
+  uint32_t flips[2];
+  uint32_t flips_column = ~0u;
   for (bool first = true;; first = false) {
     if (p.signs != nullptr) {
       const T* signs = p.signs + column + in;
+      if constexpr (kStay) {
+        if (column != flips_column) {
+          flips_column = column;
+          flips[0] = flips[1] = 0;
 #pragma unroll
-      for (int i = 0; i < L::kParts; ++i) {
+          for (int j = 0; j < L::kLoads; ++j) {
+            const uint4 s = __ldg(reinterpret_cast<const uint4*>(signs + (j << L::kLineBit)));
+            flips[j / 4] |= (s.x & 0x80008000u) >> (4 * j % 16) | (s.y & 0x80008000u) >> (4 * j % 16 + 1) |
+                            (s.z & 0x80008000u) >> (4 * j % 16 + 2) | (s.w & 0x80008000u) >> (4 * j % 16 + 3);
+          }
+        }
 #pragma unroll
         for (int j = 0; j < L::kLoads; ++j) {
-          const T* s = signs + (i << L::kLogN) + (j << L::kLineBit);
-          detail::flip_signs<T>(raw[i][j], __ldg(reinterpret_cast<const uint4*>(s)));
+          const uint32_t bits = flips[j / 4] << (4 * j % 16);
+          raw[0][j].x ^= bits & 0x80008000u;
+          raw[0][j].y ^= bits << 1 & 0x80008000u;
+          raw[0][j].z ^= bits << 2 & 0x80008000u;
+          raw[0][j].w ^= bits << 3 & 0x80008000u;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < L::kParts; ++i) {
+#pragma unroll
+          for (int j = 0; j < L::kLoads; ++j) {
+            const T* s = signs + (i << L::kLogN) + (j << L::kLineBit);
+            detail::flip_signs<T>(raw[i][j], __ldg(reinterpret_cast<const uint4*>(s)));
+          }
         }
       }
     }

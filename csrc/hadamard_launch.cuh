@@ -48,7 +48,7 @@ cudaError_t launch_warps(const HadamardParams<typename L::T>& p, cudaStream_t st
 
 // kGroups tasks in a thread block; kMinBlocks thread blocks on a multiprocessor have to fit its registers
 // (ptxas ignores that, with a warning, on GPUs that allow fewer). kAhead: tasks for every ten multiprocessors
-// by which the L2 cache runs ahead of the loads.
+// by which the L2 cache runs ahead of the loads, where not all start at once.
 template <typename L, int kGroups, int kMinBlocks, int kAhead, bool kFactors = false>
 cudaError_t launch_blocks(const HadamardParams<typename L::T>& p, int device, cudaStream_t stream) {
   if constexpr (!kFactors) {
@@ -62,8 +62,8 @@ cudaError_t launch_blocks(const HadamardParams<typename L::T>& p, int device, cu
   const cudaError_t error = allow_shared<kKernel, kShared>(device);
   if (error != cudaSuccess) return error;
   const int64_t grid = ((p.total >> L::kLogN) + kGroups - 1) / kGroups;
-  kKernel<<<static_cast<unsigned>(grid), 32 * L::kWarps * kGroups, kShared, stream>>>(
-      p, int64_t{count} * kAhead / 10);
+  const int64_t ahead = grid > int64_t{count} * kResident ? int64_t{count} * kAhead / 10 : 0;
+  kKernel<<<static_cast<unsigned>(grid), 32 * L::kWarps * kGroups, kShared, stream>>>(p, ahead);
   return cudaGetLastError();
 }
 

@@ -13,6 +13,8 @@
 // the
 //    butterflies on bits 1, 2 and from 6 on.
 // 3. Scale, factors, one rounding, whole lines to memory.
+//
+// Rows of 512 columns and more take hadamard_matrix_staying.cuh.
 
 #pragma once
 
@@ -25,7 +27,7 @@ struct MatrixParams {
   const T* x;
   T* y;                    // contiguous
   const T* signs;          // one value per position, of which only the sign bit is used, or nullptr
-  const float* out_scale;  // one factor per position, for kernels with kFactors
+  const float* out_scale;  // one factor per position, or nullptr
   const T* matrix;         // [order, order], contiguous
   int order;               // a multiple of 4
   int64_t blocks;
@@ -41,6 +43,7 @@ struct MatrixLayout {
   static constexpr int kTiles = kTiles_;
   static constexpr int kLogP = kLogP_;
   static constexpr int kGroups = kGroups_;
+  static_assert(kLogP >= 6 && kLogP <= 8, "up to 32 values of a thread");
   static constexpr int kSlabs = 1 << (kLogP - 6);
   static constexpr int kThreads = 32 * kSlabs;  // of a block
   static constexpr int kValues = 8 * kSlabs;    // of a thread after the exchange
@@ -232,7 +235,6 @@ __global__ void __launch_bounds__(L::kThreads* L::kGroups, kMinBlocks)
     }
     if constexpr (L::kLogP > 6) detail::butterfly_registers<3>(v);
     if constexpr (L::kLogP > 7) detail::butterfly_registers<4>(v);
-    if constexpr (L::kLogP > 8) detail::butterfly_registers<5>(v);
     detail::butterfly_registers<1>(v);
     const int offset = (row << L::kLogP) + low;
     if constexpr (!kFactors) {

@@ -5,6 +5,7 @@
 
 #include "hadamard_launch.cuh"
 #include "hadamard_matrix.cuh"
+#include "hadamard_matrix_staying.cuh"
 
 namespace halo_train::detail {
 
@@ -15,9 +16,7 @@ cudaError_t launch_matrix(const MatrixParams<typename L::T>& p, int device, cuda
   if constexpr (!kFactors) {
     if (p.out_scale != nullptr) return launch_matrix<L, kMinBlocks, kAhead, true>(p, device, stream);
   }
-  // Sixty-four values of a thread leave no room for factors.
-  constexpr int kResident = kFactors && L::kValues == 64 ? 2 : kMinBlocks;
-  constexpr auto kKernel = hadamard_matrix<L, kResident, kFactors>;
+  constexpr auto kKernel = hadamard_matrix<L, kMinBlocks, kFactors>;
   constexpr size_t kMost = sizeof(float) * L::kGroups * L::kSlabs * L::slab_words(16 * L::kTiles);
   const int count = multiprocessors(device);
   const cudaError_t error = allow_shared<kKernel, kMost>(device);
@@ -29,9 +28,28 @@ cudaError_t launch_matrix(const MatrixParams<typename L::T>& p, int device, cuda
   return cudaGetLastError();
 }
 
+template <typename L, bool kColumnwise = false>
+cudaError_t launch_staying_matrix(const MatrixParams<typename L::T>& p, int device, cudaStream_t stream) {
+  if constexpr (!kColumnwise) {
+    if (p.signs != nullptr || p.out_scale != nullptr) {
+      return launch_staying_matrix<L, true>(p, device, stream);
+    }
+  }
+  // 64 values of a thread take up to 128 registers.
+  constexpr auto kKernel = hadamard_matrix_staying<L, 512 / L::kThreads, kColumnwise>;
+  int resident = 0;
+  const cudaError_t error = resident_blocks<kKernel>(device, 0, L::kThreads, L::kSharedBytes, resident);
+  if (error != cudaSuccess) return error;
+  int64_t grid = std::min<int64_t>(p.blocks, resident);
+  // A thread block that stays in its columns reads the signs once.
+  if (grid > p.per_row) grid -= grid % p.per_row;
+  kKernel<<<static_cast<unsigned>(grid), L::kThreads, L::kSharedBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
 template <typename T, int kTiles>
 cudaError_t launch_power(const MatrixParams<T>& p, int log_power, int device, cudaStream_t stream) {
-  // Measured on an H200. As many thread blocks side by side as registers allow, of which 64 values take 80.
+  // Measured on an H200. As many thread blocks side by side as registers allow.
   constexpr int kResident = kTiles == 1 ? 8 : kTiles == 2 ? 7 : 4;
   constexpr int kAhead = kTiles == 1 ? 80 : kTiles == 2 ? 50 : 40;
   switch (log_power) {
@@ -42,10 +60,10 @@ cudaError_t launch_power(const MatrixParams<T>& p, int log_power, int device, cu
     case 8:
       return launch_matrix<MatrixLayout<T, kTiles, 8, 1>, kResident, kAhead>(p, device, stream);
     case 9:
-      if constexpr (kTiles < 3) {
-        return launch_matrix<MatrixLayout<T, kTiles, 9, 1>, 3, 20>(p, device, stream);
-      } else {
-        return launch_matrix<MatrixLayout<T, kTiles, 9, 1>, 2, 10>(p, device, stream);
+      return launch_staying_matrix<StayingMatrixLayout<T, kTiles, 9>>(p, device, stream);
+    case 10:
+      if constexpr (kTiles == 2) {
+        return launch_staying_matrix<StayingMatrixLayout<T, kTiles, 10>>(p, device, stream);
       }
   }
   return cudaErrorInvalidValue;

@@ -173,24 +173,17 @@ struct HadamardLayout {
 namespace detail {
 
 // A fragment of the +-1 matrix for bits 0, 1, 3 and 4. k (column): bits 0, 3, 4, 1 of the index, as the loads
-// bring them. m (row): bits 1, 3, 4, 0, so that bit 0 stays in a register and pairs can be packed.
+// bring them. m (row): bits 1, 3, 4, 0, so that bit 0 stays in a register and pairs can be packed. a[i] holds
+// row (lane >> 2) + 8 (i & 1), columns 2 (lane & 3) + 8 (i >> 1) and the next: bits 3 and 4 of row and column
+// are in lanes 3, 4 and 0, 1, bit 1 in lane 2 and i >> 1, bit 0 in i & 1 and the half of the register.
 template <typename T>
 __device__ __forceinline__ void sign_matrix(uint32_t (&a)[4]) {
+  constexpr uint32_t kOnes = Pair<T>::kOne | Pair<T>::kOne << 16;
   const int lane = threadIdx.x & 31;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    uint32_t pair = 0;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int m = (lane >> 2) + 8 * (i & 1);
-      const int k = 2 * (lane & 3) + h + 8 * (i >> 1);
-      const int row = m >> 3 | (m & 1) << 1 | (m & 6) << 2;
-      const int column = (k & 1) | k >> 3 << 1 | (k & 6) << 2;
-      const uint32_t negative = __popc(row & column) & 1;
-      pair |= (Pair<T>::kOne | negative << 15) << (16 * h);
-    }
-    a[i] = pair;
-  }
+  a[0] = kOnes ^ (__popc(lane >> 3 & lane & 3) & 1 ? 0x80008000u : 0u);
+  a[1] = a[0] ^ 0x80000000u;
+  a[2] = a[0] ^ (lane & 4 ? 0x80008000u : 0u);
+  a[3] = a[2] ^ 0x80000000u;
 }
 
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }

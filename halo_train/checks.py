@@ -11,6 +11,10 @@ MAX_BLOCK = 32768
 """Largest Hadamard block of the CUDA kernel: one row of float32 has to fit the registers of one thread block."""
 
 
+MIN_ROUNDS_BLOCK = 64
+"""Smallest block of the kernel for two rounds, which reads signs as words of 64 bits."""
+
+
 def check_input(op: str, x: Tensor) -> int:
     """Length of the last axis of x; a ValueError that names ``op`` when x is not real floating point of 16 bits or more, or
     is a scalar."""
@@ -90,9 +94,30 @@ def check_hadamard(
         if vector is None:
             continue
         check_vector(op, name, vector, n, x)
-        if vector.requires_grad and torch.is_grad_enabled():
+        # torch.compile does not know requires_grad of the constant signs of a random rotation.
+        if not torch.compiler.is_compiling() and vector.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{op}: {name} must not require grad: its gradient is not computed; use {name}.detach()"
+            )
+
+
+def check_rounds(
+    op: str, x: Tensor, block: int, first: Tensor | None, middle: Tensor, last: Tensor | None
+) -> None:
+    n = check_input(op, x)
+    check_block(op, block, n)
+    if block < MIN_ROUNDS_BLOCK or (x.is_cuda and x.element_size() > 4):
+        raise ValueError(
+            f"{op}: block must be at least {MIN_ROUNDS_BLOCK}, and x on a GPU have 16 or 32 bits; got {block} and {x.dtype}; "
+            "call hadamard() for each round"
+        )
+    for name, bits in (("first", first), ("middle", middle), ("last", last)):
+        if bits is None:
+            continue
+        if bits.dtype != torch.uint8 or tuple(bits.shape) != (n // 8,) or bits.device != x.device:
+            raise ValueError(
+                f"{op}: {name} must be uint8 of shape ({n // 8},) on {x.device}, a bit for each index of the axis; got "
+                f"shape {tuple(bits.shape)}, {bits.dtype} on {bits.device}"
             )
 
 

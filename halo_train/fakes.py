@@ -80,6 +80,8 @@ def _gated_grad_quantize(
 FAKES: dict[str, Callable[..., Any]] = {
     "hadamard": _hadamard,
     "hadamard_": lambda *_: None,
+    "hadamard_rounds": _hadamard,
+    "hadamard_rounds_": lambda *_: None,
     "hadamard_axis": _hadamard,
     "quantize_rows": _quantize_rows,
     "quantize_rows_transposed": _quantize_rows_transposed,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .hadamard_matrices import ORDERS, hadamard_matrix
+from .reference import signs_of_bits
 
 
 def largest_block(n: int) -> int:
@@ -36,8 +37,8 @@ def hadamard_transform(
     Differentiable in x.
 
     A power of two is one pass over memory on a GPU, and so is m 2^k of 16-bit x with m up to 60, from 64 m to 512 m (12: to
-    2048 m; 20 and 28: to 1024 m). Other m 2^k take a float32 pass and a matrix product with H_m, for which
-    torch.backends.cuda.matmul.allow_tf32 must be off.
+    2048 m; 20 and 28: to 1024 m) where a thread block can have the shared memory for it (227 KB for 28672). Other m 2^k take
+    a float32 pass and a matrix product with H_m, for which torch.backends.cuda.matmul.allow_tf32 must be off.
     Along another axis than the last, a power of two of dense x with an even last dimension is transformed where it lies, in
     one pass up to 1024 and in two with float32 between them above; everything else goes by way of a transpose.
 
@@ -64,12 +65,14 @@ def hadamard_transform(
 def random_rotation(
     x: Tensor, seed: int, *, axis: int = -1, block: int | None = None, rounds: int = 1, inverse: bool = False
 ) -> Tensor:
-    """A Hadamard rotation with random signs: x D H for one round, x D2 H D1 H for two, H orthonormal.
+    """A Hadamard rotation with random signs: x D H for one round, x D1 H D2 H for two, H orthonormal.
 
     The signs depend on the seed and the length of the axis alone (SHAKE-128), not on the device, the rank or the versions of
     anything. One round spreads any input over its block; a second one makes each coordinate of the result look Gaussian, even
-    for a one-hot x (Zilca and Mendelson, arXiv 2604.23418). A round is one pass over memory, with one rounding to the
-    dtype of x. Differentiable in x.
+    for a one-hot x (Zilca and Mendelson, arXiv 2604.23418). Differentiable in x.
+
+    Two rounds of a power of two from 64 along the last axis, x of 16 or 32 bits, are one pass over memory with one rounding
+    to the dtype of x. Anything else is a pass and a rounding for each round.
 
     Args:
         x: as for :func:`hadamard_transform`, as are axis and block.
@@ -82,6 +85,11 @@ def random_rotation(
     if rounds not in (1, 2):
         raise ValueError(f"random_rotation: rounds must be 1 or 2; got {rounds}")
     n = x.shape[_check_axis("random_rotation", x, axis)]
+    size = largest_block(n) if block is None else block
+    if rounds == 2 and _both_rounds(x, axis, size):
+        first, middle = _bits_on(seed, n, x.device)
+        signs = (None, middle, first) if inverse else (first, middle, None)
+        return ops.hadamard_rounds(x.movedim(axis, -1), size, 1.0 / size, *signs).movedim(-1, axis)
     order = [(seed, r) for r in range(rounds)]
     for key in reversed(order) if inverse else order:
         if inverse:
@@ -93,12 +101,24 @@ def random_rotation(
 
 def random_signs(n: int, seed: int, stream: int = 0) -> Tensor:
     """n signs that depend on the seed and the stream (the number of a round): int8 +-1 [n] on the CPU."""
+    return signs_of_bits(_random_bits(n, seed, stream))[:n]
+
+
+def _random_bits(n: int, seed: int, stream: int) -> Tensor:
+    """The signs as bits, uint8 [ceil(n / 8)]."""
     digest = hashlib.shake_128(f"halo_train signs {seed} {stream}".encode()).digest((n + 7) // 8)
-    octets = (
-        torch.frombuffer(bytearray(digest), dtype=torch.uint8) if n else torch.zeros(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(digest), dtype=torch.uint8) if n else torch.zeros(0, dtype=torch.uint8)
+
+
+def _both_rounds(x: Tensor, axis: int, block: int) -> bool:
+    """Whether one kernel does both rounds."""
+    power_of_two = ops.MIN_ROUNDS_BLOCK <= block <= ops.MAX_BLOCK and block & (block - 1) == 0
+    return (
+        power_of_two
+        and x.shape[axis] % block == 0
+        and x.element_size() <= 4
+        and not _column_kernel(x, axis, block)
     )
-    bits = octets[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
-    return 1 - 2 * bits.reshape(-1)[:n].to(torch.int8)
 
 
 def _check_axis(op: str, x: Tensor, axis: int) -> int:
@@ -137,7 +157,7 @@ def _transform(
     if not x.is_cuda:
         fused = order
     else:
-        fused = _kernel_order(order, block // order) if x.element_size() == 2 else 0
+        fused = _kernel_order(order, block // order, x.device) if x.element_size() == 2 else 0
     if fused:
         # Row vectors: y = x H, so the matrix that acts on columns is H^T.
         matrix = _matrix_on(order, fused // order, not transpose, x.device, x.dtype)
@@ -182,18 +202,45 @@ def _signs_on(seed: int, stream: int, n: int, device: torch.device, dtype: torch
     return _build_signs(seed, stream, n, device, dtype)
 
 
+@functools.lru_cache(maxsize=256)
+def _build_bits(seed: int, n: int, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(_random_bits(n, seed, stream).to(device) for stream in range(2))
+
+
+def _bits_on(seed: int, n: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The bits of both rounds where they are needed."""
+    return _build_bits(seed, n, device)
+
+
 # torch.compile calls these functions and takes what they return as constants, as under
 # torch.compiler.assume_constant_result, which would import the compiler here.
 _matrix_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _signs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_bits_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _kernel_order(order: int, power: int) -> int:
+def _kernel_order(order: int, power: int, device: torch.device) -> int:
     """The order m 2^j for which the kernel does m 2^k in one pass; 0 if there is none."""
     # The tensor cores take rows by 16: of 2 x 16, an order of 20 would leave much unused; of 3 x 16, 40 does not.
-    while power > ops.MATRIX_POWERS[-1] or (order == 20 and power > ops.MATRIX_POWERS[0]):
+    while power > _largest_power(order) or (order == 20 and power > ops.MATRIX_POWERS[0]):
         order, power = 2 * order, power // 2
-    return order if order <= ops.MAX_ORDER and power in ops.MATRIX_POWERS else 0
+    if order > ops.MAX_ORDER or power not in ops.MATRIX_POWERS:
+        return 0
+    # Large blocks: float32 and the raw input, both with gaps, of rows by 16.
+    needed = -(-order // 16) * 16 * power * 6.5 if power > 256 else 0
+    return order if needed <= _shared_memory(device) else 0
+
+
+def _largest_power(order: int) -> int:
+    return ops.MATRIX_POWERS[-1 if 16 < order <= 32 else -2]
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a thread block can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+_shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _matrix_order(block: int, n: int) -> int:

@@ -19,17 +19,28 @@ from torch import Tensor
 
 from . import fused_reference, reference
 from .checks import MAX_BLOCK as MAX_BLOCK
-from .checks import check_block, check_gated, check_hadamard, check_matrix, check_norm, check_vector
+from .checks import MIN_ROUNDS_BLOCK as MIN_ROUNDS_BLOCK
+from .checks import (
+    check_block,
+    check_gated,
+    check_hadamard,
+    check_matrix,
+    check_norm,
+    check_rounds,
+    check_vector,
+)
 from .checks import check_input as check_input
 from .fakes import FAKES
 from .schemas import KERNEL_OPS as KERNEL_OPS
 from .schemas import SCHEMAS, TRITON_OPS
 
 MAX_ORDER = 64
-"""Largest order of a matrix that the CUDA kernel takes beside the power of two: its input has to fit the registers."""
+"""Largest order of a matrix that the CUDA kernel takes beside the power of two: four tiles of the tensor cores."""
 
-MATRIX_POWERS = (64, 128, 256, 512)
-"""Powers of two beside a matrix in the CUDA kernel: 64 columns for each warp, a row of float32 in shared memory."""
+MATRIX_POWERS = (64, 128, 256, 512, 1024)
+"""Powers of two beside a matrix in the CUDA kernel, the last for orders from 20 to 32: a block of float32 has to fit shared
+memory."""
+
 
 _LIBRARY_FILE = Path(__file__).with_name("_kernels.so")
 _BUILD_FILE = Path(__file__).with_name("_kernels.json")
@@ -78,6 +89,38 @@ def hadamard_(
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("hadamard_: x must not require grad, or be under torch.no_grad(); use hadamard()")
     _overloads.hadamard_(x, block, scale, signs, out_scale, matrix)
+
+
+def hadamard_rounds(
+    x: Tensor, block: int, scale: float, first: Tensor | None, middle: Tensor, last: Tensor | None = None
+) -> Tensor:
+    """scale * x diag(first) (I kron H) diag(middle) (I kron H) diag(last) over the last axis, in one pass with one rounding;
+    see :func:`reference.hadamard_rounds` for the signs, which are bits. Differentiable in x.
+
+    Raises:
+        ValueError: x on a GPU is not of 16 or 32 bits, block is no power of two from 64 to 32768 or does not divide the axis,
+            signs of the wrong shape, dtype or device.
+        RuntimeError: x is on a GPU and the kernels are not built for it.
+    """
+    check_rounds("hadamard_rounds", x, block, first, middle, last)
+    return torch.ops.halo_train.hadamard_rounds(x, block, scale, first, middle, last)
+
+
+def hadamard_rounds_(
+    x: Tensor, block: int, scale: float, first: Tensor | None, middle: Tensor, last: Tensor | None = None
+) -> None:
+    """:func:`hadamard_rounds` in place, without a second tensor of x's size where x is contiguous. Not differentiable.
+
+    Raises:
+        ValueError: as hadamard_rounds; also if autograd would record the operation.
+        RuntimeError: as hadamard_rounds.
+    """
+    check_rounds("hadamard_rounds_", x, block, first, middle, last)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "hadamard_rounds_: x must not require grad, or be under torch.no_grad(); use hadamard_rounds()"
+        )
+    torch.ops.halo_train.hadamard_rounds_(x, block, scale, first, middle, last)
 
 
 def hadamard_axis(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> Tensor:
@@ -290,6 +333,17 @@ def _backward_hadamard(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, None, None, None
 
 
+def _setup_hadamard_rounds(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.block, ctx.scale, *signs = inputs
+    ctx.save_for_backward(*signs)
+
+
+def _backward_hadamard_rounds(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    first, middle, last = ctx.saved_tensors
+    dx = hadamard_rounds(grad, ctx.block, ctx.scale, last, middle, first)
+    return dx, None, None, None, None, None
+
+
 def _setup_hadamard_axis(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, ctx.block, ctx.scale, signs = inputs
     ctx.save_for_backward(signs)
@@ -308,6 +362,12 @@ for _name, (_schema, _reference) in SCHEMAS.items():
     setattr(_overloads, _name, getattr(torch.ops.halo_train, _name).default)
 torch.library.register_autograd(
     "halo_train::hadamard", _backward_hadamard, setup_context=_setup_hadamard, lib=_library
+)
+torch.library.register_autograd(
+    "halo_train::hadamard_rounds",
+    _backward_hadamard_rounds,
+    setup_context=_setup_hadamard_rounds,
+    lib=_library,
 )
 torch.library.register_autograd(
     "halo_train::hadamard_axis", _backward_hadamard_axis, setup_context=_setup_hadamard_axis, lib=_library

@@ -71,6 +71,40 @@ def hadamard_(
     x.copy_(hadamard(x, block, scale, signs, out_scale, matrix))
 
 
+def hadamard_rounds(
+    x: Tensor, block: int, scale: float, first: Tensor | None, middle: Tensor, last: Tensor | None
+) -> Tensor:
+    """scale * x diag(first) (I kron H) diag(middle) (I kron H) diag(last) over the last axis, rounded once.
+
+    Args:
+        x: [..., n], floating point; ``block`` divides n and is a power of two.
+        first: uint8 [n / 8], bit i % 8 of byte i / 8 set where sign i is -1; None is no signs. Likewise middle and last.
+
+    Returns:
+        Same shape and dtype, contiguous.
+    """
+    y = x.to(_compute_dtype(x))
+    if first is not None:
+        y = y * signs_of_bits(first).to(y.dtype)
+    y = _butterflies(_butterflies(y, block) * signs_of_bits(middle).to(y.dtype), block) * scale
+    if last is not None:
+        y = y * signs_of_bits(last).to(y.dtype)
+    return y.to(x.dtype).contiguous()
+
+
+def hadamard_rounds_(
+    x: Tensor, block: int, scale: float, first: Tensor | None, middle: Tensor, last: Tensor | None
+) -> None:
+    """:func:`hadamard_rounds` in place."""
+    x.copy_(hadamard_rounds(x, block, scale, first, middle, last))
+
+
+def signs_of_bits(bits: Tensor) -> Tensor:
+    """int8 +-1 [8 n] of uint8 [n]: -1 where bit i % 8 of byte i / 8 is set."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return 1 - 2 * (bits[:, None] >> shifts & 1).reshape(-1).to(torch.int8)
+
+
 def hadamard_axis(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> Tensor:
     """:func:`hadamard` along the middle axis of x [outer, n, inner]; the result is contiguous."""
     return hadamard(x.transpose(1, 2), block, scale, signs).transpose(1, 2).contiguous()

@@ -10,6 +10,8 @@ from . import fused_reference, int8_gemm, reference
 KERNEL_OPS = {
     "hadamard": "hadamard.cu",
     "hadamard_": "hadamard.cu",
+    "hadamard_rounds": "hadamard_rounds_launch.cuh",
+    "hadamard_rounds_": "hadamard_rounds_launch.cuh",
     "hadamard_axis": "hadamard_columns.cu",
     "quantize_rows": "quantize.cu",
     "quantize_rows_transposed": "quantize_grad.cu",
@@ -34,6 +36,14 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "hadamard_": (
         "(Tensor(a!) x, int block, float scale, Tensor? signs=None, Tensor? out_scale=None, Tensor? matrix=None) -> ()",
         reference.hadamard_,
+    ),
+    "hadamard_rounds": (
+        "(Tensor x, int block, float scale, Tensor? first, Tensor middle, Tensor? last) -> Tensor",
+        reference.hadamard_rounds,
+    ),
+    "hadamard_rounds_": (
+        "(Tensor(a!) x, int block, float scale, Tensor? first, Tensor middle, Tensor? last) -> ()",
+        reference.hadamard_rounds_,
     ),
     "hadamard_axis": (
         "(Tensor x, int block, float scale, Tensor? signs=None) -> Tensor",

@@ -29,6 +29,8 @@ def signs_of(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("order", [4, 8, 16, 24, 48, 56, 64, *SMALL_ORDERS])
 def test_matches_float64(order: int, power: int, dtype: torch.dtype) -> None:
     """Any +-1 matrix: here Hadamard ones and random ones."""
+    if power == ops.MATRIX_POWERS[-1] and not 16 < order <= 32:
+        return  # not served
     torch.manual_seed(order)
     random = signs_of(order, order, dtype=dtype)
     block = order * power
@@ -42,10 +44,10 @@ def test_matches_float64(order: int, power: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("block", [3072, 5120, 14336, 28672, 24576, 60 * 128])
+@pytest.mark.parametrize("block", [3072, 5120, 14336, 28672, 12 * 1024, 24576, 60 * 128])
 def test_layouts_signs_factors_in_place(block: int, dtype: torch.dtype) -> None:
     order = next(m for m in ORDERS if block % m == 0 and (block // m).bit_count() == 1)
-    while block // order > ops.MATRIX_POWERS[-1]:
+    while block // order > (1024 if 16 < order <= 32 else 512):
         order *= 2
     matrix = signs_of(order, order, dtype=dtype)
     signs = signs_of(block, dtype=torch.int8)
@@ -104,7 +106,7 @@ def test_opcheck_and_graph() -> None:
 
 def test_rejects_what_the_kernel_cannot_do() -> None:
     x = torch.zeros(2, 12 * 32, device="cuda", dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="64, 128, 256 or 512 times the order"):
+    with pytest.raises(RuntimeError, match="64 to 512 times the order"):
         ops.hadamard(x, 12 * 32, 1.0, matrix=on_gpu(12))
     with pytest.raises(RuntimeError, match="bfloat16 or float16"):
         ops.hadamard(torch.zeros(2, 768, device="cuda"), 768, 1.0, matrix=on_gpu(12, torch.float32))

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from halo_train import random_rotation
+from halo_train import ops, random_rotation
 from halo_train.hadamard import random_signs
 
 
@@ -52,6 +52,49 @@ def test_axis_and_gradient():
         assert torch.autograd.gradcheck(
             lambda t, r=rounds: random_rotation(t, 5, axis=1, rounds=r, inverse=True), (x,)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_two_rounds_are_rounded_once(dtype):
+    x = torch.randn(3, 256).to(dtype)
+    exact = random_rotation(x.double(), 9, block=128, rounds=2)
+    torch.testing.assert_close(
+        random_rotation(x, 9, block=128, rounds=2), exact.to(dtype), rtol=0, atol=4 * torch.finfo(dtype).eps
+    )
+    back = random_rotation(exact, 9, block=128, rounds=2, inverse=True)
+    torch.testing.assert_close(back, x.double())
+
+
+def test_both_rounds_in_one_operator():
+    x = torch.randn(3, 128, dtype=torch.float64, requires_grad=True)
+    first, middle, last = (torch.randint(0, 256, (16,), dtype=torch.uint8) for _ in range(3))
+    assert torch.autograd.gradcheck(lambda t: ops.hadamard_rounds(t, 64, 0.5, first, middle, last), (x,))
+    assert torch.autograd.gradcheck(lambda t: ops.hadamard_rounds(t, 64, 0.5, None, middle), (x,))
+    y = ops.hadamard_rounds(x, 64, 1 / 64, first, middle, last)
+    torch.testing.assert_close(ops.hadamard_rounds(y, 64, 1 / 64, last, middle, first), x)
+    z = x.detach().clone()
+    ops.hadamard_rounds_(z, 64, 1 / 64, first, middle, last)
+    assert torch.equal(z, y)
+    torch.library.opcheck(torch.ops.halo_train.hadamard_rounds.default, (x, 64, 0.5, first, middle, None))
+    with pytest.raises(ValueError, match="block must be at least 64"):
+        ops.hadamard_rounds(x, 32, 0.5, first, middle)
+    with pytest.raises(ValueError, match=r"middle must be uint8 of shape \(16,\)"):
+        ops.hadamard_rounds(x, 64, 0.5, first, middle[:8])
+    with pytest.raises(ValueError, match="must not require grad"):
+        ops.hadamard_rounds_(x, 64, 0.5, None, middle)
+
+
+@pytest.mark.parametrize(("n", "rounds"), [(48, 1), (128, 1), (128, 2)])
+def test_compiles(n, rounds):
+    """Lengths that are constants of the graph: the signs depend on them."""
+    x = torch.randn(3, n, requires_grad=True)
+    compiled = torch.compile(
+        lambda t: random_rotation(t, 1, rounds=rounds), fullgraph=True, dynamic=False, backend="aot_eager"
+    )
+    y = random_rotation(x, 1, rounds=rounds)
+    assert torch.equal(compiled(x), y)
+    (dx,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    assert torch.equal(dx, torch.autograd.grad(y.square().sum(), x)[0])
 
 
 def test_two_rounds_make_a_one_hot_input_look_gaussian():

@@ -41,6 +41,27 @@ void rows(const Type& type, int order, int block, int count, bool strided, bool 
   CHECK(cudaDeviceSynchronize());
 }
 
+void rounds(const Type& type, int block, int count, bool strided, bool outer) {
+  const int vector = 16 / type.bytes;
+  halo_train::HadamardRoundsArgs args{};
+  args.dtype = type.dtype;
+  args.axis = block;
+  args.row_stride = strided ? block + vector : block;
+  args.total = static_cast<int64_t>(count) * block;
+  args.block = block;
+  args.scale = 0.5;
+  const Buffer x((static_cast<size_t>(count - 1) * args.row_stride + block) * type.bytes);
+  const Buffer y(args.total * type.bytes);
+  const Buffer first(outer ? block / 8 : 0), middle(block / 8), last(outer ? block / 8 : 0);
+  args.x = x.get();
+  args.y = y.get();
+  args.first = static_cast<const uint8_t*>(first.get());
+  args.middle = static_cast<const uint8_t*>(middle.get());
+  args.last = static_cast<const uint8_t*>(last.get());
+  CHECK(halo_train::hadamard_rounds(args, nullptr));
+  CHECK(cudaDeviceSynchronize());
+}
+
 void columns(const Type& type, int block, int inner, bool signs) {
   halo_train::HadamardColumnsArgs args{};
   args.dtype = type.dtype;
@@ -72,14 +93,17 @@ int main() {
         for (const int count : {1, 3, 137}) {
           for (const bool strided : {false, true}) rows(type, 1, block, count, strided, given);
         }
+        if (type.bytes < 8 && block >= 64) {
+          for (const int count : {1, 3, 137}) rounds(type, block, count, count == 3, given);
+        }
         if (type.bytes < 8 && block > 1) {
           for (const int inner : {2, 70}) columns(type, block, inner, given);
         }
       }
       if (type.bytes > 2) continue;
       for (const int order : {12, 20, 28, 40, 56, 60}) {
-        for (int power = 64; power <= 512; power *= 2) {
-          for (const int count : {1, 7}) rows(type, order, order * power, count, count > 1, given);
+        for (int power = 64; power <= (order > 16 && order <= 32 ? 1024 : 512); power *= 2) {
+          for (const int count : {1, 7, 301}) rows(type, order, order * power, count, count > 1, given);
         }
       }
     }

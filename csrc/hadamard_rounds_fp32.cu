@@ -1,0 +1,4 @@
+#include "hadamard_rounds_launch.cuh"
+
+template cudaError_t halo_train::detail::launch_hadamard_rounds<float>(const HadamardRoundsArgs&,
+                                                                       cudaStream_t);

@@ -1,0 +1,139 @@
+"""The CUDA kernels for two rounds of signs and transform in one pass, against float64 rounded once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hadamard_oracle import DTYPES, HALF, assert_rounded_once, expected, randn
+from torch import Tensor
+
+from halo_train import ops, random_rotation
+from halo_train.reference import signs_of_bits
+
+pytestmark = pytest.mark.gpu
+
+SIZES = [2**k for k in range(6, 16)]
+
+
+def bits_of(n: int, seed: int) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randint(0, 256, (n // 8,), generator=generator, device="cuda", dtype=torch.uint8)
+
+
+def two_rounds(x: Tensor, block: int, scale: float, *bits: Tensor | None) -> Tensor:
+    first, middle, last = (1.0 if b is None else signs_of_bits(b).double() for b in bits)
+    y = expected(x.double() * first, block, 1.0)
+    return expected(y * middle, block, scale) * last
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_matches_float64(n: int, dtype: torch.dtype) -> None:
+    """Rows of one and of three blocks, with and without the outer signs; the same bits every time and in place."""
+    for blocks, rows in ((1, 5), (1, (1 << 19) // n + 3), (3, 37)):
+        axis = blocks * n
+        x = randn(rows, axis, dtype=dtype, seed=rows)
+        first, middle, last = (bits_of(axis, seed) for seed in range(3))
+        for signs in (
+            (first, middle, None),
+            (None, middle, last),
+            (first, middle, last),
+            (None, middle, None),
+        ):
+            y = ops.hadamard_rounds(x, n, 1 / n, *signs)
+            assert_rounded_once(y, two_rounds(x, n, 1 / n, *signs), n)
+            assert torch.equal(ops.hadamard_rounds(x, n, 1 / n, *signs), y)
+            z = x.clone()
+            ops.hadamard_rounds_(z, n, 1 / n, *signs)
+            assert torch.equal(z, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [64, 512, 2048, 32768])
+def test_a_row_does_not_depend_on_how_many_there_are(n: int, dtype: torch.dtype) -> None:
+    first, middle = bits_of(n, 0), bits_of(n, 1)
+    x = randn(300, n, dtype=dtype)
+    y = ops.hadamard_rounds(x, n, 1 / n, first, middle)
+    for rows in (*range(1, 20), 133, 265):
+        assert torch.equal(ops.hadamard_rounds(x[:rows], n, 1 / n, first, middle), y[:rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [64, 256, 1024, 8192])
+def test_layouts(n: int, dtype: torch.dtype) -> None:
+    base = randn(6, 5, n + 16, dtype=dtype)
+    views = {
+        "columns": base[0, :, :n],
+        "columns of 3 axes": base[:, :, 8 : 8 + n],
+        "unaligned": base[:, :, 3 : 3 + n],
+        "every other row": base[:, ::2, :n],
+        "reversed axes": base[:, :, :n].transpose(0, 1),
+        "one row": base[0, 0, :n],
+        "no rows": base[:0, 0, :n],
+    }
+    signs = (bits_of(n, 0), bits_of(n + 8, 1)[1:], bits_of(n, 2))
+    for name, x in views.items():
+        y = ops.hadamard_rounds(x, n, 1 / n, *signs)
+        assert y.shape == x.shape
+        if x.numel():
+            assert_rounded_once(y, two_rounds(x.contiguous(), n, 1 / n, *signs), n)
+        before = base.clone()
+        z = before.as_strided(x.shape, x.stride(), x.storage_offset())
+        ops.hadamard_rounds_(z, n, 1 / n, *signs)
+        assert torch.equal(z, y), name
+        # Nothing but the view has changed.
+        z.copy_(x)
+        assert torch.equal(before, base), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_rotation_inverse_and_gradient(n: int, dtype: torch.dtype) -> None:
+    x = randn(7, n, dtype=dtype).requires_grad_()
+    y = random_rotation(x, 3, rounds=2)
+    cpu = random_rotation(x.detach().double().cpu(), 3, rounds=2).cuda()
+    assert_rounded_once(y.detach(), cpu, n)
+    grad = randn(7, n, dtype=dtype, seed=1)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    back = random_rotation(grad.double().cpu(), 3, rounds=2, inverse=True).cuda()
+    assert_rounded_once(dx, back, n)
+    assert torch.equal(dx, random_rotation(grad, 3, rounds=2, inverse=True))
+    error = (random_rotation(y, 3, rounds=2, inverse=True) - x).norm() / x.norm()
+    assert error < {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_infinities_stay_in_their_block(dtype: torch.dtype) -> None:
+    for n in SIZES:
+        middle = bits_of(4 * n, 0)
+        x = randn(5, 4 * n, dtype=dtype)
+        y = ops.hadamard_rounds(x, n, 1 / n, None, middle)
+        x[3, 2 * n + 5] = math.inf
+        z = ops.hadamard_rounds(x, n, 1 / n, None, middle)
+        assert not torch.isfinite(z[3, 2 * n : 3 * n]).any()
+        z[3, 2 * n : 3 * n] = y[3, 2 * n : 3 * n]
+        assert torch.equal(z, y)
+
+
+def test_opcheck_and_graph() -> None:
+    x = randn(5, 1024).requires_grad_()
+    torch.library.opcheck(
+        torch.ops.halo_train.hadamard_rounds.default, (x, 1024, 0.5, bits_of(1024, 0), bits_of(1024, 1), None)
+    )
+    compiled = torch.compile(lambda t: random_rotation(t, 1, rounds=2), fullgraph=True)
+    assert torch.equal(compiled(x), random_rotation(x, 1, rounds=2))
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        y = random_rotation(x.detach(), 1, rounds=2)
+    graph.replay()
+    assert torch.equal(y, random_rotation(x.detach(), 1, rounds=2))
+
+
+@pytest.mark.slow
+def test_more_than_2_to_31_elements() -> None:
+    x = torch.empty(1 << 21, 1024 + 512, device="cuda", dtype=torch.bfloat16).normal_()
+    middle = bits_of(1536, 0)
+    y = ops.hadamard_rounds(x, 512, 1 / 512, None, middle)
+    for rows in (slice(0, 5), slice(-5, None)):
+        assert torch.equal(y[rows], ops.hadamard_rounds(x[rows], 512, 1 / 512, None, middle))
