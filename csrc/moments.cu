@@ -1,9 +1,9 @@
 // Largest magnitude, sum and sum of squares of every row and column of a matrix, at the speed of memory.
 //
 // Thread blocks of 8 warps walk down stripes of 2048 columns, 64 rows at a time. A thread keeps the sums of
-// its eight columns in registers; those of a row are reduced in each warp and meet in shared memory. A second
-// kernel adds up what the stripes found. Sums are in double: squares of whatever a bfloat16 or float holds
-// stay in range.
+// its eight columns in registers; those of four rows are reduced together in each warp and meet in shared
+// memory. A second kernel adds up what the stripes found. Sums are in double: squares of whatever a bfloat16
+// or float holds stay in range.
 
 #include "moments.h"
 #include "quantize_common.cuh"
@@ -17,7 +17,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kStripe = 8 * kThreads;  // columns
 constexpr int kRows = 64;
-constexpr int kBlocksPerProcessor = 4;
+constexpr int kTogether = 4;  // rows
+constexpr int kBlocksPerProcessor = 3;
 constexpr unsigned kAll = 0xffffffff;
 
 struct Grid {
@@ -36,8 +37,24 @@ struct MomentsParams {
   double* of_columns;  // [blocks, 2, cols]
 };
 
+// The sums over a warp of four values a lane; lane 8 i has that of value i. Each of the first two steps
+// halves the values that a lane still has a part in: 12 shuffles of a register instead of 40.
+__device__ double sum_of_four(double (&v)[kTogether], int lane) {
+  const bool upper = lane & 16;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const double kept = upper ? v[i + 2] : v[i];
+    v[i] = kept + __shfl_xor_sync(kAll, upper ? v[i] : v[i + 2], 16);
+  }
+  const bool odd = lane & 8;
+  double sum = (odd ? v[1] : v[0]) + __shfl_xor_sync(kAll, odd ? v[0] : v[1], 8);
+#pragma unroll
+  for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAll, sum, offset);
+  return sum;
+}
+
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(kThreads) moments_kernel(MomentsParams<T> p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) moments_kernel(MomentsParams<T> p) {
   __shared__ double sums[kRows][kWarps], squares[kRows][kWarps];
   __shared__ uint32_t largest[kRows][kWarps];  // the bits of a float without sign: NaN is above all
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -46,36 +63,43 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsParams<T> p) {
   const int64_t step = static_cast<int64_t>(gridDim.y) * kRows;
   for (int64_t row0 = static_cast<int64_t>(blockIdx.y) * kRows; row0 < p.rows; row0 += step) {
     const int count = static_cast<int>(min(static_cast<int64_t>(kRows), p.rows - row0));
-#pragma unroll 4
-    for (int r = 0; r < count; ++r) {
-      Eight<T> x;
-      if (column >= p.cols) {
-        x.clear();
-      } else if constexpr (kVector) {
-        x.load(p.x + (row0 + r) * p.row_stride + column);
-      } else {
-        x.load_part(p.x + (row0 + r) * p.row_stride + column, p.cols - column);
-      }
-      float v[8];
-      x.floats(v);
-      uint32_t amax = 0;
-      double sum = 0.0, square = 0.0;
+    for (int r = 0; r < count; r += kTogether) {
+      Eight<T> x[kTogether];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const double d = v[j];
-        amax = max(amax, magnitude(v[j]));
-        sum += d;
-        square = fma(d, d, square);
-        col_sum[j] += d;
-        col_square[j] = fma(d, d, col_square[j]);
+      for (int i = 0; i < kTogether; ++i) {
+        const T* row = p.x + (row0 + r + i) * p.row_stride + column;
+        if (column >= p.cols || r + i >= count) {
+          x[i].clear();
+        } else if constexpr (kVector) {
+          x[i].load(row);
+        } else {
+          x[i].load_part(row, p.cols - column);
+        }
       }
+      uint32_t amax[kTogether];
+      double sum[kTogether], square[kTogether];
 #pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) {
-        amax = max(amax, __shfl_xor_sync(kAll, amax, offset));
-        sum += __shfl_xor_sync(kAll, sum, offset);
-        square += __shfl_xor_sync(kAll, square, offset);
+      for (int i = 0; i < kTogether; ++i) {
+        float v[8];
+        x[i].floats(v);
+        amax[i] = 0, sum[i] = 0.0, square[i] = 0.0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const double d = v[j];
+          amax[i] = max(amax[i], magnitude(v[j]));
+          sum[i] += d;
+          square[i] = fma(d, d, square[i]);
+          col_sum[j] += d;
+          col_square[j] = fma(d, d, col_square[j]);
+        }
+        amax[i] = __reduce_max_sync(kAll, amax[i]);
       }
-      if (lane == 0) largest[r][warp] = amax, sums[r][warp] = sum, squares[r][warp] = square;
+      const double of_row = sum_of_four(sum, lane), of_squares = sum_of_four(square, lane);
+      if (lane % 8 == 0) {
+        const int i = lane / 8;
+        sums[r + i][warp] = of_row, squares[r + i][warp] = of_squares;
+        largest[r + i][warp] = i == 0 ? amax[0] : i == 1 ? amax[1] : i == 2 ? amax[2] : amax[3];
+      }
     }
     __syncthreads();
     if (threadIdx.x < count) {
