@@ -83,8 +83,10 @@ def build(size: Size, case: Case, *, compiled: bool, checkpointing: Checkpointin
     if checkpointing != "none":
         checkpoint_activations(model, checkpointing)
     if compiled:
-        with torch.no_grad():  # takes the equalisers, which code that recomputes cannot
-            model.model(input_ids=torch.zeros(1, 16, dtype=torch.long, device="cuda"))
+        with (
+            torch.no_grad()
+        ):  # takes the equalisers, which code that recomputes cannot, from tokens as they are trained on
+            model.model(input_ids=torch.randint(size.vocabulary, (1, min(1024, size.length)), device="cuda"))
         compile_blocks(model)
     return model
 
