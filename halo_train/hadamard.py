@@ -87,15 +87,15 @@ def random_rotation(
     n = x.shape[_check_axis("random_rotation", x, axis)]
     size = largest_block(n) if block is None else block
     if rounds == 2 and _both_rounds(x, axis, size):
-        first, middle = _bits_on(seed, n, x.device)
+        first, middle = (_bits_on(x, n, seed, r) for r in range(2))
         signs = (None, middle, first) if inverse else (first, middle, None)
         return ops.hadamard_rounds(x.movedim(axis, -1), size, 1.0 / size, *signs).movedim(-1, axis)
     order = [(seed, r) for r in range(rounds)]
     for key in reversed(order) if inverse else order:
         if inverse:
-            x = _transform(x, axis, block, None, True, None, _signs_on(*key, n, x.device, torch.float32))
+            x = _transform(x, axis, block, None, True, None, _signs_on(x, n, *key, torch.float32))
         else:
-            x = _transform(x, axis, block, None, False, _signs_on(*key, n, x.device, x.dtype), None)
+            x = _transform(x, axis, block, None, False, _signs_on(x, n, *key, x.dtype), None)
     return x
 
 
@@ -193,30 +193,54 @@ def _matrix_on(order: int, power: int, transpose: bool, device: torch.device, dt
 
 
 @functools.lru_cache(maxsize=256)
-def _build_signs(seed: int, stream: int, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _build_signs(n: int, seed: int, stream: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return random_signs(n, seed, stream).to(device, dtype)
 
 
-def _signs_on(seed: int, stream: int, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """:func:`random_signs` where they are needed, so that a call does not wait for a copy."""
-    return _build_signs(seed, stream, n, device, dtype)
-
-
 @functools.lru_cache(maxsize=256)
-def _build_bits(seed: int, n: int, device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(_random_bits(n, seed, stream).to(device) for stream in range(2))
+def _build_bits(n: int, seed: int, stream: int, device: torch.device) -> Tensor:
+    return _random_bits(n, seed, stream).to(device)
 
 
-def _bits_on(seed: int, n: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The bits of both rounds where they are needed."""
-    return _build_bits(seed, n, device)
+def _signs_on(x: Tensor, n: int, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
+    """:func:`random_signs` where x is, kept, so that a call does not wait for a copy."""
+    if torch.compiler.is_compiling():
+        return _new_signs(x, n, seed, stream).to(dtype)
+    return _build_signs(n, seed, stream, x.device, dtype)
 
 
-# torch.compile calls these functions and takes what they return as constants, as under
+def _bits_on(x: Tensor, n: int, seed: int, stream: int) -> Tensor:
+    """The same as bits."""
+    if torch.compiler.is_compiling():
+        return _new_bits(x, n, seed, stream)
+    return _build_bits(n, seed, stream, x.device)
+
+
+# In a compiled graph signs come from an operator, which hands out a copy. As constants, torch.compile takes those of one
+# call only.
+@torch.library.custom_op("halo_train::random_signs", mutates_args=())
+def _new_signs(like: Tensor, n: int, seed: int, stream: int) -> Tensor:
+    return _build_signs(n, seed, stream, like.device, torch.int8).clone()
+
+
+@_new_signs.register_fake
+def _new_signs_fake(like: Tensor, n: int, seed: int, stream: int) -> Tensor:
+    return like.new_empty(n, dtype=torch.int8)
+
+
+@torch.library.custom_op("halo_train::random_bits", mutates_args=())
+def _new_bits(like: Tensor, n: int, seed: int, stream: int) -> Tensor:
+    return _build_bits(n, seed, stream, like.device).clone()
+
+
+@_new_bits.register_fake
+def _new_bits_fake(like: Tensor, n: int, seed: int, stream: int) -> Tensor:
+    return like.new_empty((n + 7) // 8, dtype=torch.uint8)
+
+
+# torch.compile calls this function and takes what it returns as a constant, as under
 # torch.compiler.assume_constant_result, which would import the compiler here.
 _matrix_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_signs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_bits_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _kernel_order(order: int, power: int, device: torch.device) -> int:

@@ -85,13 +85,15 @@ def test_both_rounds_in_one_operator():
 
 
 @pytest.mark.parametrize(("n", "rounds"), [(48, 1), (128, 1), (128, 2)])
-def test_compiles(n, rounds):
+def test_compiles_more_than_once_in_a_graph(n, rounds):
     """Lengths that are constants of the graph: the signs depend on them."""
+
+    def rotate(x):
+        return random_rotation(random_rotation(x, 1, rounds=rounds), 2, rounds=rounds)
+
     x = torch.randn(3, n, requires_grad=True)
-    compiled = torch.compile(
-        lambda t: random_rotation(t, 1, rounds=rounds), fullgraph=True, dynamic=False, backend="aot_eager"
-    )
-    y = random_rotation(x, 1, rounds=rounds)
+    compiled = torch.compile(rotate, fullgraph=True, dynamic=False, backend="aot_eager")
+    y = rotate(x)
     assert torch.equal(compiled(x), y)
     (dx,) = torch.autograd.grad(compiled(x).square().sum(), x)
     assert torch.equal(dx, torch.autograd.grad(y.square().sum(), x)[0])
