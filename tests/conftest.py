@@ -25,7 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    wanted = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
+    wanted = 1 if item.get_closest_marker("gpu") else 0
+    for marker in item.iter_markers("multi_gpu"):  # multi_gpu(4) needs four
+        wanted = max(wanted, *(marker.args or (2,)))
     if not wanted:
         return
     reason = ""
