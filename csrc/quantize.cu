@@ -1,5 +1,5 @@
 // Rounding to 8 bits by rows at the speed of memory. Numerics: docs/numerics.md, section 4; the same
-// operations in the same order as halo_train/reference.py, so that results are equal bit by bit.
+// operations in the same order as halo_train/ops/reference.py, so that results are equal bit by bit.
 
 #include "quantize.h"
 #include "quantize_common.cuh"

@@ -1,5 +1,5 @@
 // Rounding of float32 values to 8 bits: docs/numerics.md, eq. 1 and section 4; the same operations in the
-// same order as halo_train/reference.py.
+// same order as halo_train/ops/reference.py.
 
 #pragma once
 

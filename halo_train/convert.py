@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from .blocks.recognise import FusedPart, UnfusedPart, fuse_blocks, unfuse
 from .config import HaloConfig, resolve_recipe
 from .cost import measured_rates, predicted_speedup
 from .linear import HaloLinear
 from .recipe_file import LayerRecipes, check_patterns, recipe_of_layer
-from .recognise import FusedPart, UnfusedPart, fuse_blocks, unfuse
 from .shared_input import SharedInputs
 
 MIN_FEATURES = 16
@@ -53,7 +53,7 @@ class ConversionReport:
     skipped: list[SkippedLayer]
     fused: list[FusedPart] = dataclasses.field(default_factory=list)
     unfused: list[UnfusedPart] = dataclasses.field(default_factory=list)
-    """Parts of transformer blocks (:mod:`halo_train.recognise`); both empty with ``fuse=False``."""
+    """Parts of transformer blocks (:mod:`halo_train.blocks.recognise`); both empty with ``fuse=False``."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and dicts, for JSON."""

@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import ops
+from .ops import reference
 from .quantize import Quantized
 
 MULTIPLE = 16

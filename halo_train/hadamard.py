@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .hadamard_matrices import ORDERS, hadamard_matrix
-from .reference import signs_of_bits
+from .ops.reference import signs_of_bits
 
 
 def largest_block(n: int) -> int:

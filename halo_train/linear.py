@@ -16,7 +16,7 @@ from .config import Format, HaloConfig, resolve_recipe
 from .fsdp import GatheredWeight, agreed_exponents, attach, regather
 from .functional import halo_linear
 from .fused import Projected
-from .fused_functions import Layer
+from .fused.functions import Layer
 from .operands import round_weight
 from .quantize import Equalizer, RoundedWeight, column_amax, exponents_of_amax
 from .reuse import KeptEqualizer
@@ -63,7 +63,7 @@ class HaloLinear(nn.Linear):
     input_group: InputGroup | None
     """The layers that this one shares its input with, once it has seen one."""
     joint: JointFactors | None
-    """The same in layers of a block that read one input and take one d together (:mod:`halo_train.fused_modules`)."""
+    """The same in layers of a block that read one input and take one d together (:mod:`halo_train.blocks.modules`)."""
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from halo_train import reference
+from halo_train.ops import reference
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,8 @@ from halo_train import (
     equalizer_state_dict,
     load_equalizer_state_dict,
 )
+from halo_train.blocks.modules import FusedModule
 from halo_train.fsdp import GatheredWeight
-from halo_train.fused_modules import FusedModule
 from halo_train.linear import halo_linears
 from halo_train.operands import quantize_weight
 from halo_train.training import blocks

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from halo_train import RECIPES, HaloConfig, halo_linear, quantize, reference
+from halo_train import RECIPES, HaloConfig, halo_linear, quantize
 from halo_train.functional import round_input
 from halo_train.metrics.products import product_errors
 from halo_train.operands import round_weight
+from halo_train.ops import reference
 
 SHAPES = [(64, 64, 64), (5, 7, 3), (100, 48, 33), (17, 130, 100), (300, 64, 96), (1, 16, 512), (33, 1, 1)]
 QUANTISED = [name for name in RECIPES if name != "bf16"]

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from halo_train import RECIPES, HaloConfig, halo_linear
 from halo_train.fused import halo_gated_mlp, halo_projections
-from halo_train.fused_functions import Layer
-from halo_train.norms import Norm
+from halo_train.fused.functions import Layer
+from halo_train.fused.norms import Norm
 from halo_train.operands import round_weight
 from halo_train.quantize import Equalizer, equalizer_exponents
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from quantize_oracle import assert_rounds
 
-from halo_train import ops, reference
+from halo_train import ops
+from halo_train.ops import reference
 
 FORMATS = [torch.float8_e4m3fn, torch.int8]
 ACTIVATIONS = {

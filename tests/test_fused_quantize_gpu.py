@@ -6,7 +6,8 @@ import pytest
 import torch
 from quantize_oracle import assert_rounds, bits
 
-from halo_train import fused_reference, ops, reference
+from halo_train import ops
+from halo_train.ops import fused_reference, reference
 
 pytestmark = pytest.mark.gpu
 

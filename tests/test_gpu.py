@@ -14,9 +14,9 @@ from halo_train import (
     halo_linear,
     ops,
     quantize,
-    reference,
 )
 from halo_train.gemm import matmul
+from halo_train.ops import reference
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ from hadamard_oracle import assert_rounded_once as assert_rounded
 from torch import Tensor
 
 from halo_train import ops, random_rotation
-from halo_train.reference import signs_of_bits
+from halo_train.ops.reference import signs_of_bits
 
 pytestmark = pytest.mark.gpu
 

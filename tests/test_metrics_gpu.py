@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from halo_train import QuantMetrics, convert_to_halo_training, ops, reference
+from halo_train import QuantMetrics, convert_to_halo_training, ops
+from halo_train.ops import reference
 
 pytestmark = pytest.mark.gpu
 

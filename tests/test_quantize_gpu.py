@@ -6,7 +6,8 @@ import pytest
 import torch
 from quantize_oracle import assert_nearly_same_codes, bits
 
-from halo_train import ops, reference
+from halo_train import ops
+from halo_train.ops import reference
 
 pytestmark = pytest.mark.gpu
 

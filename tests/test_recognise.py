@@ -25,8 +25,8 @@ from halo_train import (
     load_equalizer_state_dict,
     revert,
 )
+from halo_train.blocks.modules import FusedModule, HaloGatedMLP
 from halo_train.convert import ConversionReport
-from halo_train.fused_modules import FusedModule, HaloGatedMLP
 from halo_train.training.blocks import checkpoint_activations
 
 transformers = pytest.importorskip("transformers")

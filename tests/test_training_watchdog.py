@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor
 from training_fixtures import write_run
 
-from halo_train import convert_to_halo_training, functional, fused_functions, gemm, products
+from halo_train import convert_to_halo_training, functional, gemm, products
+from halo_train.fused import functions
 from halo_train.recipes import finetune
 from halo_train.training.blocks import checkpoint_activations, compile_blocks
 from halo_train.training.config import load_config
@@ -52,7 +53,7 @@ def spoil_product(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
             product[1, 2] = torch.nan
         return product
 
-    for module in (functional, products, fused_functions):
+    for module in (functional, products, functions):
         monkeypatch.setattr(module, "matmul", spoiled)
 
 
@@ -129,7 +130,7 @@ def test_a_run_names_the_product_and_keeps_the_checkpoint(
             product[0, 0] = torch.inf
         return product
 
-    for module in (functional, products, fused_functions):
+    for module in (functional, products, functions):
         monkeypatch.setattr(module, "matmul", spoiled)
     message = (
         r"step 3: .*gradient norm (nan|inf) is not finite; first: wgrad of model\.layers\.1\.mlp\.down_proj; the weights "

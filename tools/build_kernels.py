@@ -233,11 +233,10 @@ def _flags(plan: Plan, source: Path) -> list[str]:
 
 def _compile(plan: Plan) -> list[Path]:
     sources = sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")])
-    shared = b"".join(path.read_bytes() for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cuh")]))
 
     def compile_one(source: Path) -> Path:
         flags = _flags(plan, source)
-        key = hashlib.sha256(shared + source.read_bytes())
+        key = hashlib.sha256(b"".join(path.read_bytes() for path in _with_includes(source)))
         key.update(" ".join([*flags, str(plan.nvcc), plan.nvcc_version, plan.torch_version]).encode())
         target = _build_directory() / f"{source.stem}-{key.hexdigest()[:16]}.o"
         if not target.exists():
@@ -248,6 +247,15 @@ def _compile(plan: Plan) -> list[Path]:
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         return list(pool.map(compile_one, sources))
+
+
+def _with_includes(source: Path) -> list[Path]:
+    """The file and every header of csrc/ that it includes, directly or not."""
+    found = [source]
+    for path in found:
+        names = re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)
+        found += [path.parent / name for name in names if path.parent / name not in found]
+    return found
 
 
 def _link(plan: Plan, objects: list[Path]) -> Path:

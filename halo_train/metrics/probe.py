@@ -23,8 +23,8 @@ from ..gemm import MULTIPLE
 from ..hadamard import hadamard_transform
 from ..linear import HaloLinear
 from ..operands import pad_matrix, pad_tokens, quantize_grad_for_dgrad, quantize_input, quantize_weight
+from ..ops.reference import QMAX
 from ..quantize import Equalizer, Quantized, equalizer_exponents
-from ..reference import QMAX
 from .batches import Batches, Sample
 from .operands import Draws, below, of_rows, operand_columns, scale_of_amax, take_rows
 from .plan import Plan, folds

@@ -17,8 +17,8 @@ from ..config import Format, HaloConfig, Scaling, storage_dtype
 from ..gemm import MULTIPLE
 from ..hadamard import hadamard_transform
 from ..operands import rotation_block
+from ..ops.reference import QMAX
 from ..quantize import Quantized, quantize
-from ..reference import QMAX
 from .batches import Sample
 from .operands import arithmetic, round_parts, values_of
 from .plan import Plan, changes, folds

@@ -1,4 +1,4 @@
-"""The operators that fuse a producer with the rounding of its result, in plain PyTorch; continues :mod:`halo_train.reference`.
+"""The operators that fuse a producer with the rounding of its result, in plain PyTorch; continues :mod:`halo_train.ops.reference`.
 
 Producers are norms and gated activations. Their results are rounded once, from float32 (float64 for float64 input): they
 are never stored in the dtype of the model, as the unfused sequence does. transformers' RMSNorm also rounds

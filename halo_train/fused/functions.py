@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from .config import HaloConfig, storage_dtype
-from .gemm import MULTIPLE, matmul
-from .norms import Norm
-from .operands import contract_rows, pad_matrix, pad_vector, quantize_input, quantize_weight, rotation_block
-from .products import (
+from .. import ops
+from ..config import HaloConfig, storage_dtype
+from ..gemm import MULTIPLE, matmul
+from ..operands import contract_rows, pad_matrix, pad_vector, quantize_input, quantize_weight, rotation_block
+from ..products import (
     ForDgrad,
     again,
     as_matrix,
@@ -25,7 +24,8 @@ from .products import (
     wgrad,
     without_autocast,
 )
-from .quantize import Quantized, RoundedWeight
+from ..quantize import Quantized, RoundedWeight
+from .norms import Norm
 
 
 class Layer(NamedTuple):

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from .config import HaloConfig, storage_dtype
-from .quantize import Quantized
+from .. import ops
+from ..config import HaloConfig, storage_dtype
+from ..quantize import Quantized
 
 
 class Norm(NamedTuple):

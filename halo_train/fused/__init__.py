@@ -17,13 +17,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
-from .config import Format, HaloConfig, Scaling
-from .fused_functions import Arguments, GatedMLPFunction, Layer, ProjectionsFunction, flatten
-from .gemm import MULTIPLE
+from .. import ops
+from ..config import Format, HaloConfig, Scaling
+from ..gemm import MULTIPLE
+from ..products import autocast_dtype, without_autocast
+from ..quantize import Equalizer
+from .functions import Arguments, GatedMLPFunction, Layer, ProjectionsFunction, flatten
 from .norms import Norm
-from .products import autocast_dtype, without_autocast
-from .quantize import Equalizer
 
 
 @dataclasses.dataclass(eq=False)
@@ -113,7 +113,7 @@ def halo_gated_mlp(
     Args:
         x: [..., K], not empty; with a norm K is a multiple of 16.
         gate, up: weights [F, K], no bias. down: weight [N, F].
-        activation: a key of :data:`halo_train.fused_reference.ACTIVATIONS`.
+        activation: a key of :data:`halo_train.ops.fused_reference.ACTIVATIONS`.
         config: of all three; see :func:`why_not_fused`.
         equalizer: of gate and up, [K]. down_equalizer: of down, [F].
         norm: of x; None takes x as it is.

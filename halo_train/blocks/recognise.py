@@ -12,8 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from .fused import why_not_fused
-from .fused_modules import (
+from ..fused import why_not_fused
+from ..gemm import MULTIPLE
+from ..linear import HaloLinear
+from ..shared_input import JointFactors
+from .modules import (
     FusedModule,
     HaloGatedMLP,
     HaloNorm,
@@ -24,9 +27,6 @@ from .fused_modules import (
     is_watched,
     restore,
 )
-from .gemm import MULTIPLE
-from .linear import HaloLinear
-from .shared_input import JointFactors
 
 
 @dataclasses.dataclass(frozen=True)

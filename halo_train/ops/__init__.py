@@ -1,7 +1,7 @@
 """The library's torch operators: schemas, shape checks, fake kernels, and which implementation serves which device.
 
-The only file that names ``torch.ops``. Each op has a reference in :mod:`halo_train.reference` or
-:mod:`halo_train.fused_reference`, which is its CPU implementation. On CUDA an op in :data:`KERNEL_OPS` runs its kernel in ``csrc/`` and raises when the kernels are not
+The only file that names ``torch.ops``. Each op has a reference in :mod:`halo_train.ops.reference` or
+:mod:`halo_train.ops.fused_reference`, which is its CPU implementation. On CUDA an op in :data:`KERNEL_OPS` runs its kernel in ``csrc/`` and raises when the kernels are not
 built; ``int8_matmul`` runs a Triton kernel. Quantising float64 values, or without rounding, is for checks: it is the
 reference on every device.
 """
@@ -42,8 +42,8 @@ MATRIX_POWERS = (64, 128, 256, 512, 1024)
 memory."""
 
 
-_LIBRARY_FILE = Path(__file__).with_name("_kernels.so")
-_BUILD_FILE = Path(__file__).with_name("_kernels.json")
+_LIBRARY_FILE = Path(__file__).parent.with_name("_kernels.so")
+_BUILD_FILE = Path(__file__).parent.with_name("_kernels.json")
 _library = torch.library.Library("halo_train", "DEF")
 _overloads = SimpleNamespace()
 """The operators: looking an overload up costs the host as much as calling it."""

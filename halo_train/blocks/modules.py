@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .fsdp import GatheredWeight
-from .fused import NormedInput, Projected, halo_gated_mlp, halo_projections
-from .fused_functions import Layer
-from .fused_reference import ACTIVATIONS
-from .gemm import MULTIPLE
-from .linear import HaloLinear, take_equalizers
-from .norms import Norm
-from .products import autocast_dtype
-from .quantize import Quantized, RoundedWeight
+from ..fsdp import GatheredWeight
+from ..fused import NormedInput, Projected, halo_gated_mlp, halo_projections
+from ..fused.functions import Layer
+from ..fused.norms import Norm
+from ..gemm import MULTIPLE
+from ..linear import HaloLinear, take_equalizers
+from ..ops.fused_reference import ACTIVATIONS
+from ..products import autocast_dtype
+from ..quantize import Quantized, RoundedWeight
 
 
 class Reader(NamedTuple):
@@ -73,7 +73,7 @@ class MLPFusion(NamedTuple):
     down: str
     """Name of the layer that reads act(gate) * up."""
     activation: str
-    """A key of :data:`halo_train.fused_reference.ACTIVATIONS`."""
+    """A key of :data:`halo_train.ops.fused_reference.ACTIVATIONS`."""
 
 
 class HaloGatedMLP(FusedModule):
