@@ -1,18 +1,18 @@
 """What QuantMetrics costs: a sample of every layer of a Llama-3-8B against a plain step, and 200 steps with and without.
 
-    python benchmarks/bench_metrics.py            # under 100 s on an H200; writes benchmarks/results/<date>-metrics-<gpu>.json
+    python benchmarks/bench_metrics.py                     # about 6 min on an H200; writes benchmarks/results/<date>-metrics-eager-<gpu>.json
+    python benchmarks/bench_metrics.py --mode compiled --parts training
     python benchmarks/bench_metrics.py --tiny --device cpu      # shows that it runs
 
-``training`` is what users have: whole training steps, with attention, norms, output layer, loss and fused AdamW, of as many of
-the 32 blocks as memory holds. ``linear`` is the harder measure: nothing runs but the linear layers of all 32 blocks and the products between
-gate and up. Both time plain and sampled steps; the first sample, which loads kernels and finds the allocator cold, is apart. ``linear_200_steps``
-runs 200 steps with and 200 without, in parts that alternate, of as many blocks as the time allows.
+``training`` is what users have: whole training steps of transformers' Llama, blocks fused, with attention, norms, output layer, loss
+and fused AdamW in bfloat16, of as many of the 32 blocks as memory holds. ``training_200_steps`` runs 200 of them with and 200
+without, in parts that alternate. ``linear`` is a harder measure: nothing runs but the linear layers of 32 blocks, one by one, and the products between
+gate and up. ``training`` and ``linear`` time plain and sampled steps; the first sample, which loads kernels and finds the allocator cold, is apart.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import statistics
 import sys
@@ -24,14 +24,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from common import RESULTS, environment, save_json
-from llama import Llama, Shape
 from torch import nn
 
 from halo_train import QuantMetrics, convert_to_halo_training
+from halo_train.bench.step import CHECKPOINTING, Size, Training, build, recipe_case
 
-BLOCKS = 32
-TINY = Shape(2, 64, 4, 2, 224, 128, 64)
-
+LLAMA_8B = Size(layers=32, batch=1)
+TINY = Size(2, 64, 224, 4, 2, 128, 1, 64)
 
 Result = dict[str, Any]
 
@@ -63,7 +62,8 @@ class Block(nn.Module):
 
 def linear_run(blocks: int, tokens: int, args: argparse.Namespace) -> Run:
     """The linear layers of so many blocks, their gradients and that of the input."""
-    hidden, kv, intermediate = args.shape.hidden, args.shape.kv_heads * args.head, args.shape.intermediate
+    hidden, intermediate = args.size.hidden, args.size.intermediate
+    kv = args.size.kv_heads * hidden // args.size.heads
     torch.manual_seed(0)
     with torch.device(args.device):
         model = nn.Sequential(*(Block(hidden, kv, intermediate) for _ in range(blocks))).bfloat16()
@@ -80,21 +80,16 @@ def linear_run(blocks: int, tokens: int, args: argparse.Namespace) -> Run:
 
 
 def training_run(blocks: int, args: argparse.Namespace) -> Run:
-    """A training step of a Llama: weights, gradients and moments in bfloat16."""
-    torch.manual_seed(0)
-    shape = dataclasses.replace(args.shape, blocks=blocks)
-    with torch.device(args.device):
-        model = Llama(shape).bfloat16()
-        tokens = torch.randint(shape.vocabulary, (args.sequences, shape.tokens + 1))
-    convert_to_halo_training(model, recipe=args.recipe)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def step() -> None:
-        model(tokens).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Run(model, step)
+    """A whole training step of a Llama, fused as conversion does by default."""
+    size = args.size._replace(layers=blocks)
+    model = build(
+        size,
+        recipe_case(args.recipe),
+        compiled=args.mode == "compiled",
+        checkpointing=args.checkpointing,
+        device=args.device,
+    )
+    return Run(model, Training(model, size).step)
 
 
 def seconds(run: Run, steps: int, metrics: QuantMetrics | None) -> float:
@@ -113,6 +108,12 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def peak_gib() -> float:
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
 
@@ -122,31 +123,23 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def blocks_that_fit(build: Callable[[int], Run], args: argparse.Namespace) -> int:
-    """By the peak memory of steps of one and two blocks, with room for a sample."""
+def blocks_that_fit(args: argparse.Namespace) -> int:
+    """By the peak memory of sampled steps of one and two blocks."""
+    if args.device == "cpu":
+        return args.size.layers
     peaks = []
     for blocks in (1, 2):
-        run = build(blocks)
-        seconds(run, 1, None)
-        reset_peak()
-        seconds(run, 1, None)
+        run = training_run(blocks, args)
+        with QuantMetrics(run.model, every=1) as metrics:
+            seconds(run, 1, metrics)
+            reset_peak()
+            seconds(run, 1, metrics)
         peaks.append(peak_gib())
-        del run
-        gc.collect()
+        del run, metrics
+        release()
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
-    a_block = peaks[1] - peaks[0] + 0.15  # of sampled rows and columns
-    return max(1, min(args.blocks, 1 + int((0.95 * total - 3 - peaks[0]) / a_block)))
-
-
-def blocks_for(build: Callable[[int], Run], args: argparse.Namespace) -> int:
-    """How many blocks run 2 x ``steps`` steps in ``seconds``."""
-    times = []
-    for blocks in (1, 2):
-        run = build(blocks)
-        seconds(run, 2, None)
-        times.append(seconds(run, 3, None) / 3)
-    a_block = max(times[1] - times[0], 0.1 * times[0])  # of tiny ones, noise
-    return max(1, min(args.blocks, 1 + int((args.seconds / (2 * args.steps) - times[0]) / a_block)))
+    room = 0.95 * total - 2 - peaks[0]  # 2: samples that wait until enough are there
+    return max(1, min(args.size.layers, 1 + int(room / (peaks[1] - peaks[0]))))
 
 
 def one_sample(run: Run, blocks: int, tokens: int, args: argparse.Namespace) -> Result:
@@ -178,25 +171,18 @@ def one_sample(run: Run, blocks: int, tokens: int, args: argparse.Namespace) -> 
 
 
 def training(args: argparse.Namespace) -> Result:
-    def build(blocks: int) -> Run:
-        return training_run(blocks, args)
-
-    blocks = args.blocks if args.tiny else blocks_that_fit(build, args)
-    return one_sample(build(blocks), blocks, args.sequences * args.shape.tokens, args)
+    blocks = args.size.layers
+    return one_sample(training_run(blocks, args), blocks, args.size.batch * args.size.length, args)
 
 
 def linear(args: argparse.Namespace) -> Result:
-    return one_sample(linear_run(args.blocks, args.tokens, args), args.blocks, args.tokens, args)
+    blocks = args.size.layers
+    return one_sample(linear_run(blocks, args.tokens, args), blocks, args.tokens, args)
 
 
-def linear_200_steps(args: argparse.Namespace) -> Result:
+def training_200_steps(args: argparse.Namespace) -> Result:
     """Alternating parts of ``every`` steps with and without, so that clocks and neighbours hit both alike."""
-
-    def build(blocks: int) -> Run:
-        return linear_run(blocks, args.tokens, args)
-
-    blocks = args.blocks if args.tiny else blocks_for(build, args)
-    run = build(blocks)
+    run = training_run(args.size.layers, args)
     metrics = QuantMetrics(run.model, every=args.every)
     seconds(run, 2, metrics)  # steps 1, sampled, and 2: warm-up of both paths
     with_metrics, without = [], []
@@ -207,12 +193,13 @@ def linear_200_steps(args: argparse.Namespace) -> Result:
         with_metrics.append(seconds(run, args.every, metrics))
         assert metrics.last is not None
         assert metrics.last.step == args.every
+        print(f"  {args.every} steps: {without[-1]:.3f} s without, {with_metrics[-1]:.3f} s with", flush=True)
     metrics.close()
     steps = len(without) * args.every
     return {
-        "blocks": blocks,
+        "blocks": args.size.layers,
         "layers": len(metrics.layers),
-        "tokens": args.tokens,
+        "tokens": args.size.batch * args.size.length,
         "steps": steps,
         "ms_per_step_without": 1e3 * sum(without) / steps,
         "ms_per_step_with": 1e3 * sum(with_metrics) / steps,
@@ -221,15 +208,24 @@ def linear_200_steps(args: argparse.Namespace) -> Result:
     }
 
 
+PARTS: dict[str, Callable[[argparse.Namespace], Result]] = {
+    part.__name__: part for part in (training, training_200_steps, linear)
+}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="fp8")
-    parser.add_argument("--sequences", type=int, default=1, help="of 8192 tokens, in a training step")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument(
+        "--mode", default="eager", choices=["eager", "compiled"], help="of the training steps"
+    )
+    parser.add_argument("--checkpointing", default="none", choices=list(CHECKPOINTING))
+    parser.add_argument("--layers", type=int, help="blocks, instead of 32")
+    parser.add_argument("--batch", type=int, help="sequences of 8192 tokens, in a training step")
     parser.add_argument("--tokens", type=int, default=16384, help="of the linear layers alone")
-    parser.add_argument("--blocks", type=int, default=BLOCKS)
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=30, help="for the 200 steps")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="a few thousand weights, to see that it runs")
     parser.add_argument("--commit", help="where the sources are no git checkout")
@@ -237,10 +233,11 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.every > args.steps:
         parser.error(f"--steps must be at least --every, one sample; got {args.steps} and {args.every}")
-    args.shape = TINY if args.tiny else Shape()
-    args.head = args.shape.hidden // args.shape.heads
+    args.size = TINY if args.tiny else LLAMA_8B
+    given = {name: getattr(args, name) for name in ("layers", "batch") if getattr(args, name)}
+    args.size = args.size._replace(**given)
     if args.tiny:
-        args.blocks, args.tokens = args.shape.blocks, args.sequences * args.shape.tokens
+        args.tokens = args.size.batch * args.size.length
     return args
 
 
@@ -251,16 +248,20 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "arguments": {name: str(value) for name, value in vars(args).items()},
     }
-    for part in (training, linear, linear_200_steps):
-        results[part.__name__] = part(args)
-        gc.collect()  # the next needs the memory
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        print(part.__name__)
-        for name, value in results[part.__name__].items():
+    whole = args.size.layers
+    fitting = blocks_that_fit(args) if {*args.parts} - {"linear"} else whole
+    for part in args.parts:
+        args.size = args.size._replace(layers=whole if part == "linear" else fitting)
+        results[part] = PARTS[part](args)
+        release()  # the next needs the memory
+        print(f"{part}, {args.mode}" if part.startswith("training") else part)
+        for name, value in results[part].items():
             shown = ", ".join(f"{v:.2f}" for v in value) if isinstance(value, list) else f"{value:.2f}"
             print(f"  {name:<30} {shown}", flush=True)
-    print(f"written: {save_json('metrics', results, args.out)}")
+        path = save_json(
+            f"metrics-{args.mode}", results, args.out
+        )  # by part: a limit of time may end the next
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -55,8 +55,10 @@ class Case(NamedTuple):
     convert: Callable[[nn.Module], Any]
 
 
-def build(size: Size, case: Case, *, compiled: bool, checkpointing: Checkpointing) -> nn.Module:
-    """The model on the current GPU, converted, its decoder layers compiled or not."""
+def build(
+    size: Size, case: Case, *, compiled: bool, checkpointing: Checkpointing, device: str = "cuda"
+) -> nn.Module:
+    """The model, converted, its decoder layers compiled or not."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -75,7 +77,7 @@ def build(size: Size, case: Case, *, compiled: bool, checkpointing: Checkpointin
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with torch.device(device):
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default)
@@ -86,7 +88,7 @@ def build(size: Size, case: Case, *, compiled: bool, checkpointing: Checkpointin
         with (
             torch.no_grad()
         ):  # takes the equalisers, which code that recomputes cannot, from tokens as they are trained on
-            model.model(input_ids=torch.randint(size.vocabulary, (1, min(1024, size.length)), device="cuda"))
+            model.model(input_ids=torch.randint(size.vocabulary, (1, min(1024, size.length)), device=device))
         compile_blocks(model)
     return model
 
@@ -97,7 +99,8 @@ class Training:
     def __init__(self, model: nn.Module, size: Size) -> None:
         self.model = model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        self.tokens = torch.randint(size.vocabulary, (size.batch, size.length), device="cuda")
+        device = next(model.parameters()).device
+        self.tokens = torch.randint(size.vocabulary, (size.batch, size.length), device=device)
         self.loss: Tensor | None = None
         self.activation_bytes = 0
 
