@@ -12,14 +12,13 @@ weights and sees the same tokens. Writes a dated JSON file.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import gc
 import importlib.util
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from wire import bytes_sent
 
 from halo_train import RECIPES, convert_to_halo_training
 
@@ -127,46 +127,8 @@ def variants(device: str) -> list[Variant]:
     ]
 
 
-COLLECTIVES = {
-    "all_gather": ("all_gather_single", "all_gather_into_tensor"),
-    "reduce_scatter": ("reduce_scatter_single", "reduce_scatter_tensor"),
-    "all_reduce": ("all_reduce",),
-}
-"""What FSDP2 calls, by kind; the first that this PyTorch has."""
-
-
-@contextlib.contextmanager
-def bytes_sent() -> Iterator[dict[str, int]]:
-    """Bytes that this rank puts into the collectives of torch.distributed."""
-    counts = dict.fromkeys(COLLECTIVES, 0)
-    originals: dict[str, Any] = {}
-
-    def counting(kind: str, function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            position = 0 if kind == "all_reduce" else 1
-            sent = (
-                args[position]
-                if len(args) > position
-                else kwargs.get("input_tensor", kwargs.get("input", kwargs.get("tensor")))
-            )
-            counts[kind] += sent.numel() * sent.element_size()
-            return function(*args, **kwargs)
-
-        return call
-
-    for kind, names in COLLECTIVES.items():
-        name = next(name for name in names if hasattr(dist, name))
-        originals[name] = getattr(dist, name)
-        setattr(dist, name, counting(kind, originals[name]))
-    try:
-        yield counts
-    finally:
-        for name, function in originals.items():
-            setattr(dist, name, function)
-
-
-def measure(variant: Variant, shape: Shape, device: torch.device, steps: int) -> dict[str, Any]:
-    """Step time, memory, bytes, loss and gradient norm of one variant."""
+def prepare(variant: Variant, shape: Shape, device: torch.device) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The training step of one variant, warm; returns loss and gradient norm."""
     torch._dynamo.reset()
     with torch.device("meta"):
         model = Llama(shape)
@@ -195,13 +157,19 @@ def measure(variant: Variant, shape: Shape, device: torch.device, steps: int) ->
             variant.after_step(model)
         return loss.detach(), norm
 
-    started = time.perf_counter()
     with torch.compiler.set_stance("force_eager"):  # equalisation factors come from the first batch
         step()
     if variant.compiled:
         for block in model.blocks:
             block.compile(backend="inductor" if device.type == "cuda" else "aot_eager")
     step()
+    return step
+
+
+def measure(variant: Variant, shape: Shape, device: torch.device, steps: int) -> dict[str, Any]:
+    """Step time, memory, bytes, loss and gradient norm of one variant."""
+    started = time.perf_counter()
+    step = prepare(variant, shape, device)
     synchronise(device)
     warm_up = time.perf_counter() - started
     with bytes_sent() as sent:

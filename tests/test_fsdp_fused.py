@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
+from fsdp_fixtures import checks_of, run_on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -77,7 +76,7 @@ def noise(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def check_equals_one_process(rank: int, world: int, device: str) -> None:
+def check_equals_one_process(rank: int, world: int, device: str, folder: Path) -> None:
     for recipe in ("fp8", "int8", "fp8_plain")[: 4 - world]:
         model, reference = shard(build(device, recipe)), alone(device, recipe, world)
         loss = loss_of(model, batch(rank, device))
@@ -92,7 +91,7 @@ def check_equals_one_process(rank: int, world: int, device: str) -> None:
             assert noise(ours.grad.full_tensor(), theirs.grad) < 2e-3, (recipe, name)
 
 
-def check_one_vector_for_a_group(rank: int, world: int, device: str) -> None:
+def check_one_vector_for_a_group(rank: int, world: int, device: str, folder: Path) -> None:
     model = shard(build(device))
     loss_of(model, batch(rank, device))
     state = equalizer_state_dict(model)
@@ -106,7 +105,7 @@ def check_one_vector_for_a_group(rank: int, world: int, device: str) -> None:
     assert all(torch.equal(first, other) for other in gathered)
 
 
-def check_gathered_bits(rank: int, world: int, device: str) -> None:
+def check_gathered_bits(rank: int, world: int, device: str, folder: Path) -> None:
     model = shard(build(device))
     seen: dict[str, Any] = {}
 
@@ -130,7 +129,7 @@ def check_gathered_bits(rank: int, world: int, device: str) -> None:
         assert torch.equal(scale, expected.scale), name
 
 
-def check_inputs_are_kept_once(rank: int, world: int, device: str) -> None:
+def check_inputs_are_kept_once(rank: int, world: int, device: str, folder: Path) -> None:
     found = {}
     modes = ("one by one", "fused", "rounded again", "fused, compiled", "rounded again, compiled")
     for mode in modes if world == 2 else modes[:3]:
@@ -161,7 +160,7 @@ def check_inputs_are_kept_once(rank: int, world: int, device: str) -> None:
         assert found[f"rounded again{suffix}"] == 0
 
 
-def check_training(rank: int, world: int, device: str) -> None:
+def check_training(rank: int, world: int, device: str, folder: Path) -> None:
     """Six steps: sharded, sharded and checkpointed selectively, and not at all."""
     curves = []
     for variant in ("alone", "sharded", "selective")[: 3 if world == 2 else 2]:
@@ -191,7 +190,7 @@ def check_training(rank: int, world: int, device: str) -> None:
     assert all(torch.equal(selective, sharded) for selective in others)
 
 
-def check_factors_are_restored(rank: int, world: int, device: str) -> None:
+def check_factors_are_restored(rank: int, world: int, device: str, folder: Path) -> None:
     model = shard(build(device))
     loss = loss_of(model, batch(rank, device))
     twin = shard(build(device))
@@ -200,30 +199,14 @@ def check_factors_are_restored(rank: int, world: int, device: str) -> None:
     assert any(isinstance(module, FusedModule) for module in twin.modules())
 
 
-CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]
-
-
-def worker(rank: int, world: int, device: str, folder: str) -> None:
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    for check in CHECKS:
-        check(rank, world, device)
-        dist.barrier()
-    dist.destroy_process_group()
+CHECKS = checks_of(__name__)
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_gloo(world: int, tmp_path: Path) -> None:
-    mp.spawn(worker, args=(world, "cpu", str(tmp_path)), nprocs=world)
+    run_on_ranks(CHECKS, world, "cpu", tmp_path)
 
 
 @pytest.mark.parametrize("world", [pytest.param(n, marks=pytest.mark.multi_gpu(n)) for n in (2, 4)])
 def test_nccl(world: int, tmp_path: Path) -> None:
-    mp.spawn(worker, args=(world, "cuda", str(tmp_path)), nprocs=world)
+    run_on_ranks(CHECKS, world, "cuda", tmp_path)
