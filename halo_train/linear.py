@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.hooks import RemovableHandle
 
 from .config import Format, HaloConfig, resolve_recipe
 from .fsdp import GatheredWeight, agreed_exponents, attach, regather
@@ -38,8 +40,13 @@ _OWN_STATE = {
     "shared_inputs",
     "input_group",
     "joint",
+    "operand_hooks",
 }
 """What from_linear and to_linear do not carry over as it is; hooks and everything else a user attached go along."""
+
+
+OperandHook = Callable[["HaloLinear", Tensor, Tensor], None]
+"""(layer, x [..., in_features], y [..., out_features])."""
 
 
 class HaloLinear(nn.Linear):
@@ -64,6 +71,8 @@ class HaloLinear(nn.Linear):
     """The layers that this one shares its input with, once it has seen one."""
     joint: JointFactors | None
     """The same in layers of a block that read one input and take one d together (:mod:`halo_train.blocks.modules`)."""
+    operand_hooks: OrderedDict[int, OperandHook]
+    """See :meth:`register_operand_hook`."""
 
     def __init__(
         self,
@@ -83,6 +92,7 @@ class HaloLinear(nn.Linear):
         self.shared_inputs = None
         self.input_group = None
         self.joint = None
+        self.operand_hooks = OrderedDict()
         self._weight_cache = WeightCache()
         self._kept_equalizer = KeptEqualizer()
         zeros = torch.zeros(in_features, dtype=torch.int8, device=device)
@@ -92,6 +102,12 @@ class HaloLinear(nn.Linear):
         """x [..., in_features] -> [..., out_features]; see :func:`halo_train.functional.halo_linear`."""
         if isinstance(x, Projected):
             return x.of(self)
+        y = self.multiply(x)
+        self.show_operands(x, y)
+        return y
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """:meth:`forward` of a tensor, of which nobody is told."""
         weight = self.weight
         gathered = isinstance(weight, GatheredWeight)
         if not gathered and not torch.compiler.is_compiling():
@@ -124,6 +140,21 @@ class HaloLinear(nn.Linear):
             if self.input_group is not None:
                 self.input_group.dissolve()
         super().__setattr__(name, value)
+
+    def register_operand_hook(self, hook: OperandHook) -> RemovableHandle:
+        """Calls ``hook`` in every forward, before the forward hooks; its weight is whole then.
+
+        Unlike a forward hook it leaves a block fused (:mod:`halo_train.blocks`): x is computed for it where the layer reads
+        what exists in 8 bits only. A compiled region does not call it, unless it is compiled with it.
+        """
+        handle = RemovableHandle(self.operand_hooks)
+        self.operand_hooks[handle.id] = hook
+        return handle
+
+    def show_operands(self, x: Tensor, y: Tensor) -> None:
+        """Calls the operand hooks: for what computes y without calling the layer."""
+        for hook in self.operand_hooks.values():
+            hook(self, x, y)
 
     def equalizer(self) -> Tensor | None:
         """d [in_features] float32, or None while it is all ones."""

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from halo_train import QuantMetrics, QuantSample, convert_to_halo_training
+from halo_train.linear import halo_linears
 from halo_train.metrics.console import ConsoleSink, sample_table
 from halo_train.metrics.records import JsonlSink, read_samples
 
@@ -202,4 +203,4 @@ def test_trainer_with_the_callback_and_wandb(tmp_path, monkeypatch):
     name = "model.layers.1.mlp.down_proj"
     charted = [row[f"quant_wgrad@int8/sqnr_db/{name}"] for row in history if "quant/step" in row]
     assert charted == pytest.approx([s.values[name]["wgrad@int8"]["sqnr_db"] for s in samples], rel=1e-6)
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(layer.operand_hooks for _, layer in halo_linears(model))

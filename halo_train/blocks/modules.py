@@ -13,11 +13,13 @@ What is handed on is no tensor, so that nothing can read values that were not co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -84,9 +86,9 @@ class HaloGatedMLP(FusedModule):
 
     def forward(self, x: Tensor | NormedInput) -> Tensor:
         """x [..., K], or what a :class:`HaloNorm` hands on, -> [..., N]."""
-        norm = None
+        norm = values = None
         if isinstance(x, NormedInput):
-            norm, x = x.norm, x.x
+            norm, values, x = x.norm, x.values, x.x
         else:
             self.take_equalizers(x)
             if not self.can_fuse(x):
@@ -94,6 +96,15 @@ class HaloGatedMLP(FusedModule):
         first, down = self.readers()[0], self.down()
         equalizer, down_equalizer = first.factors(), down.factors()
         operands = [layer.operands(equalizer) for layer in self.readers()]
+        if has_operand_hooks((*self.readers(), down)):
+            outputs = halo_projections(
+                x, operands, config=first.running_config, equalizer=equalizer, norm=norm
+            )
+            show_operands(self.readers(), x if values is None else values, outputs)
+            halves = outputs if len(outputs) == 2 else outputs[0].chunk(2, -1)
+            h: Tensor = _GatedFunction.apply(*halves, _ACTIVATIONS[self.fusion.activation])
+            y: Tensor = down(h)
+            return y
         gate, up = operands if len(operands) == 2 else _halves(operands[0])
         return halo_gated_mlp(
             x,
@@ -135,7 +146,7 @@ class HaloGatedMLP(FusedModule):
         if ready and lacks_equalizer(down):
             with torch.no_grad(), _outside_modes():
                 # Not by calling the modules, whose hooks are there for other calls.
-                outputs = [HaloLinear.forward(layer, x) for layer in readers]
+                outputs = [layer.multiply(x) for layer in readers]
                 gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, -1)
                 take_equalizers((down,), ACTIVATIONS[self.fusion.activation](gate)[0] * up)
 
@@ -169,11 +180,10 @@ class HaloNorm(FusedModule):
             if mlp.lacks_equalizers():
                 with torch.no_grad():
                     mlp.take_equalizers(super().forward(x))
-            return (
-                NormedInput(x, self._as_norm())
-                if self._hands_on(x) and mlp.can_fuse(x)
-                else super().forward(x)
-            )
+            if not (self._hands_on(x) and mlp.can_fuse(x)):
+                return super().forward(x)
+            watched = has_operand_hooks((*mlp.readers(), mlp.down()))
+            return NormedInput(x, self._as_norm(), self._values(x) if watched else None)
         layers = [getattr(reader.module, name) for reader in self.fusion.readers for name in reader.layers]
         if any(lacks_equalizer(layer) for layer in layers):
             with torch.no_grad():
@@ -188,12 +198,19 @@ class HaloNorm(FusedModule):
             equalizer=equalizer,
             norm=self._as_norm(),
         )
+        if has_operand_hooks(layers):
+            show_operands(layers, self._values(x), outputs)
         return Projected(x.shape, tuple(layers), outputs)
 
     def _as_norm(self) -> Norm:
         fusion = self.fusion
         bias, eps = getattr(self, "bias", None), getattr(self, fusion.eps_name)
         return Norm(self.weight, bias, eps, fusion.center, fusion.unit_offset)
+
+    def _values(self, x: Tensor) -> Tensor:
+        """What the layers read, for hooks only."""
+        with torch.no_grad(), _outside_modes():
+            return super().forward(x)
 
     def _hands_on(self, x: Tensor) -> bool:
         """Whether nothing between the norm and the layers wants to see a tensor, and that would have the dtype of x."""
@@ -259,6 +276,42 @@ def is_watched(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def has_operand_hooks(layers: Sequence[HaloLinear]) -> bool:
+    return any(layer.operand_hooks for layer in layers)
+
+
+def show_operands(layers: Sequence[HaloLinear], x: Tensor, outputs: Sequence[Tensor]) -> None:
+    """Calls the operand hooks of layers that read x."""
+    for layer, y in zip(layers, outputs, strict=True):
+        layer.show_operands(x, y)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""As PyTorch computes those of :data:`halo_train.ops.fused_reference.ACTIVATIONS`, in the dtype of the input."""
+
+
+class _GatedFunction(torch.autograd.Function):
+    """h = act(gate) * up as a tensor that hooks can see; saves gate and up alone, as the fused MLP does."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation(gate) * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, None]:
+        with torch.enable_grad():
+            gate, up = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+            dgate, dup = torch.autograd.grad(ctx.activation(gate) * up, (gate, up), dh)
+        return dgate, dup, None
 
 
 def is_usable(layer: Any) -> bool:

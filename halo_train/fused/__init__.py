@@ -33,6 +33,8 @@ class NormedInput:
     x: Tensor
     """[..., K], before the norm."""
     norm: Norm
+    values: Tensor | None = None
+    """norm(x), detached, where an operand hook wants to see it."""
 
     @property
     def shape(self) -> torch.Size:

@@ -6,24 +6,21 @@ import contextlib
 import fnmatch
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from ..config import HaloConfig, did_you_mean, resolve_recipe
 from ..linear import HaloLinear, halo_linears
 from .batches import Batches
-from .operands import Draws
 from .plan import Plan
-from .probe import LayerProbe
 from .products import PRODUCTS
 from .sample import STATS, TENSORS, QuantSample, SampleSize, Values
 from .statistics import STATS_OF, finish
+from .step import SampledStep
 
 Sink = Callable[[QuantSample], None]
 """Something that a sampled step is handed to; :mod:`halo_train.metrics.sinks` has several."""
@@ -34,8 +31,9 @@ class QuantMetrics:
 
     Call :meth:`step` once after every backward. Steps 1, ``every``, 2 ``every``, ... are sampled: hooks are on the layers
     during them and at no other time. In a sampled step each layer is measured in its first forward with gradients, and
-    compiled regions run eagerly (``torch.compiler.set_stance``), since a compiled graph has no place to look into.
-    Random numbers come from a generator of its own; the step trains exactly as it would without the metrics.
+    compiled regions run eagerly (``torch.compiler.set_stance``), since a compiled graph has no place to look into; the next
+    sampled step begins where :meth:`step` ends the one before it. :meth:`close`, the end of a ``with`` block and the deletion of the
+    object end it. Random numbers come from a generator of its own; the step trains exactly as it would without the metrics.
 
     Args:
         model: converted by convert_to_halo_training; before or after torch.compile, FSDP2 or DDP.
@@ -81,8 +79,10 @@ class QuantMetrics:
         labels = ("", *(f"@{name}" for name in recipes))
         self._parts = (*TENSORS, *(product + label for product in PRODUCTS for label in labels))
         self._seed = seed
-        self._eager = contextlib.ExitStack()
-        self._handles: list[RemovableHandle] = []
+        self._sampled: SampledStep | None = None
+        self._hooks = contextlib.ExitStack()
+        # Or a loop that just drops the object would leave torch.compile off in its process.
+        weakref.finalize(self, self._hooks.close).atexit = False
         self._begin_step()
 
     def step(self) -> dict[str, float]:
@@ -93,29 +93,27 @@ class QuantMetrics:
             ``quant/worst_layer/...`` and ``quant/median_layer/...``; ``{}`` after any other.
         """
         self.step_number += 1
-        measured, batches = (self._measured if self._handles else None), self._batches
+        sampled = self._sampled
         self.close()
         self._begin_step()
-        if measured is None:
+        if sampled is None:
             return {}
-        if not measured:
+        if not sampled.measured:
             warnings.warn(
                 f"QuantMetrics: step {self.step_number} was to be sampled, but no measured layer ran forward and backward in "
                 "it; call step() once after each backward()",
                 stacklevel=2,
             )
             return {}
-        self.last = self._read(measured, batches)
+        self.last = self._read(sampled.measured, sampled.batches)
         for sink in self.sinks:
             sink(self.last)
         return self.last.flat()
 
     def close(self) -> None:
         """Takes the hooks off; what the current step measured so far is dropped."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._eager.close()
+        self._sampled = None
+        self._hooks.close()
 
     def __enter__(self) -> QuantMetrics:
         return self
@@ -126,54 +124,14 @@ class QuantMetrics:
         self.close()
 
     def _begin_step(self) -> None:
-        self._pending: dict[str, LayerProbe] = {}
-        self._measured: set[str] = set()
-        self._draws: dict[torch.device, Draws] = {}
-        self._batches = Batches()
         following = self.step_number + 1
         if following > 1 and following % self.every:
             return
-        self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        self._sampled = SampledStep(self.size, self._seed + self.step_number, self._plan)
+        # Nothing here refers to this object: its deletion has to end the step.
+        self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
         for name, layer in self.layers.items():
-            # An FSDP2 module that is the layer itself drops the whole weight in its own forward hook, and gathers it again
-            # in a hook on the gradient of its output: the first of ours must run before, the second after it.
-            before = layer.register_forward_hook(self._forward_hook(name), prepend=True, with_kwargs=True)
-            after = layer.register_forward_hook(self._output_hook(name))
-            self._handles += [before, after]
-
-    def _forward_hook(self, name: str) -> Callable[..., None]:
-        def hook(layer: HaloLinear, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-            # The first forward with gradients; activation checkpointing runs it again.
-            if name in self._pending or name in self._measured or not y.requires_grad or y.numel() == 0:
-                return
-            x = (args[0] if args else kwargs["x"]).detach().reshape(-1, layer.in_features).to(y.dtype)
-            # Selective activation checkpointing is a mode that would take our ops for those of the layer.
-            with _disable_current_modes(), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                draws = self._draws_on(x.device)
-                plan = self._plan(layer.running_config)
-                self._pending[name] = LayerProbe(name, layer, x, plan, draws, self._batches)
-
-        return hook
-
-    def _output_hook(self, name: str) -> Callable[..., None]:
-        def on_grad(e: Tensor) -> None:
-            probe = self._pending.pop(name, None)
-            if probe is not None:
-                with torch.no_grad(), torch.autocast(e.device.type, enabled=False):
-                    probe.backward(e.detach().reshape(-1, e.shape[-1]))
-                self._measured.add(name)
-
-        def hook(layer: HaloLinear, args: tuple[Any, ...], y: Tensor) -> None:
-            if name in self._pending and y.requires_grad:
-                y.register_hook(on_grad)
-
-        return hook
-
-    def _draws_on(self, device: torch.device) -> Draws:
-        if device not in self._draws:
-            generator = torch.Generator(device).manual_seed(self._seed + self.step_number)
-            self._draws[device] = Draws(self.size, generator)
-        return self._draws[device]
+            self._hooks.callback(layer.register_operand_hook(self._sampled.hook(name)).remove)
 
     def _read(self, measured: set[str], batches: Batches) -> QuantSample:
         """Finishes the statistics of the layers, which waits for the GPU."""
