@@ -3,9 +3,10 @@
 from .calibrate import Calibration, calibrate
 from .config import RECIPES, Format, HaloConfig, Scaling
 from .convert import ConversionReport, convert_to_halo_training, revert
+from .equalizer_state import equalizer_state_dict, load_equalizer_state_dict
 from .functional import halo_linear
 from .hadamard import hadamard_transform, random_rotation
-from .linear import HaloLinear, equalizer_state_dict, load_equalizer_state_dict
+from .linear import HaloLinear
 from .metrics import ProductError, QuantMetrics, QuantSample, measure_products
 from .quantize import Quantized, quantize
 from .recipe_file import load_recipe

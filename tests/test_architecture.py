@@ -27,7 +27,7 @@ LAYERS = [
     ["functional", "fused"],
     ["fsdp", "shared_input"],
     ["linear"],
-    ["blocks"],
+    ["blocks", "equalizer_state"],
     ["convert", "metrics"],
     ["calibrate"],
     ["__init__"],
