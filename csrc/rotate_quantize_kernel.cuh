@@ -110,15 +110,16 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
 
   const int tile0 = warp << L::kTileBits;
   Loader loader(stages, full[block_warp], lane, p.cols - tile0, p.stages);
-  const int64_t first = blockIdx.x * static_cast<int64_t>(p.rows_at_once) + group.group;
-  const int64_t step = gridDim.x * static_cast<int64_t>(p.rows_at_once);
+  const int rows_at_once = Shared::kStaged ? p.rows_at_once : 1, row_stages = Shared::kStaged ? p.stages : 1;
+  const int64_t first = blockIdx.x * static_cast<int64_t>(rows_at_once) + group.group;
+  const int64_t step = gridDim.x * static_cast<int64_t>(rows_at_once);
   const auto start = [&](int stage, int64_t row) {
     if (row >= p.rows) return;
     const T* tile[Source::kInputs];
     p.source.tiles(tile, row, tile0);
     loader.start(stage, tile);
   };
-  for (int s = 0; s < p.stages; ++s) start(s, first + s * step);
+  for (int s = 0; s < row_stages; ++s) start(s, first + s * step);
 
   if constexpr (Factors::kWords > 0) {
     const auto keep = [&](int j) {
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
   uint32_t largest = 0;
   int parity = 0, stage = 0;
   for (int64_t row = first; row < p.rows;
-       row += step, parity ^= 1, stage = stage + 1 == p.stages ? 0 : stage + 1) {
+       row += step, parity ^= 1, stage = stage + 1 == row_stages ? 0 : stage + 1) {
     loader.wait(stage);
     RowState state;
     if constexpr (Source::kNorm == Norm::kLayer) {
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
         for (int i = 0; i < 8; ++i) v[8 * j + i] = loader.inside(j) ? eight[i] : 0.0f;
       }
     }
-    if (!p.shared_stage) start(stage, row + p.stages * step);
+    if (!Shared::kStaged || !p.shared_stage) start(stage, row + row_stages * step);
 
     if constexpr (kRotated) butterfly_registers<2>(v);
     if constexpr (L::kExchange) {
@@ -257,7 +258,7 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
       if constexpr (L::kExchange) group.barrier();  // the shared memory has been read
       continue;
     }
-    if (L::kExchange && p.shared_stage) order_before_copies();
+    if (Shared::kStaged && L::kExchange && p.shared_stage) order_before_copies();
     if constexpr (Source::kNorm == Norm::kRms) state.squares = warp_sum(state.squares);
     if (p.tensor_amax != nullptr) {
       amax = __ldg(p.tensor_amax);
@@ -276,7 +277,7 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
         }
       }
     }
-    if (p.shared_stage) start(stage, row + p.stages * step);
+    if (Shared::kStaged && p.shared_stage) start(stage, row + row_stages * step);
     float norm = p.norm;
     if constexpr (Source::kNorm == Norm::kRms) {
       state.rstd = rsqrtf(state.squares / p.cols + p.source.eps);

@@ -99,11 +99,17 @@ struct Signs {
 template <bool kNegated, int kCount>
 __device__ __forceinline__ void product(float (&d)[4], const Signs& a, const Terms<kCount>& low,
                                         const Terms<kCount>& high, int word, bool negative) {
-#pragma unroll
-  for (int t = kCount - 1; t >= 0; --t) {
-    Pair<__nv_bfloat16>::mma(d, negative != (kNegated && t == 0) ? a.minus : a.plus,
-                             make_uint2(low.pair[t][word], high.pair[t][word]),
+  if constexpr (kCount == 1) {  // four registers are more than two operations there
+    const uint32_t flip = negative ? 0x80008000u : 0;
+    Pair<__nv_bfloat16>::mma(d, a.plus, make_uint2(low.pair[0][word] ^ flip, high.pair[0][word] ^ flip),
                              make_float4(d[0], d[1], d[2], d[3]));
+  } else {
+#pragma unroll
+    for (int t = kCount - 1; t >= 0; --t) {
+      Pair<__nv_bfloat16>::mma(d, negative != (kNegated && t == 0) ? a.minus : a.plus,
+                               make_uint2(low.pair[t][word], high.pair[t][word]),
+                               make_float4(d[0], d[1], d[2], d[3]));
+    }
   }
 }
 
