@@ -68,6 +68,21 @@ def test_recommendations():
     )
 
 
+def test_tensorwise_recipes_are_for_comparison():
+    """halo0_fp8 says that e4m3 without rotation is enough, not that the layer should run it."""
+    (advice,) = advise([sample(a={"": 15.0, "halo0_fp8": 28.0, "int8": 40.0})])
+    assert (advice.recipe, advice.action) == ("fp8_plain", "turn the rotation off here: fp8_plain")
+    assert advice.evidence.startswith("dgrad 14.0 dB in the median, 27.0 with halo0_fp8")
+    assert advice.evidence.endswith("; fp8_plain was not measured: it is halo0_fp8 with one scale a row")
+    (advice,) = advise([sample(a={"": 15.0, "halo0_fp8": 28.0, "fp8_plain": 19.0})])
+    assert advice.recipe == "bf16"
+    (advice,) = advise([sample(a={"": 15.0, "halo1_fp8": 28.0, "halo2_int8": 40.0})])
+    assert advice.recipe == "bf16"
+    paper = sample(a={"": 15.0, "halo1_int8": 28.0})
+    (advice,) = advise([dataclasses.replace(paper, recipes={"a": "halo0_int8"})])
+    assert advice.recipe == "halo1_int8"  # who runs the paper's schemes gets them
+
+
 def test_one_bad_draw_is_not_enough():
     steady = [sample(step, a={"": 30.0, "int8": 40.0}) for step in (1, 50)]
     assert advise([*steady, sample(100, a={"": 10.0, "int8": 40.0})]) == []
@@ -78,8 +93,9 @@ def test_page_holds_the_figures_and_loads_nothing():
     samples = [sample(step, a={"": 15.0, "int8": 40.0}, b={"": 30.0, "int8": 41.0}) for step in (1, 50)]
     data = page_data(samples)
     assert data["steps"] == [1, 50]
-    assert data["values"]["a"]["wgrad@int8"][:2] == [45, 40]
-    assert data["drift"]["worst_layer"]["fprop"] == [20, 20]
+    assert data["values"]["a"]["wgrad@int8"][:3] == [40, 45, 40]
+    assert data["drift"]["worst_layer"]["fprop"] == [15, 15]
+    assert data["drift"]["median_layer"]["dgrad"] == [21.5, 21.5]
     assert data["tensors"]["a"]["x"][0] == 20
     assert data["mapping"] == {"a": "int8", "*": "fp8"} or data["mapping"] == {"b": "fp8", "*": "int8"}
     page = render_page("a </script><b>", samples)
@@ -125,8 +141,8 @@ def test_page_in_a_browser(run: Path, size: str, dark: int):
     heat = re.search(r'<table class="heat".*?</table>', dom, re.DOTALL).group()
     layers = read_samples(run / "quant.jsonl")[-1].values
     assert heat.count("<td title=") == len(layers) == 14
-    assert heat.count("background:") == 14 * 3 * 4  # as run and three what-if recipes
-    worst = min(parts["fprop"]["sqnr_db"] for parts in layers.values())
+    assert heat.count("background:") == 14 * 3 * 3  # as run, fp8_plain and int8; fp8 is what runs
+    worst = min(min(parts["fprop"][s] for s in ("sqnr_db", "median_db")) for parts in layers.values())
     assert f"<b>{worst:.1f} dB</b>" in dom
     assert dom.count("<circle") > 14 * 2 + 4 * 3
     assert dom.count("<polyline") == 3 + 3

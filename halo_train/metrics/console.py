@@ -27,7 +27,7 @@ def sample_table(sample: QuantSample, limit: int = 20) -> Table:
     rows = sample.aggregates | sample.values
     for name in (WORST, MEDIAN, *sample.worst_first()[:limit]):
         title = name
-        for label in sample.labels():
+        for label in sample.compared():
             suffix = f"@{label}" if label else ""
             cells = [_cell(rows[name].get(product + suffix, {})) for product in PRODUCTS]
             if any(cells):

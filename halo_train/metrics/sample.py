@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from .products import PRODUCTS
@@ -101,6 +101,11 @@ class QuantSample:
         """What-if recipes of the products; ``""`` stands for the recipe that ran."""
         return list(dict.fromkeys(part.partition("@")[2] for part in self.parts() if is_product(part)))
 
+    def compared(self) -> list[str]:
+        """:meth:`labels` without a recipe that every layer runs anyway."""
+        running = set(self.recipes.values())
+        return [label for label in self.labels() if running != {label}]
+
     def product_table(self) -> tuple[list[str], list[list[str | float]]]:
         """Column names and rows: layer, recipe, norm-wise SQNR of every product as run and under each what-if recipe."""
         products = [part for part in self.parts() if is_product(part)]
@@ -111,7 +116,7 @@ class QuantSample:
         return ["layer", "recipe", *products], rows
 
     def score(self, layer: str, label: str = "") -> float:
-        """Of the three products the worst, of its norm-wise and median SQNR the lower, in dB.
+        """:func:`lower_db` of the worst of the three products.
 
         -inf where one is undefined (NaN in the data); NaN where the layer was not measured so: high precision as run.
 
@@ -120,12 +125,8 @@ class QuantSample:
         """
         suffix = f"@{label}" if label else ""
         parts = self.values[layer]
-        figures = [
-            parts[product + suffix][stat]
-            for product in PRODUCTS
-            for stat in ("sqnr_db", "median_db")
-            if stat in parts.get(product + suffix, {})
-        ]
+        measured = [parts.get(product + suffix, {}) for product in PRODUCTS]
+        figures = [lower_db(stats) for stats in measured if stats.keys() & _DECISIVE]
         if not figures:
             return math.nan
         return -math.inf if any(map(math.isnan, figures)) else min(figures)
@@ -134,6 +135,15 @@ class QuantSample:
         """Layers by :meth:`score` as run, the worst first, those in high precision last."""
         scores = {layer: self.score(layer) for layer in self.values}
         return sorted(scores, key=lambda layer: math.inf if math.isnan(scores[layer]) else scores[layer])
+
+
+_DECISIVE = {"sqnr_db", "median_db"}
+
+
+def lower_db(stats: Mapping[str, float]) -> float:
+    """What a product is judged by: of its norm-wise SQNR, which large tokens decide, and its median the lower; NaN where one is."""
+    figures = [stats[name] for name in _DECISIVE if name in stats]
+    return math.nan if not figures or any(map(math.isnan, figures)) else min(figures)
 
 
 def is_product(part: str) -> bool:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from statistics import median
 
 from halo_train.calibrate import TARGET_DB, relative_time
-from halo_train.config import RECIPES, HaloConfig
+from halo_train.config import RECIPES, Format, HaloConfig, Scaling
 from halo_train.metrics import PRODUCTS, QuantSample
+from halo_train.metrics.sample import lower_db
 
 RECENT = 3
 """Samples at the end of a run over which the median is taken: one draw of rows is noisy."""
@@ -57,21 +58,40 @@ def _advise_layer(samples: Sequence[QuantSample], layer: str) -> Advice | None:
     own = recent_score(samples, layer)
     if math.isnan(own) or own >= TARGET_DB:
         return None
-    others = {label: recent_score(samples, layer, label) for label in last.labels() if label}
+    running = RECIPES.get(last.recipes[layer])
+    instead = {label: _recipe_of(label, running, last.labels()) for label in last.labels() if label}
+    others = {label: recent_score(samples, layer, label) for label, recipe in instead.items() if recipe}
     good = [name for name, score in others.items() if score >= max(TARGET_DB, own + GAIN_DB)]
     # As calibrate() does: of those that are good enough the cheapest, and of equals the better.
-    label = min(good, key=lambda name: (_time(name), -others[name]), default=None)
+    label = min(good, key=lambda name: (_time(instead[name]), -others[name]), default=None)
+    recipe: str | None
     if label is None:
         label = max(others, key=lambda name: others[name], default=None)
-        recipe, action = "bf16", "keep this layer in bf16"
+        recipe, action, note = "bf16", "keep this layer in bf16", ""
         if label is not None:
             action += f"; no measured recipe reaches {TARGET_DB:g} dB"
     else:
-        recipe, action = label, _change(RECIPES.get(last.recipes[layer]), RECIPES.get(label), label)
-    return Advice(layer, action, _evidence(samples, layer, label), own, recipe)
+        recipe = instead[label]
+        action = _change(running, RECIPES.get(recipe or ""), recipe or "")
+        note = "" if recipe == label else f"; {recipe} was not measured: it is {label} with one scale a row"
+    return Advice(layer, action, _evidence(samples, layer, label) + note, own, recipe)
 
 
-def _time(label: str) -> float:
+def _recipe_of(label: str, running: HaloConfig | None, measured: Sequence[str]) -> str | None:
+    """What to run if a what-if recipe is good: a scheme with one scale a tensor is there for comparison, as it cannot be fused and
+    a token that grows flushes all others; without rotation it stands for ``fp8_plain``."""
+    config = RECIPES.get(label)
+    if (
+        config is None
+        or config.scaling is Scaling.ROWWISE
+        or (running and running.scaling is Scaling.TENSORWISE)
+    ):
+        return label
+    stands_for_plain = config.format is Format.E4M3 and not config.rotate_k and "fp8_plain" not in measured
+    return "fp8_plain" if stands_for_plain else None
+
+
+def _time(label: str | None) -> float:
     """Modelled, of a layer of common size; a recipe without a name comes last."""
     return relative_time(RECIPES[label], (4096, 4096)) if label in RECIPES else math.inf
 
@@ -89,10 +109,7 @@ def _change(now: HaloConfig | None, then: HaloConfig | None, label: str) -> str:
 def _evidence(samples: Sequence[QuantSample], layer: str, label: str | None) -> str:
     parts = samples[-1].values[layer]
 
-    def lower(part: str) -> float:
-        return min(parts[part].get(stat, math.inf) for stat in ("sqnr_db", "median_db"))
-
-    product = min((p for p in PRODUCTS if p in parts), key=lower)
+    product = min((p for p in PRODUCTS if p in parts), key=lambda p: lower_db(parts[p]))
     stat = min(("sqnr_db", "median_db"), key=lambda name: parts[product].get(name, math.inf))
     kind = {"sqnr_db": "norm-wise", "median_db": "in the median"}[stat]
     text = f"{product} {parts[product][stat]:.1f} dB {kind}"

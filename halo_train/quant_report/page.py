@@ -9,10 +9,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from halo_train.calibrate import TARGET_DB
 from halo_train.metrics import PRODUCTS, QuantSample
+from halo_train.metrics.sample import MEDIAN, WORST, is_product, lower_db
 
 from .advice import Advice, advise
 
@@ -41,7 +43,7 @@ def render_page(title: str, samples: Sequence[QuantSample]) -> str:
 def page_data(samples: Sequence[QuantSample]) -> dict[str, Any]:
     """What the page draws; NaN and inf are null."""
     last = samples[-1]
-    labels = last.labels()
+    labels = last.compared()
     layers, advice = last.worst_first(), advise(samples)
     return _finite(
         {
@@ -50,16 +52,16 @@ def page_data(samples: Sequence[QuantSample]) -> dict[str, Any]:
             "target": TARGET_DB,
             "products": list(PRODUCTS),
             "labels": labels,
-            "stats": list(PRODUCT_STATS),
+            "stats": ["lower_db", *PRODUCT_STATS],
             "recipes": last.recipes,
             "order": list(last.values),
             "worst": layers,
             "scores": {layer: {label: last.score(layer, label) for label in labels} for layer in layers},
             "values": {
                 layer: {
-                    part: [stats.get(name) for name in PRODUCT_STATS]
+                    part: [lower_db(stats), *(stats.get(name) for name in PRODUCT_STATS)]
                     for part, stats in parts.items()
-                    if part.partition("@")[0] in PRODUCTS
+                    if is_product(part)
                 }
                 for layer, parts in last.values.items()
             },
@@ -75,7 +77,7 @@ def page_data(samples: Sequence[QuantSample]) -> dict[str, Any]:
                 for layer, parts in last.values.items()
             },
             "exponents": last.histograms,
-            "drift": _drift(samples),
+            "drift": drift_of(samples),
             "advice": [dataclasses.asdict(advice) for advice in advice],
             "mapping": _mapping(last, advice),
         }
@@ -90,13 +92,18 @@ def _mapping(sample: QuantSample, advice: Sequence[Advice]) -> dict[str, str]:
     return {name: r for name, r in wanted.items() if r != common} | {"*": common} if changes else {}
 
 
-def _drift(samples: Sequence[QuantSample]) -> dict[str, dict[str, list[float | None]]]:
-    """SQNR as run of every product over the steps: {layer or aggregate: {product: one value a sample}}."""
-    rows = [sample.aggregates | sample.values for sample in samples]
-    return {
-        name: {p: [row.get(name, {}).get(p, {}).get("sqnr_db") for row in rows] for p in PRODUCTS}
-        for name in rows[-1]
-    }
+def drift_of(samples: Sequence[QuantSample]) -> dict[str, dict[str, list[float]]]:
+    """:func:`lower_db` as run over the steps: {worst_layer, median_layer or layer: {product: one value a sample}}."""
+    names = [WORST, MEDIAN, *samples[-1].values]
+    curves: dict[str, dict[str, list[float]]] = {name: {p: [] for p in PRODUCTS} for name in names}
+    for sample in samples:
+        for product in PRODUCTS:
+            of_layer = {name: lower_db(parts.get(product, {})) for name, parts in sample.values.items()}
+            known = [value for value in of_layer.values() if not math.isnan(value)]
+            of_all = {WORST: min(known, default=math.nan), MEDIAN: median(known) if known else math.nan}
+            for name in names:
+                curves[name][product].append((of_all | of_layer).get(name, math.nan))
+    return curves
 
 
 def _finite(value: Any) -> Any:

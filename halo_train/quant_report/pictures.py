@@ -10,9 +10,9 @@ import matplotlib
 
 from halo_train.calibrate import TARGET_DB
 from halo_train.metrics import PRODUCTS, QuantSample
-from halo_train.metrics.sample import MEDIAN, WORST
+from halo_train.metrics.sample import MEDIAN, WORST, lower_db
 
-from .page import BEFORE_AFTER
+from .page import BEFORE_AFTER, drift_of
 
 matplotlib.use("Agg")  # before pyplot is imported; needs no display
 from matplotlib import pyplot as plt
@@ -36,7 +36,7 @@ def draw_pictures(folder: Path, samples: Sequence[QuantSample]) -> list[Path]:
 
 def _heatmap(samples: Sequence[QuantSample]) -> plt.Figure:
     last = samples[-1]
-    layers, labels = _shown(last), last.labels()
+    layers, labels = _shown(last), last.compared()
     figure, axes = plt.subplots(
         1, len(labels), figsize=(3.2 + 2.3 * len(labels), 1.6 + 0.24 * len(layers)), sharey=True, squeeze=False,
         layout="constrained",
@@ -44,9 +44,7 @@ def _heatmap(samples: Sequence[QuantSample]) -> plt.Figure:
     norm = TwoSlopeNorm(TARGET_DB, 0, 45)
     for axis, label in zip(axes[0], labels, strict=True):
         suffix = f"@{label}" if label else ""
-        grid = [
-            [last.values[n].get(p + suffix, {}).get("sqnr_db", math.nan) for p in PRODUCTS] for n in layers
-        ]
+        grid = [[lower_db(last.values[n].get(p + suffix, {})) for p in PRODUCTS] for n in layers]
         image = axis.imshow(grid, aspect="auto", cmap="RdBu", norm=norm)
         for row, values in enumerate(grid):
             for column, value in enumerate(values):
@@ -58,23 +56,26 @@ def _heatmap(samples: Sequence[QuantSample]) -> plt.Figure:
         axis.set_title(f"if {label}" if label else "as run", fontsize=9)
         axis.set_xticks(range(len(PRODUCTS)), PRODUCTS)
     axes[0, 0].set_yticks(range(len(layers)), layers, fontsize=7)
-    figure.colorbar(image, ax=axes[0, -1], label=f"SQNR, dB; white is {TARGET_DB:g}")
+    figure.colorbar(
+        image, ax=axes[0, -1], label=f"SQNR, dB, the lower of norm-wise and median; white is {TARGET_DB:g}"
+    )
     figure.suptitle(f"Signal over rounding noise at step {last.step}", x=0.01, ha="left")
     return figure
 
 
 def _drift(samples: Sequence[QuantSample]) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    aggregates = [sample.aggregates for sample in samples]
+    curves = drift_of(samples)
     steps = [sample.step for sample in samples]
     for product, colour in zip(PRODUCTS, _COLOURS, strict=True):
         for which, style in ((MEDIAN, "-"), (WORST, "--")):
-            curve = [a[which].get(product, {}).get("sqnr_db", math.nan) for a in aggregates]
             name = which.replace("_", " ")
-            axis.plot(steps, curve, style, color=colour, marker=".", label=f"{product}, {name}")
+            axis.plot(
+                steps, curves[which][product], style, color=colour, marker=".", label=f"{product}, {name}"
+            )
     axis.axhline(TARGET_DB, color="tab:red", linewidth=0.8, linestyle=":")
     axis.set_xlabel("step")
-    axis.set_ylabel("SQNR, dB (norm-wise)")
+    axis.set_ylabel("SQNR, dB (the lower of norm-wise and median)")
     axis.legend(frameon=False, ncols=3, fontsize=8)
     axis.grid(alpha=0.3)
     return figure
