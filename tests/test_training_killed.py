@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,10 +24,17 @@ PATIENCE = 150
 
 
 class Run:
-    """``halo-train run`` with ``nproc`` processes; ended at the latest with the context."""
+    """``halo-train run``, ended at the latest with the context.
 
-    def __init__(self, file: Path, nproc: int, device: str, *overrides: str) -> None:
-        self.folder, self.file = file.parent / "runs" / "tiny", file
+    Args:
+        nproc: processes of each node.
+        nodes: as many torchruns as on machines of their own, which meet at a port; None is ``--nproc``.
+    """
+
+    def __init__(
+        self, file: Path, nproc: int, device: str, *overrides: str, nodes: int | None = None
+    ) -> None:
+        self.folder = file.parent / "runs" / "tiny"
         self._log = (file.parent / f"{nproc}.log").open("w+")
         settings = [
             f"train.device={device}",
@@ -34,18 +42,24 @@ class Run:
             f"save.every={EVERY}",
             "train.grad_accum=4",
         ]
-        arguments = ["run", str(file), f"--nproc={nproc}", *settings, "log.eval_every=20", *overrides]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "halo_train.cli", *arguments],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        program = ["-m", "halo_train.cli", "run", str(file), *settings, "log.eval_every=20", *overrides]
+        if nodes is None:
+            command = [sys.executable, *program, f"--nproc={nproc}"]
+        else:
+            meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=run"]
+            torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", *meeting]
+            command = [*torchrun, f"--nproc-per-node={nproc}", *program]
+        self._nodes = [
+            subprocess.Popen(
+                command, stdout=self._log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
+            for _ in range(nodes or 1)
+        ]
 
     def wait_for_step(self, step: int) -> None:
         """Until a checkpoint is on the disk and ``step`` in the metrics."""
         until = time.monotonic() + PATIENCE
-        while time.monotonic() < until and self._process.poll() is None:
+        while time.monotonic() < until and all(node.poll() is None for node in self._nodes):
             file = self.folder / "metrics.jsonl"
             lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
             done = max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
@@ -54,18 +68,19 @@ class Run:
             time.sleep(0.02)
         pytest.fail(f"not at step {step} with a checkpoint: {self.output()}")
 
-    def kill(self) -> None:
-        """SIGKILL to torchrun and its processes, which torchrun has put into sessions of their own."""
-        for process in (self._process.pid, *children(self._process.pid)):
+    def kill(self, node: int = 0) -> None:
+        """SIGKILL to a torchrun and its processes, which it has put into sessions of their own."""
+        torchrun = self._nodes[node]
+        for process in (torchrun.pid, *children(torchrun.pid)):
             os.kill(process, signal.SIGKILL)
-        assert self._process.wait(10) == -signal.SIGKILL
+        assert torchrun.wait(10) == -signal.SIGKILL
 
-    def finish(self) -> str:
-        """What it printed, after it has come to its end."""
-        assert self._process.wait(PATIENCE) == 0, self.output()
-        return self.output()
+    def finish(self, node: int = 0) -> int:
+        """The exit code of a node, after it has come to its end."""
+        return self._nodes[node].wait(PATIENCE)
 
     def output(self) -> str:
+        """What all nodes printed."""
         self._log.seek(0)
         return self._log.read()
 
@@ -73,9 +88,16 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self.kill()
+        for i, node in enumerate(self._nodes):
+            if node.poll() is None:
+                self.kill(i)
         self._log.close()
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
 
 
 def children(process: int) -> list[int]:
@@ -125,8 +147,9 @@ def test_killed_and_resumed_by_fewer(tmp_path: Path, device: str, before: int, a
         checkpoint = latest_checkpoint(killed.folder / "checkpoints")
         assert checkpoint is not None
         with Run(files[1], after, device, *again) as resumed_run:
-            assert f"resumed from {checkpoint}" in resumed_run.finish()
-        whole.finish()
+            assert resumed_run.finish() == 0, resumed_run.output()
+            assert f"resumed from {checkpoint}" in resumed_run.output()
+        assert whole.finish() == 0, whole.output()
     resumed = int(checkpoint.name.removeprefix("step-"))
     expected, found = (curve(run.folder, "loss") for run in (whole, killed))
     assert sorted(found) == sorted(expected) == list(range(1, STEPS + 1))
@@ -141,3 +164,23 @@ def test_killed_and_resumed_by_fewer(tmp_path: Path, device: str, before: int, a
     assert expected[STEPS] < expected[resumed] - 0.5
     for step, loss in curve(whole.folder, "valid_loss").items():
         assert curve(killed.folder, "valid_loss")[step] == pytest.approx(loss, rel=0.02), step
+
+
+@pytest.mark.slow
+def test_a_node_dies_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Two torchruns, as of two machines: the end of one ends the other; started again they go on from the checkpoint."""
+    file = write_run(tmp_path)
+    with Run(file, 1, "cpu", nodes=2) as run:
+        run.wait_for_step(EVERY + 1)
+        run.kill(node=1)
+        assert run.finish(node=0) not in (0, -signal.SIGKILL)
+        assert "Connection" in run.output()
+    before = curve(run.folder, "loss")
+    with Run(file, 1, "cpu", nodes=2) as run:
+        assert [run.finish(node) for node in range(2)] == [0, 0], run.output()
+        assert "resumed from" in run.output()
+    after = curve(run.folder, "loss")
+    assert sorted(after) == list(range(1, STEPS + 1))
+    for step, loss in before.items():
+        assert after[step] == pytest.approx(loss, rel=1e-3), step
+    assert json.loads((run.folder / "summary.json").read_text())["processes"] == 2
