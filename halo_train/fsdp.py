@@ -14,6 +14,7 @@ and rounded by the layer: the shards of a tensor do not know its amax.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -89,11 +90,15 @@ class ShardedWeight(Tensor):
         The form with one argument: that with five accepts, when a shard is shorter than another, only inputs of the shape of
         the weight, which scales never have.
         """
-        quantized = self._quantize(mesh.size())
-        data, scale = quantized.data.view(torch.uint8), quantized.scale.view(torch.uint8)
-        if mesh.size() == 1:  # FSDP2 then copies one tensor and gathers none
-            return (torch.cat([data.view(-1), scale]),), None
-        return (data, scale.view(-1, _SCALE_BYTES)), None
+        ranks = mesh.size()
+        data, scale = self._quantize(ranks)
+        data = data.view(torch.uint8)
+        if ranks == 1:  # FSDP2 then copies one tensor and gathers none
+            return (torch.cat([data.view(-1), scale.view(torch.uint8)]),), None
+        return (data, scale.view(-1, 1).view(torch.uint8)), None
+
+    # FSDP2 asks for it before each call, and to find it out takes as long as half of the call.
+    fsdp_pre_all_gather.__signature__ = inspect.signature(fsdp_pre_all_gather)  # type: ignore[attr-defined]
 
     def fsdp_post_all_gather(
         self,
@@ -126,8 +131,10 @@ class ShardedWeight(Tensor):
         # All ranks send the same size; a row of zeros rounds to zeros with scale 1, as padding does on one GPU.
         if shard.shape[0] < rows:  # F.pad copies even where nothing is missing
             shard = F.pad(shard, (0, 0, 0, rows - shard.shape[0]))
-        data, scale = quantize_weight(shard, self.layer.equalizer(), self.layer.config)
-        return Quantized(data[:rows], scale[:rows])
+        quantized = quantize_weight(shard, self.layer.equalizer(), self.layer.config)
+        if quantized.data.shape[0] == rows:
+            return quantized
+        return Quantized(quantized.data[:rows], quantized.scale[:rows])
 
 
 _KEEPING_THE_CLASS = {Tensor.to, Tensor.cpu, Tensor.pin_memory, Tensor.new_zeros, Tensor.narrow}

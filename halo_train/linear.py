@@ -162,7 +162,10 @@ class HaloLinear(nn.Linear):
 
     def factors(self) -> Equalizer | None:
         """d and 1/d, or None while they are all ones."""
-        return self._kept_equalizer.get(self.equalizer_exponent) if self.equalizer_taken else None
+        if not self.equalizer_taken:
+            return None
+        sharded = not torch.compiler.is_compiling() and "_sharded_weight" in self.__dict__
+        return self._kept_equalizer.get(self.equalizer_exponent, sharded=sharded)
 
     def operands(self, equalizer: Equalizer | None) -> Layer:
         """What :mod:`halo_train.fused` takes of this layer; equalizer: its :meth:`factors`."""

@@ -54,17 +54,20 @@ class KeptEqualizer:
     """d and 1/d of a layer, made again when its exponents change. A copy or a pickle starts empty."""
 
     def __init__(self) -> None:
-        self._made: tuple[tuple[Any, ...], Equalizer] | None = None
+        self._made: dict[int, tuple[tuple[int, int], Equalizer]] = {}
 
-    def get(self, exponent: Tensor) -> Equalizer:
-        """Of log2 d, [K] int8."""
-        # Collectives write without a new version, as DDP does when it broadcasts buffers.
-        if not may_keep(exponent) or (_DISTRIBUTED and dist.is_initialized()):
+    def get(self, exponent: Tensor, *, sharded: bool = False) -> Equalizer:
+        """Of log2 d, [K] int8.
+
+        Args:
+            sharded: FSDP2 has the layer, so DDP has it not, which broadcasts buffers without giving them a new version.
+        """
+        if not may_keep(exponent) or (_DISTRIBUTED and dist.is_initialized() and not sharded):
             return Equalizer.of_exponents(exponent)
-        key = (exponent._version, exponent.data_ptr(), stream_of(exponent))
-        made = self._made
+        key, stream = (exponent._version, exponent.data_ptr()), stream_of(exponent)
+        made = self._made.get(stream)
         if made is None or made[0] != key:
-            made = self._made = key, Equalizer.of_exponents(exponent)
+            made = self._made[stream] = key, Equalizer.of_exponents(exponent)
         return made[1]
 
     def __reduce__(self) -> tuple[type[KeptEqualizer], tuple[()]]:

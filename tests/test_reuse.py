@@ -48,10 +48,17 @@ def test_factors_are_made_again_when_the_exponents_change():
     assert torch.equal(factors.get(exponent).d, torch.exp2(exponent.float()))
 
 
+def test_in_a_process_group_only_those_of_sharded_layers_are_kept(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    factors, exponent = KeptEqualizer(), torch.zeros(8, dtype=torch.int8)
+    assert factors.get(exponent) is not factors.get(exponent)
+    assert factors.get(exponent, sharded=True) is factors.get(exponent, sharded=True)
+
+
 def test_copies_and_pickles_start_empty():
     layer = HaloLinear(16, 16)
     layer(torch.randn(4, 16))
-    assert layer._kept_equalizer._made is not None
+    assert layer._kept_equalizer._made
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert twin._kept_equalizer._made is None
+        assert not twin._kept_equalizer._made
     assert "_kept_equalizer" not in vars(layer.to_linear())

@@ -128,7 +128,9 @@ def test_a_failing_process_ends_the_run_with_its_traceback(tmp_path: Path):
     )
     assert result.returncode != 0
     # Its own traceback, before those of the others, whose connections end.
-    errors = [line for line in result.stderr.splitlines() if re.search(r"^(\[rank\d\]: )?\w+(\.\w+)*Error: ", line)]
+    errors = [
+        line for line in result.stderr.splitlines() if re.search(r"^(\[rank\d\]: )?\w+(\.\w+)*Error: ", line)
+    ]
     assert "ZeroDivisionError: of rank 1" in errors[0], result.stderr
     assert (tmp_path / "runs" / "tiny" / "checkpoints" / "step-2").is_dir()
 
