@@ -2,29 +2,37 @@
 
     python benchmarks/gsm8k.py --data GSM8K     # four minutes on an H200; GSM8K holds train.jsonl and test.jsonl
 
-1. Text: sources and documentation of Python's standard library and of the installed packages, and the training questions of
-   GSM8K (github.com/openai/grade-school-math, MIT). The model, 260M parameters by default, and its tokenizer are made from it by
-   the fine-tuning recipe in bf16 and saved as a Hugging Face directory.
+1. Text: sources and documentation of Python's standard library and of the installed packages, the training questions of GSM8K
+   (github.com/openai/grade-school-math, MIT), and drawn equations in its notation. The model, 260M parameters by default, and
+   its tokenizer are made from it by the fine-tuning recipe in bf16 and saved as a Hugging Face directory.
 2. ``halo-train compare`` fine-tunes that directory on GSM8K's training split in each precision, from the same weights on the
    same batches, and validates on the test split.
-3. Each exported model, plain bf16 now, answers the test questions greedily.
+3. Each exported model, plain bf16 now, answers the test questions greedily; all at the same time, so nothing here is timed.
 
-What the model knows is what minutes of training on code can teach it, so expect a few per cent; the question is whether 8 bits
-change the losses and the answers.
+What the model knows is what a minute of training can teach it, so expect a few per cent of exact matches, with a standard error
+that hides any effect of 8 bits. The share of right equations among those that the answers write down, such as ``<<48/2=24>>``,
+tells more: some thousand instead of some dozen successes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+import math
+import operator
 import random
+import re
 import shlex
 import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +43,17 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halo_train.recipes import finetune
-from halo_train.training.compare import plan, run_members
-from halo_train.training.compare_report import Line, read_lines, write_comparison
+from halo_train.training.compare import Comparison, plan, run_members
+from halo_train.training.compare_report import read_lines, write_comparison
 from halo_train.training.config import load_config
-from halo_train.training.evaluation import Evaluation, run_evaluation
+from halo_train.training.logging import read_metrics
 from halo_train.training.loop import pick_device
 from halo_train.training.model import export_model, train_tokenizer
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
+FIRST_STEPS = 10
+"""Of a run, in which kernels are loaded and compiled; not part of the share of data wait."""
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def documents(roots: list[Path], megabytes: float) -> Iterator[str]:
@@ -60,6 +71,61 @@ def documents(roots: list[Path], megabytes: float) -> Iterator[str]:
             left -= len(text)
         if left <= 0:
             return
+
+
+def drills(rows: int) -> Iterator[str]:
+    """Texts of 60 drawn equations each, whole numbers below 1000, in GSM8K's notation."""
+    rng = random.Random(2)
+
+    def number(digits: int) -> int:
+        return int(10 ** rng.uniform(0, digits))
+
+    def equation() -> str:
+        sign = rng.choice("+-*/")
+        a, b = number(3), number(2 if sign in "*/" else 3)
+        if sign == "/":
+            a *= b
+        elif sign == "-":
+            a, b = max(a, b), min(a, b)
+        result = value(f"{a}{sign}{b}")
+        return f"{a} {sign} {b} = <<{a}{sign}{b}={result}>>{result}"
+
+    for _ in range(rows):
+        yield "\n".join(equation() for _ in range(60))
+
+
+def value(expression: str) -> Fraction | None:
+    """Of an expression in numbers, the four operations and brackets; None for any other text."""
+
+    def of(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
+            return OPERATIONS[type(node.op)](of(node.left), of(node.right))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -of(node.operand)
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return Fraction(str(node.value))
+        raise ValueError
+
+    try:
+        return of(ast.parse(expression.replace(",", ""), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+        return None
+
+
+def equations(texts: Iterable[str]) -> dict[str, float]:
+    """Equations ``<<left=right>>`` of the texts that can be evaluated: how many, the share that holds within 0.01, its standard error.
+
+    Equations of a text are not independent, so the error is that of a ratio of sums over texts.
+    """
+    counts = []
+    for text in texts:
+        pairs = [(value(left), value(right)) for left, right in re.findall(r"<<([^<>=]+)=([^<>=]+)>>", text)]
+        held = [abs(left - right) < 0.01 for left, right in pairs if left is not None and right is not None]
+        counts.append((sum(held), len(held)))
+    right, total = (sum(column) for column in zip(*counts, strict=True))
+    share = right / max(total, 1)
+    error = math.sqrt(sum((r - share * n) ** 2 for r, n in counts)) / max(total, 1)
+    return {"written": total, "right": share, "standard_error": error}
 
 
 def write_jsonl(path: Path, rows: Iterator[dict[str, str]]) -> None:
@@ -81,6 +147,7 @@ def write_data(args: argparse.Namespace, folder: Path) -> list[str]:
     texts = list(documents(roots, args.megabytes))
     questions = [row["question"] for row in split["train"]]
     texts += ["\n\n".join(questions[i : i + 8]) for i in range(0, len(questions), 8)]
+    texts += drills(args.drills)
     write_jsonl(folder / "text.jsonl", ({"text": text} for text in texts))
     for name, rows in split.items():
         pairs = ({"prompt": prompt(row["question"]), "completion": " " + row["answer"]} for row in rows)
@@ -107,7 +174,8 @@ def fresh_model(args: argparse.Namespace, texts: list[str], folder: Path) -> int
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(args.seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with pick_device(args.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     export_model(model, tokenizer, folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -143,8 +211,8 @@ def pretrain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return finetune.run(load_config(file))
 
 
-def compare(args: argparse.Namespace, folder: Path) -> tuple[list[Line], dict[str, int], Path]:
-    """Fine-tunes in every precision: finished runs, exit codes of failed ones, folder of the comparison."""
+def comparison(args: argparse.Namespace, folder: Path) -> Comparison:
+    """The fine-tuning runs, in every precision."""
     file = run_file(
         folder / "gsm8k.yaml",
         run={"name": "gsm8k", "dir": str(folder)},
@@ -163,34 +231,50 @@ def compare(args: argparse.Namespace, folder: Path) -> tuple[list[Line], dict[st
             "weight_decay": 0.1,
             "device": args.device,
         },
-        log={"eval_every": max(1, args.steps // 4), "every": 50},
+        log={"eval_every": max(1, args.steps // 2), "every": 50},
     )
     seeds = ",".join(str(args.seed + i) for i in range(args.seeds))
-    comparison = plan(file, [f"quant.recipe={args.recipes}", f"run.seed={seeds}"], None)
-    failed = run_members(comparison)
-    table, _ = write_comparison(comparison, failed)
-    Console(width=140).print(table)
-    return read_lines(comparison), failed, comparison.folder
+    return plan(file, [f"quant.recipe={args.recipes}", f"run.seed={seeds}"], None)
 
 
-def exact_match(args: argparse.Namespace, folder: Path, run: Path) -> dict[str, Any]:
-    asked = Evaluation(
-        data=folder / "test.jsonl",
-        task="exact-match",
-        lm_eval=[],
-        form="auto",
-        rename={},
-        pattern="####",
-        limit=args.limit,
-        max_new_tokens=args.max_new_tokens,
-        seq_len=args.seq_len,
-        batch=args.answers_at_once,
-    )
-    file = run_evaluation(run, asked, pick_device(args.device), None)
-    found = json.loads(file.read_text())["exact_match"]
-    first = found.pop("samples")[0]
-    print(f"{first['prompt']!r}\n-> {first['generated']!r} (expected {first['expected']})", flush=True)
-    return found
+def results(compared: Comparison) -> list[dict[str, Any]]:
+    """A row of the table for each run that has finished."""
+    rows = []
+    for line in read_lines(compared):
+        folder = compared.folder / line.name
+        steps = [step for step in read_metrics(folder / "metrics.jsonl") if "data_wait" in step][FIRST_STEPS:]
+        seconds = [step["tokens"] / step["tokens_per_second"] for step in steps]
+        waited = sum(step["data_wait"] * spent for step, spent in zip(steps, seconds, strict=True))
+        row = {**vars(line), "data_wait": waited / sum(seconds) if steps else None, "exact_match": None}
+        answers = folder / "answers.json"
+        if answers.is_file():
+            row["exact_match"] = found = json.loads(answers.read_text())["exact_match"]
+            row["equations"] = equations(sample["generated"] for sample in found["samples"])
+            row["first_answer"] = found.pop("samples")[0]["generated"]
+        rows.append(row)
+    return rows
+
+
+def ask(args: argparse.Namespace, folder: Path, runs: Sequence[Path]) -> Iterator[Path]:
+    """Lets the runs' models answer the test questions, at the same time; yields each that is ready."""
+    command = [sys.executable, "-m", "halo_train.cli", "eval"]
+    options = {
+        "data": folder / "test.jsonl",
+        "task": "exact-match",
+        "pattern": "####",
+        "max-new-tokens": args.max_new_tokens,
+        "seq-len": args.seq_len,
+        "batch": args.answers_at_once,
+        "device": args.device,
+        **({} if args.limit is None else {"limit": args.limit}),
+    }
+    given = [f"--{name}={value}" for name, value in options.items()]
+    asked = [
+        subprocess.Popen([*command, str(run), *given, f"--output={run / 'answers.json'}"]) for run in runs
+    ]
+    for run, process in zip(runs, asked, strict=True):
+        if process.wait() == 0:
+            yield run
 
 
 def report(record: dict[str, Any]) -> str:
@@ -204,33 +288,42 @@ def report(record: dict[str, Any]) -> str:
         f"A Llama of {record['parameters'] / 1e6:.0f}M parameters (hidden {settings['hidden']}, {settings['layers']} layers) from random weights:",
         f"{settings['pretrain_steps']} steps of {settings['micro_batch']} rows on {record['text_megabytes']:.0f} MB of text in bf16, validation loss "
         f"{before['valid_before']:.3f} to {before['valid_after']:.3f}.",
-        f"Then {settings['steps']} steps on GSM8K's training split; loss on its test split, exact match of greedy answers of the exported bf16 model.",
+        f"Then {settings['steps']} steps of {settings['micro_batch']} rows on GSM8K's training split; loss on its test split, greedy answers of the",
+        "exported bf16 model to its test questions.",
         "",
-        "| precision | test loss | gap | training loss | exact match | answered | tokens/s | speed | 8-bit | peak GiB | SQNR fprop/dgrad/wgrad |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| precision | test loss | gap | training loss | exact match | answered | right equations | tokens/s | speed | data wait | 8-bit | peak GiB | "
+        "SQNR fprop/dgrad/wgrad |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in record["results"]:
         match = row["exact_match"]
-        score, answered = "-", "-"
+        score, answered, right = "-", "-", "-"
         if match is not None:
-            score = f"{100 * match['exact_match']:.2f}% ± {100 * match['standard_error']:.2f} ({match['correct']}/{match['questions']})"
+            score = f"{percent(match['exact_match'], match['standard_error'])} ({match['correct']}/{match['questions']})"
             answered = f"{100 * (1 - match['without_answer'] / match['questions']):.0f}%"
+            right = f"{percent(row['equations']['right'], row['equations']['standard_error'])} of {row['equations']['written']}"
+        waited = "-" if row["data_wait"] is None else f"{100 * row['data_wait']:.2f}%"
         memory = "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f}"
         speed = "-" if row["emulated"] or row["speed"] is None else f"{row['speed']:.2f}"
         gap = "-" if row["gap"] is None else f"{row['gap']:+.4f}"
         lines.append(
             f"| {row['name']} | {row['valid_loss']:.4f} | {gap} | {row['train_loss']:.4f} | "
-            f"{score} | {answered} | {row['tokens_per_second']:,.0f} | {speed} | {100 * row['share_8bit']:.0f}% | {memory} | "
+            f"{score} | {answered} | {right} | {row['tokens_per_second']:,.0f} | {speed} | {waited} | {100 * row['share_8bit']:.0f}% | {memory} | "
             f"{'/'.join(f'{db:.0f}' for db in row['sqnr_db'].values())} |"
         )
     lines += [
         "",
-        "gap: test loss minus that of the first precision, same weights, data, order and seed. ±: standard error of the exact match. answered: share of",
-        "the texts with something after `####`. tokens/s: training, median step, padding not counted. 8-bit: share of the operations in matrix",
-        "products. SQNR in dB, median layer.",
+        "gap: test loss minus that of the first precision, same weights, data, order and seed. ±: standard error over the questions; another seed moves",
+        "the figures too. answered: share of the texts with something after `####`. right equations: share of the `<<48/2=24>>` in the answers that hold.",
+        f"tokens/s: training, median step, padding not counted. data wait: share of the time of the steps after the first {FIRST_STEPS}. 8-bit: share of the",
+        "operations in matrix products. SQNR in dB, median layer.",
     ]
     lines += [f"\n{name} failed with exit code {code}." for name, code in record["failed"].items()]
     return "\n".join(lines) + "\n"
+
+
+def percent(share: float, error: float) -> str:
+    return f"{100 * share:.2f}% ± {100 * error:.2f}"
 
 
 def arguments() -> argparse.Namespace:
@@ -243,16 +336,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recipes", default="bf16,fp8,int8")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1, help="fine-tuning runs of each precision")
-    parser.add_argument("--megabytes", type=float, default=40, help="of text")
+    parser.add_argument("--megabytes", type=float, default=24, help="of found text")
+    parser.add_argument("--drills", type=int, default=4000, help="texts of 60 drawn equations")
     parser.add_argument("--vocab", type=int, default=16384)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--pretrain-steps", type=int, default=140)
-    parser.add_argument("--steps", type=int, default=180, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, default=350, help="of fine-tuning")
     parser.add_argument("--limit", type=int, help="test questions")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, default=224)
     parser.add_argument("--answers-at-once", type=int, default=1400)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", help="where the sources are no git checkout")
@@ -274,8 +368,6 @@ def main() -> None:
     parameters = fresh_model(args, texts, folder / "fresh")
     stage(f"{parameters / 1e6:.0f}M parameters from scratch")
     before = pretrain(args, folder)
-    stage("fine-tuning")
-    lines, failed, compared = compare(args, folder)
     record = {
         "environment": environment(args.commit),
         "command": shlex.join(["python", "benchmarks/gsm8k.py", *sys.argv[1:]]),
@@ -283,18 +375,28 @@ def main() -> None:
         "parameters": parameters,
         "text_megabytes": sum(map(len, texts)) / 1e6,
         "pretraining": {key: before[key] for key in ("valid_before", "valid_after", "tokens_per_second")},
-        "results": [{**vars(line), "exact_match": None} for line in lines],
-        "failed": failed,
+        "failed": {},
     }
-    # Written again after each model, so that a program that is stopped leaves what it had.
-    for row in [None, *record["results"]]:
-        if row is not None:
-            stage(f"answers of {row['name']}")
-            row["exact_match"] = exact_match(args, folder, compared / row["name"])
+    compared = comparison(args, folder)
+
+    def write() -> Path:
+        """Again after each run and each model's answers, so that a program that is stopped leaves what it had."""
+        record["results"] = results(compared)
         record["seconds"] = time.perf_counter() - started
         file = save_json("gsm8k", record, args.out)
         file.with_suffix(".md").write_text(report(record))
-        shutil.copyfile(compared / "compare.png", file.with_suffix(".png"))
+        return file
+
+    for member in compared.members:
+        stage(f"fine-tuning {member.name}")
+        record["failed"].update(run_members(replace(compared, members=[member])))
+        write()
+    stage("answers")
+    for _ in ask(args, folder, [member.folder for member in compared.members if member.summary is not None]):
+        file = write()
+    table, _ = write_comparison(compared, record["failed"])
+    Console(width=140).print(table)
+    shutil.copyfile(compared.folder / "compare.png", file.with_suffix(".png"))
     print(report(record))
     stage(f"written: {file}")
 

@@ -48,7 +48,7 @@ def load_tokenizer(path: Path, texts: Iterable[str], saved: Path) -> Any:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with eos and pad tokens, of at most ``vocab_size`` entries. Any text round-trips.
+    """A byte-level BPE tokenizer with eos and pad tokens, of at most ``vocab_size`` entries; a digit is a token. Any text round-trips.
 
     Raises:
         UserError: vocab_size has no room for the 256 bytes and the two special tokens.
@@ -59,7 +59,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             f"vocab_size in model.path must be at least {len(alphabet) + 2} for a byte-level tokenizer; got {vocab_size}"
         )
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # One token a digit, as Llama and Qwen have it: small models learn arithmetic on digits, not on a table of numbers.
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(
         texts,
