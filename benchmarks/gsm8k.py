@@ -249,14 +249,13 @@ def results(compared: Comparison) -> list[dict[str, Any]]:
         answers = folder / "answers.json"
         if answers.is_file():
             row["exact_match"] = found = json.loads(answers.read_text())["exact_match"]
-            row["equations"] = equations(sample["generated"] for sample in found["samples"])
-            row["first_answer"] = found.pop("samples")[0]["generated"]
+            row["equations"] = equations(sample["generated"] for sample in found.pop("samples"))
         rows.append(row)
     return rows
 
 
 def ask(args: argparse.Namespace, folder: Path, runs: Sequence[Path]) -> Iterator[Path]:
-    """Lets the runs' models answer the test questions, at the same time; yields each that is ready."""
+    """Lets the runs' models answer the test questions, at the same time; yields each file of answers that is ready."""
     command = [sys.executable, "-m", "halo_train.cli", "eval"]
     options = {
         "data": folder / "test.jsonl",
@@ -269,12 +268,14 @@ def ask(args: argparse.Namespace, folder: Path, runs: Sequence[Path]) -> Iterato
         **({} if args.limit is None else {"limit": args.limit}),
     }
     given = [f"--{name}={value}" for name, value in options.items()]
+    files = [run / "answers.json" for run in runs]
     asked = [
-        subprocess.Popen([*command, str(run), *given, f"--output={run / 'answers.json'}"]) for run in runs
+        subprocess.Popen([*command, str(run), *given, f"--output={file}"])
+        for run, file in zip(runs, files, strict=True)
     ]
-    for run, process in zip(runs, asked, strict=True):
+    for file, process in zip(files, asked, strict=True):
         if process.wait() == 0:
-            yield run
+            yield file
 
 
 def report(record: dict[str, Any]) -> str:
@@ -390,10 +391,13 @@ def main() -> None:
     for member in compared.members:
         stage(f"fine-tuning {member.name}")
         record["failed"].update(run_members(replace(compared, members=[member])))
-        write()
-    stage("answers")
-    for _ in ask(args, folder, [member.folder for member in compared.members if member.summary is not None]):
         file = write()
+    stage("answers")
+    finished = [member.folder for member in compared.members if member.summary is not None]
+    for answers in ask(args, folder, finished):
+        file = write()
+        first = json.loads(answers.read_text())["exact_match"]["samples"][0]
+        print(f"{first['prompt']!r}\n-> {first['generated']!r} (expected {first['expected']})", flush=True)
     table, _ = write_comparison(compared, record["failed"])
     Console(width=140).print(table)
     shutil.copyfile(compared.folder / "compare.png", file.with_suffix(".png"))

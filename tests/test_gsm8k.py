@@ -1,14 +1,51 @@
 """benchmarks/gsm8k.py from beginning to end, with everything as small as it gets."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def gsm8k(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gsm8k")
+
+
+def test_equations_are_found_and_checked(gsm8k: ModuleType) -> None:
+    found = gsm8k.equations(
+        [
+            "<<2+2=4>>4, <<3*3=8>>8 and <<a=3>>",
+            "<<1/3=.33>>.33 <<(1,000-1)/-3=-333>> <<1/0=0>>",
+            "",
+            "<<2**9=512>>",
+        ]
+    )
+    assert found["written"] == 4
+    assert found["right"] == 0.75
+    # By hand: residuals of the texts, right - 0.75 written, are 1 - 1.5 and 2 - 1.5.
+    assert found["standard_error"] == pytest.approx((0.25 + 0.25) ** 0.5 / 4)
+    assert gsm8k.equations(["nothing"]) == {"written": 0, "right": 0, "standard_error": 0}
+
+
+@pytest.mark.parametrize("text", ["__import__('os')", "9**9**9", "'a'", "f(1)", "True", "1;2", ""])
+def test_only_arithmetic_is_evaluated(gsm8k: ModuleType, text: str) -> None:
+    assert gsm8k.value(text) is None
+    assert gsm8k.value("2.5*(4-1)") == Fraction(15, 2)
+
+
+def test_drills_hold(gsm8k: ModuleType) -> None:
+    (text,) = gsm8k.drills(1)
+    assert text == next(gsm8k.drills(5))
+    assert gsm8k.equations([text]) == {"written": 60, "right": 1, "standard_error": 0}
 
 
 @pytest.mark.slow
@@ -22,7 +59,7 @@ def test_the_benchmark_runs_and_its_table_is_that_of_the_runs(tmp_path: Path) ->
         ]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = {
-        "megabytes": 0.05, "vocab": 300, "hidden": 32, "layers": 1, "seq-len": 256, "micro-batch": 4, "pretrain-steps": 3,
+        "megabytes": 0.05, "drills": 2, "vocab": 300, "hidden": 32, "layers": 1, "seq-len": 256, "micro-batch": 4, "pretrain-steps": 3,
         "steps": 3, "max-new-tokens": 4, "recipes": "bf16,fp8", "device": "cpu", "commit": "test",
         "work": tmp_path / "work", "out": tmp_path / "out", "data": data,
     }  # fmt: skip
@@ -35,7 +72,9 @@ def test_the_benchmark_runs_and_its_table_is_that_of_the_runs(tmp_path: Path) ->
     (file,) = (tmp_path / "out").glob("*.json")
     record = json.loads(file.read_text())
     assert [row["name"] for row in record["results"]] == ["bf16", "fp8"]
+    assert record["text_megabytes"] > 0.05
     for row in record["results"]:
+        assert row["equations"]["written"] >= 0
         summary = tmp_path / "work" / "gsm8k-compare" / row["name"] / "summary.json"
         assert row["valid_loss"] == json.loads(summary.read_text())["valid_after"]
         assert row["exact_match"]["questions"] == 4
