@@ -37,7 +37,7 @@ def test_training_a_tokenizer_is_reproducible() -> None:
     texts = [f"def function_{i}(argument): return argument * {i}" for i in range(200)]
     first, second = (train_tokenizer(texts, 600).get_vocab() for _ in range(2))
     assert first == second
-    assert len(first) > 300  # it merged something
+    assert len(first) > 270  # it merged something
 
 
 def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:

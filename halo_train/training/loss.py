@@ -8,29 +8,31 @@ them serves CPU and GPU, soft-capped logits and every torch that this library ru
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cross_entropy import LogitMap, loss_and_slope, runs_kernel
 from .data import IGNORE
 
-MAX_LOGITS = 1 << 27
-"""Logits that exist at a time: 0.5 GiB in float32, and twice that for log-softmax and gradient."""
+MAX_LOGITS = 1 << 29
+"""Logits that exist at a time where the kernel forms the loss: 1 GiB in bfloat16. The sum of the weight's gradients is read and
+written once a chunk, which with chunks of a quarter of this took longer than all passes over the logits."""
+
+MAX_LOGITS_PLAIN = 1 << 27
+"""Where PyTorch's operators do: 0.5 GiB in float32, and four times that for the steps of log-softmax and gradient."""
 
 
-class LogitMap(NamedTuple):
-    """What a model does with the products of its output layer: z -> cap tanh(scale z / cap); scale z without a cap."""
+_TILE = 128
+"""Rows of a tile of the matrix products."""
 
-    scale: float = 1.0
-    """E.g. Granite's logits_scaling, Cohere's logit_scale."""
-    cap: float | None = None
-    """E.g. Gemma 2's final_logit_softcapping."""
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        logits = logits if self.scale == 1 else logits * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+def chunk_rows(most: int, vocabulary: int) -> int:
+    """Tokens of a chunk of at most ``most`` logits, in whole tiles where there is room for one; at least one token."""
+    rows = max(1, most // vocabulary)
+    return rows - rows % _TILE if rows > _TILE else rows
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -59,13 +61,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         db = torch.zeros_like(bias, dtype=wide) if needs_db else None  # type: ignore[arg-type]
         for start in range(0, h.shape[0], chunk):
             rows = slice(start, start + chunk)
-            z = F.linear(h[rows], w, b).requires_grad_(any((needs_dh, needs_dw, needs_db)))
-            with torch.set_grad_enabled(z.requires_grad):
-                loss = F.cross_entropy(logit_map(z.to(wide)), targets[rows], reduction="sum")
-            total += loss.detach()
-            if not z.requires_grad:
+            z = F.linear(h[rows], w, b)
+            loss, dz = loss_and_slope(z, targets[rows], logit_map, needs_dh or needs_dw or needs_db)
+            total += loss
+            if dz is None:
                 continue
-            (dz,) = torch.autograd.grad(loss, z)
             if dh is not None:
                 dh[rows] = dz @ w
             if dw is not None:
@@ -100,12 +100,12 @@ class TokenLoss(nn.Module):
 
     Args:
         model: of transformers, before its layers are converted or sharded. It becomes the submodule ``model``.
-        max_logits: of a chunk.
+        max_logits: of a chunk; None is :data:`MAX_LOGITS` or :data:`MAX_LOGITS_PLAIN`.
     """
 
     model: Any
 
-    def __init__(self, model: nn.Module, max_logits: int = MAX_LOGITS) -> None:
+    def __init__(self, model: nn.Module, max_logits: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.max_logits = max_logits
@@ -140,7 +140,8 @@ class TokenLoss(nn.Module):
         head = self.model.get_output_embeddings()
         if hidden.dtype == torch.float32:
             hidden = hidden.to(torch.bfloat16)  # as the autocast of the output layer would
-        chunk = max(1, self.max_logits // head.weight.shape[0])
+        most = self.max_logits or (MAX_LOGITS if runs_kernel(hidden) else MAX_LOGITS_PLAIN)
+        chunk = chunk_rows(most, head.weight.shape[0])
         return LinearCrossEntropy.apply(hidden, head.weight, head.bias, goals, self.logit_map, chunk)
 
 
