@@ -112,6 +112,40 @@ def test_transformers_reads_the_fp8_directory_and_its_logits_are_near(source: Pa
     assert 0.003 < noise < 0.1  # bfloat16 alone is below
 
 
+def test_its_logits_are_those_of_the_plain_export_with_rounded_weights_and_inputs(
+    source: Path, tmp_path: Path
+) -> None:
+    """compressed-tensors reads what was meant: the plain model with our weights put back and inputs rounded here."""
+    export(source, "compressed-tensors", tmp_path / "fp8")
+    export(source, "hf", tmp_path / "hf")
+    stored = load_file(tmp_path / "fp8" / "model.safetensors")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+
+    def rounded_by_token(module: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+        scale = args[0].abs().amax(-1, keepdim=True) / 448
+        return (args[0] / scale).to(torch.float8_e4m3fn).float() * scale
+
+    ids = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = plain(ids).logits
+        for name, layer in plain.named_modules():
+            if f"{name}.weight_scale" in stored:
+                layer.weight.copy_(stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"].float())
+                layer.register_forward_pre_hook(rounded_by_token)
+        expected = plain(ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", dtype=torch.float32)(ids).logits
+    assert (found - expected).norm() < 1e-3 * (expected - exact).norm()
+
+
+def test_layers_that_vllm_merges_are_stored_alike(tmp_path: Path) -> None:
+    """One key head of 8: k and v do not fit the kernels, so q, which would, stays in bfloat16 as well."""
+    folder = _directory(tmp_path / "hf", head_dim=8, num_key_value_heads=1, intermediate_size=256)
+    layers, ignored = layers_for_fp8(folder)
+    attention = {f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qkv"}
+    assert attention < set(ignored)
+    assert {name.rpartition(".")[2] for name in layers} == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 def test_what_is_no_multiple_of_16_or_tied_is_left_alone(tmp_path: Path) -> None:
     folder = _directory(tmp_path / "hf", kind="qwen2", tie_word_embeddings=True)
     layers, ignored = layers_for_fp8(folder)

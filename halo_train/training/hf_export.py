@@ -35,6 +35,9 @@ _INDEX = "model.safetensors.index.json"
 _KERNEL_MULTIPLE = 16
 """Of both sizes of a weight, for the 8-bit products of vLLM."""
 
+_MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that vLLM computes as one product, and refuses if only some of them are in FP8."""
+
 
 def export(path: Path, form: ExportFormat, output: Path) -> str:
     """Writes the model of ``path`` to the directory ``output``, which appears whole or not at all.
@@ -100,8 +103,15 @@ def layers_for_fp8(folder: Path) -> tuple[set[str], list[str]]:
         report = convert_to_halo_training(model, recipe="fp8_plain")
     except ValueError as error:
         raise UserError(f"--format compressed-tensors: {error}") from error
-    chosen = {layer.name for layer in report.converted if not any(n % _KERNEL_MULTIPLE for n in layer.shape)}
+    fitting = {layer.name for layer in report.converted if not any(n % _KERNEL_MULTIPLE for n in layer.shape)}
+    chosen = {name for name in fitting if _merged_with(name) & set(linear) <= fitting}
     return chosen, sorted(set(linear) - chosen)
+
+
+def _merged_with(name: str) -> set[str]:
+    """The layers that vLLM computes in one product with this one, itself among them."""
+    parent, dot, own = name.rpartition(".")
+    return {parent + dot + other for group in _MERGED for other in group if own in group} | {name}
 
 
 def _model_directory(path: Path, output: Path) -> tuple[Path, bool]:
