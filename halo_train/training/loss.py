@@ -25,6 +25,9 @@ MAX_LOGITS_PLAIN = 1 << 27
 """Where PyTorch's operators do: 0.5 GiB in float32, and four times that for the steps of log-softmax and gradient."""
 
 
+_ADDS_TO_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+"""Whether ``torch.addmm`` adds a product of 16-bit matrices to a float32 one; earlier ones want a single dtype."""
+
 _TILE = 128
 """Rows of a tile of the matrix products."""
 
@@ -69,7 +72,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if dh is not None:
                 dh[rows] = dz @ w
             if dw is not None:
-                dw += dz.t() @ h[rows]
+                _add_product(dw, dz.t(), h[rows])
             if db is not None:
                 db += dz.sum(0, dtype=wide)
         ctx.save_for_backward(dh, dw, db)
@@ -89,6 +92,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; of 16-bit a and b on a GPU by the product itself, in float32, without an [M, N] tensor in between."""
+    if total.is_cuda and total.dtype == torch.float32 and a.element_size() == 2 and _ADDS_TO_FLOAT32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 class TokenLoss(nn.Module):
