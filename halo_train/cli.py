@@ -17,6 +17,7 @@ for _name in ("torchao", "torch.utils._pytree"):
 
 try:
     import numpy as np
+    import torch
     import typer
     from rich.console import Console
     from rich.table import Table
@@ -359,6 +360,13 @@ def main() -> None:
     except (UserError, RunFailed, Interrupted) as error:
         print(f"halo-train: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"halo-train: {str(error).partition(' GPU ')[0]} Lower train.micro_batch (and raise train.grad_accum) or data.seq_len, "
+            "or set train.activation_checkpointing=full, model.dtype=bfloat16 or train.optimizer=adamw_8bit; in eval lower --batch",
+            file=sys.stderr,
+        )
+        sys.exit(RunFailed.exit_code)
     except KeyboardInterrupt:
         print("halo-train: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from training_fixtures import halo_train, metrics, write_run
 
 from halo_train import RECIPES
@@ -53,6 +54,22 @@ def test_what_the_user_can_mend_is_one_message_and_code_2(
     assert err.startswith("halo-train: ")
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_full_gpu_is_one_message_with_what_to_lower(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(config: Config) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"
+        )
+
+    monkeypatch.setattr(finetune, "run", full)
+    assert halo_train("run", str(write_run(tmp_path))) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "halo-train: CUDA out of memory. Tried to allocate 2.00 GiB. Lower train.micro_batch"
+    )
 
 
 def test_a_run_that_exists_is_refused_and_can_be_resumed(

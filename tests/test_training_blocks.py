@@ -129,6 +129,9 @@ def test_the_switch_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str],
         "7 parts of blocks run fused; one by one:\n  model.layers.0.mlp: its activation ReLU" in printed
     ) is fuse
     assert len(json.loads((tmp_path / "conversion.json").read_text())["fused"]) == len(report.fused)
+    # Where nothing is rounded nothing is fused either, which needs no list of reasons.
+    convert(transformers.AutoModelForCausalLM.from_config(LLAMA), {"*": RECIPES["bf16"]}, config, tmp_path)
+    assert "fused" not in capsys.readouterr().out
 
 
 WITHOUT_BLOCKS = nn.Sequential(nn.Linear(4, 4))

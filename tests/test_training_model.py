@@ -33,6 +33,12 @@ def test_any_text_round_trips(tokenizer) -> None:
     assert len(tokenizer) <= LLAMA["vocab_size"]
 
 
+def test_a_digit_is_a_token() -> None:
+    tokenizer = train_tokenizer(["12345 + 12345 = 24690"] * 50, 300)
+    digits = [token for token in tokenizer.tokenize("x = 12345") if token.isdigit()]
+    assert digits == list("12345")
+
+
 def test_training_a_tokenizer_is_reproducible() -> None:
     texts = [f"def function_{i}(argument): return argument * {i}" for i in range(200)]
     first, second = (train_tokenizer(texts, 600).get_vocab() for _ in range(2))

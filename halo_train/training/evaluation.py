@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from .data import FixedBatches, Split
 from .encode import Encoder
@@ -24,6 +23,7 @@ from .formats import AUTO, FORMATS, Conversation, Row, row_format
 from .logging import write_atomically
 from .loop import evaluate
 from .loss import TokenLoss
+from .model import without_progress_bars
 from .prepare import pad_id
 from .sources import open_source
 from .store import Documents, make_chunk
@@ -126,13 +126,11 @@ def load_for_evaluation(folder: Path, device: torch.device) -> tuple[Any, Any]:
         UserError: not loadable, or without a tokenizer.
     """
     try:
-        disable_progress_bar()  # of transformers, for the reading of shards
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        with without_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"transformers cannot load model and tokenizer from {folder}: {error}") from None
-    finally:
-        enable_progress_bar()
     return model.to(device).eval(), tokenizer
 
 

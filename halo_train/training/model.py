@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,16 @@ from .sharded_load import WholeModelNeeded, empty_model
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Of transformers, which draws them into log files too and for a second's work."""
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        enable_progress_bar()
 
 
 def load_tokenizer(path: Path, texts: Iterable[str], saved: Path) -> Any:
@@ -127,7 +139,8 @@ def build_model(
         if path.is_dir() and later:
             model = empty_model(path, dtype)
         elif path.is_dir():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            with nullcontext() if sys.stderr.isatty() else without_progress_bars():
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         else:
             config = read_model_config(path)
             config.bos_token_id = tokenizer.bos_token_id
@@ -188,9 +201,8 @@ def export_model(
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    disable_progress_bar()  # of transformers, for the writing of shards
-    model.save_pretrained(temporary, state_dict=weights)  # type: ignore[operator]
-    enable_progress_bar()
+    with without_progress_bars():
+        model.save_pretrained(temporary, state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)

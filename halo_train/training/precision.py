@@ -21,6 +21,7 @@ from halo_train import (
     measure_products,
 )
 from halo_train.calibrate import Prefer
+from halo_train.config import Format
 from halo_train.metrics.collect import Sink
 from halo_train.metrics.records import JsonlSink
 
@@ -82,9 +83,13 @@ def convert(
     print(f"{len(report.converted)} linear layers run {label}; {path} names them; left alone:")
     for skip in report.skipped:
         print(f"  {skip.name}: {skip.reason}", flush=True)
-    if report.fused or report.unfused:
-        print(f"{len(report.fused)} parts of blocks run fused; one by one:")
-    for left in report.unfused:
+    rounds = any(recipe.format is not Format.HIGH_PRECISION for recipe in recipes.values())
+    unfused = report.unfused if rounds else []
+    if rounds and (report.fused or unfused):
+        print(
+            f"{len(report.fused)} parts of blocks run fused{'; one by one:' if unfused else ''}", flush=True
+        )
+    for left in unfused:
         print(f"  {left.name}: {left.reason}", flush=True)
     return report
 
