@@ -36,7 +36,7 @@ try:
     from halo_train.training.config import RECIPE_FILE, Config, is_no_path, load_config
     from halo_train.training.distributed import launch
     from halo_train.training.encode import decode_pieces
-    from halo_train.training.errors import Interrupted, RunFailed, UserError
+    from halo_train.training.errors import LESS_MEMORY, Interrupted, RunFailed, UserError
     from halo_train.training.evaluation import Evaluation, Task, run_evaluation
     from halo_train.training.hf_export import ExportFormat, export
     from halo_train.training.listing import recipes_table, run_files_table
@@ -361,11 +361,7 @@ def main() -> None:
         print(f"halo-train: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except torch.OutOfMemoryError as error:
-        print(
-            f"halo-train: {str(error).partition(' GPU ')[0]} Lower train.micro_batch (and raise train.grad_accum) or data.seq_len, "
-            "or set train.activation_checkpointing=full, model.dtype=bfloat16 or train.optimizer=adamw_8bit; in eval lower --batch",
-            file=sys.stderr,
-        )
+        print(f"halo-train: {str(error).partition(' GPU ')[0]} {LESS_MEMORY}", file=sys.stderr)
         sys.exit(RunFailed.exit_code)
     except KeyboardInterrupt:
         print("halo-train: interrupted", file=sys.stderr)

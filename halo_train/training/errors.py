@@ -5,6 +5,13 @@ from __future__ import annotations
 import signal
 
 
+LESS_MEMORY = (
+    "Lower train.micro_batch (and raise train.grad_accum) or data.seq_len, or set train.activation_checkpointing=full, "
+    "model.dtype=bfloat16 or train.optimizer=adamw_8bit; in eval lower --batch"
+)
+"""What helps where the memory of a GPU is full."""
+
+
 class UserError(ValueError):
     """Something the user can put right: a wrong key, a missing file, a directory that exists. Exit code 2."""
 
