@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 
-
 LESS_MEMORY = (
     "Lower train.micro_batch (and raise train.grad_accum) or data.seq_len, or set train.activation_checkpointing=full, "
     "model.dtype=bfloat16 or train.optimizer=adamw_8bit; in eval lower --batch"
