@@ -1,0 +1,94 @@
+"""What QuantMetrics costs: memory between forward and backward, and operations in a sampled step."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from metrics_fixtures import train_step
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from halo_train import QuantMetrics, convert_to_halo_training
+from halo_train.metrics.reduce import reduce_wgrad
+
+
+def test_memory_held_between_forward_and_backward():
+    """The bound of docs/metrics.md: M (C (b + 2 R) + 4 R + 24) bytes a layer; C inputs sampled, b bytes of x, R recipes of the three."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 256))
+    convert_to_halo_training(model, recipe="fp8")
+    metrics = QuantMetrics(model, what_if=["halo0_fp8", "fp8", "int8"], sample_size=128)
+    loss = model(torch.randn(1024, 512)).square().mean()
+    assert held(1024, vars(metrics._sampled._pending["0"]), metrics) <= 1024 * (32 * (4 + 2 * 2) + 4 * 2 + 24)
+    loss.backward()
+    assert not metrics._sampled._pending
+    batches = metrics._sampled.batches
+    batches._reduce(next(k for k in batches._waiting if k[0] is reduce_wgrad))  # is full
+    assert held(1024, metrics) == 1024 * 68  # until step()
+    metrics.close()
+
+
+def held(rows: int, *owners) -> int:
+    """Bytes of the tensors with so many rows that a probe and the waiting samples keep."""
+    owners = [vars(o._sampled.batches) if isinstance(o, QuantMetrics) else o for o in owners]
+    storages = [t.untyped_storage() for t in tensors_of(owners) if rows in t.shape]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+class Operations(TorchDispatchMode):
+    """Counts what would launch a kernel."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        self.count += not (func.is_view or "empty" in name or name == "promote_types")
+        return func(*args, **(kwargs or {}))
+
+
+def test_few_operations_a_layer(monkeypatch):
+    """Launching them is a good part of what a sample costs, and one more a layer is 224 more in that of a Llama-3-8B.
+
+    Emulated products and rotations of a CPU included; on a GPU they are fewer.
+    """
+    monkeypatch.setattr("halo_train.metrics.step._disable_current_modes", contextlib.nullcontext)
+
+    def operations(layers: int, together: int) -> tuple[int, int]:
+        """In a sampled step and in a plain one; so many layers are reduced together."""
+        torch.manual_seed(0)
+        # The largest sample of a layer has 64 x 64 elements.
+        monkeypatch.setattr("halo_train.metrics.batches.FULL", together * 64 * 64)
+        model = nn.Sequential(*(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16) for _ in range(layers)))
+        convert_to_halo_training(model, recipe="fp8")
+        x = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
+        counts = []
+        with QuantMetrics(model, every=2, sample_size=64) as metrics:
+            train_step(model, x)
+            metrics.step()  # d is taken in it
+            for _ in range(2):  # sampled, then plain
+                with Operations() as counted:
+                    train_step(model, x)
+                    metrics.step()
+                counts.append(counted.count)
+        return counts[0], counts[1]
+
+    (few, few_plain), (many, many_plain) = operations(2, 100), operations(6, 100)
+    alone, _ = operations(4, 1)
+    stacked, _ = operations(4, 4)
+    a_layer = (many - few - many_plain + few_plain) / 4
+    a_stack = (alone - stacked) / 3
+    assert a_layer <= 26  # at once
+    assert a_stack <= 240  # later, for all layers of a stack: 4 to 16 of a Llama-3-8B
+
+
+def tensors_of(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    return (
+        [t for v in value for t in tensors_of(v)]
+        if isinstance(value, (list, tuple, type({}.values())))
+        else []
+    )
