@@ -87,6 +87,11 @@ class Calibration:
         for layer in self.layers:
             scores = "".join(f"{layer.scores[name]:>12.1f}" for name in CANDIDATES)
             lines.append(f"  {layer.name:<{width}}  {scores}   {layer.reason}")
+        slower = sum(layer.time[layer.recipe] > 1 for layer in self.layers)
+        if slower:
+            lines.append(
+                f"{slower} of them, too small to gain time, save memory alone; prefer='time' (--prefer time) leaves those in bf16"
+            )
         return "\n".join(lines)
 
 

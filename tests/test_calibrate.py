@@ -80,8 +80,11 @@ def test_a_target_out_of_reach_keeps_a_layer_in_bf16():
 
 def test_time_counts_where_it_is_preferred():
     """Small layers spend more on rounding than 8-bit GEMMs save."""
-    layers = calibrate(Net(), batches(), step, prefer="time").layers
+    assert "prefer='time' (--prefer time) leaves those in bf16" in str(calibrate(Net(), batches(), step))
+    found = calibrate(Net(), batches(), step, prefer="time")
+    layers = found.layers
     assert all(layer.recipe == "bf16" for layer in layers)
+    assert "prefer=" not in str(found)
     assert "no 8-bit recipe is faster; fp8_plain takes" in layers[0].reason
     with pytest.raises(ValueError, match="prefer must be one of memory, time; got 'speed'"):
         calibrate(Net(), batches(), step, prefer="speed")

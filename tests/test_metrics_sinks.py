@@ -17,6 +17,7 @@ from halo_train import QuantMetrics, QuantSample, convert_to_halo_training
 from halo_train.linear import halo_linears
 from halo_train.metrics.console import ConsoleSink, sample_table
 from halo_train.metrics.records import JsonlSink, read_samples
+from halo_train.metrics.sample import SampleSize
 
 
 def toy_run(sinks, steps: int = 3, **options) -> QuantSample:
@@ -164,6 +165,18 @@ def test_console_table(capsys):
     assert text.index("worst_layer") < text.index("median_layer") < text.index(f" {sample.worst_first()[0]} ")
     assert "256 tokens" in text
     assert "worst_layer" in capsys.readouterr().out
+
+
+def test_console_table_in_a_narrow_window_shows_whole_names():
+    values = toy_run([]).values["0"]
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    sample = QuantSample(
+        1, SampleSize(256, 256, 64), dict.fromkeys(names, "int8"), dict.fromkeys(names, values), {}
+    )
+    console = Console(width=80, record=True)
+    console.print(sample_table(sample))
+    first_column = [line.split("│")[1].strip() for line in console.export_text().splitlines() if "│" in line]
+    assert all(name in "".join(first_column) for name in names)
 
 
 @pytest.mark.slow

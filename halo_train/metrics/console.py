@@ -22,7 +22,8 @@ def sample_table(sample: QuantSample, limit: int = 20) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    for column in ("layer", "recipe", *PRODUCTS):
+    table.add_column("layer", overflow="fold")  # names differ at their ends
+    for column in ("recipe", *PRODUCTS):
         table.add_column(column)
     rows = sample.aggregates | sample.values
     for name in (WORST, MEDIAN, *sample.worst_first()[:limit]):
