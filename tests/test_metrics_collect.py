@@ -24,7 +24,7 @@ def causal_lm(family: str) -> nn.Module:
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}  # fmt: skip
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "use_cache": False}  # fmt: skip
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).train()
 
 
@@ -79,6 +79,25 @@ def test_fused_blocks_stay_fused_in_a_sampled_step(family, monkeypatch):
             model.zero_grad()
     # In a sampled step h is rounded as a tensor, and a gate_up_proj as one layer, which moves ties.
     assert (gradients[1] - gradients[2]).norm() < 0.03 * gradients[2].norm()
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_fused_blocks_under_activation_checkpointing(mode):
+    from halo_train.training.blocks import checkpoint_activations
+
+    found = []
+    for recompute in (False, True):
+        model = causal_lm("llama")
+        convert_to_halo_training(model, recipe="fp8")
+        if recompute:
+            checkpoint_activations(model, mode)
+        with QuantMetrics(model, every=1, what_if=["int8"]) as metrics:
+            for _ in range(2):
+                backward_of(model)
+                metrics.step()
+        found.append((metrics.last.values, [p.grad for p in model.parameters()]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
 def test_every_stat_of_every_layer_is_in_the_flat_dict():

@@ -36,6 +36,34 @@ def held(rows: int, *owners) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
+def test_a_fused_block_keeps_no_more_for_backward_in_a_sampled_step():
+    """Its norms' outputs and h go to the samples and are gone; q, k, v, gate, up and what is rounded are kept as ever."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    ).bfloat16()  # fmt: skip
+    assert convert_to_halo_training(model, recipe="fp8").fused
+    ids = torch.randint(96, (4, 64))
+    kept = []
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        storages[t.untyped_storage().data_ptr()] = t  # alive, or its address would be given away again
+        return t
+
+    with QuantMetrics(model, every=2, what_if=["int8"]) as metrics:
+        for sampled in (True, True, False):
+            storages: dict[int, torch.Tensor] = {}
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                loss = model(input_ids=ids, labels=ids).loss
+            kept.append(sum(t.untyped_storage().nbytes() for t in storages.values()))
+            loss.backward()
+            assert bool(metrics.step()) == sampled
+    small = 2 * 4 * 64 * 4 * 8  # scales of rows
+    assert kept[2] - small <= kept[1] <= kept[2] + small
+
+
 class Operations(TorchDispatchMode):
     """Counts what would launch a kernel."""
 
