@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from halo_train import QuantMetrics, convert_to_halo_training, ops
+from halo_train.linear import halo_linears
 from halo_train.ops import reference
 
 pytestmark = pytest.mark.gpu
@@ -172,3 +173,87 @@ def test_samples_between_compiled_steps():
             assert bool(values) == (step in (1, 2, 4))
             if values:
                 assert 20 < values["quant/0/fprop/sqnr_db"] < 50
+
+
+def llama(layers: int = 2, hidden: int = 256, intermediate: int = 640) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=512, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                    num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, use_cache=False)
+    ).cuda().bfloat16()  # fmt: skip
+    assert convert_to_halo_training(model, recipe="fp8").fused
+    return model
+
+
+def backward_of(model: nn.Module, tokens: int = 512) -> torch.Tensor:
+    ids = torch.randint(512, (1, tokens), generator=torch.Generator().manual_seed(0)).cuda()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss
+
+
+def test_fused_blocks_are_measured_as_they_are_one_by_one():
+    """A forward hook makes the layers run one by one: the same X, W and E but for what the rounding changes downstream."""
+    samples = []
+    for one_by_one in (False, True):
+        model = llama()
+        if one_by_one:
+            for _, layer in halo_linears(model):
+                layer.register_forward_hook(lambda *_: None)
+        with QuantMetrics(model, sample_size=ALL) as metrics:
+            backward_of(model)
+            metrics.step()
+        samples.append(metrics.last)
+    fused, single = samples
+    assert fused.values.keys() == single.values.keys() == dict(halo_linears(model)).keys()
+    for layer, parts in fused.values.items():
+        for part, stats in parts.items():
+            for stat in ("rms", "sqnr_db"):
+                if stat in stats:
+                    expected = single.values[layer][part][stat]
+                    tolerance = 1.0 if stat == "sqnr_db" else 0.1 * expected
+                    assert stats[stat] == pytest.approx(expected, abs=tolerance), (layer, part, stat)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_samples_of_fused_blocks_between_plain_steps(compiled):
+    """The blocks' gradients of a sampled step are those of a plain one up to the rounding of h, which had been in bfloat16."""
+    model = llama()
+    backward_of(model)  # takes the equalisers
+    if compiled:
+        for block in model.model.layers:
+            block.compile(fullgraph=True)
+    gradients = []
+    with QuantMetrics(model, every=2, start_step=2) as metrics:
+        for sampled in (False, True, False, True):
+            model.zero_grad()
+            backward_of(model)
+            gradients.append(torch.cat([p.grad.flatten().float() for p in model.parameters()]))
+            assert bool(metrics.step()) == sampled
+    for found in gradients[1:]:
+        assert (found - gradients[0]).norm() < 0.1 * gradients[0].norm()
+    assert torch.equal(gradients[0], gradients[2])
+
+
+def test_memory_of_a_sampled_step_of_fused_blocks():
+    """docs/metrics.md: what a layer keeps until its backward, and tensors of one block at a time: not h of every block."""
+    tokens, hidden, wide, blocks = 8192, 1024, 4096, 8
+    model = llama(blocks, hidden, wide)
+    backward_of(model, tokens)
+    model.zero_grad()
+    peaks = []
+    with QuantMetrics(model, every=2, start_step=2, layers=["*mlp*"]) as metrics:
+        for sampled in (False, True, False, True):
+            torch.cuda.reset_peak_memory_stats()
+            backward_of(model, tokens)
+            model.zero_grad()
+            assert bool(metrics.step()) == sampled
+            peaks.append(torch.cuda.max_memory_allocated())
+    layers, recipes = 3 * blocks, 2
+    kept = layers * tokens * (64 * (2 + 2 * recipes) + 4 * recipes + 24)
+    of_one_block = tokens * (2 * hidden + 6 * 2 * wide)  # norm, h, their gradients, gate and up once more
+    reduced = 12 * 8 * (1 << 24)  # float64 copies of a full stack
+    print(f"{peaks[0] / 2**20:.0f} MiB plain, {peaks[1] / 2**20:.0f} and {peaks[3] / 2**20:.0f} sampled")
+    assert peaks[3] - peaks[2] <= kept + of_one_block + reduced
