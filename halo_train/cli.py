@@ -17,7 +17,6 @@ for _name in ("torchao", "torch.utils._pytree"):
 
 try:
     import numpy as np
-    import torch
     import typer
     from rich.console import Console
     from rich.table import Table
@@ -36,7 +35,7 @@ try:
     from halo_train.training.config import RECIPE_FILE, Config, is_no_path, load_config
     from halo_train.training.distributed import launch
     from halo_train.training.encode import decode_pieces
-    from halo_train.training.errors import LESS_MEMORY, Interrupted, RunFailed, UserError
+    from halo_train.training.errors import Interrupted, RunFailed, UserError, what_is_full
     from halo_train.training.evaluation import Evaluation, Task, run_evaluation
     from halo_train.training.hf_export import ExportFormat, export
     from halo_train.training.listing import recipes_table, run_files_table
@@ -90,11 +89,11 @@ def compare(
     ] = None,
     nproc: _Processes = 1,
 ) -> None:
-    """Run FILE several times and set the runs side by side: halo-train compare FILE quant.recipe=bf16,fp8,int8.
+    """Run FILE several times and set the runs side by side.
 
-    A field with several values, separated by commas, gives a run for each; run.seed=0,1,2 repeats all of them. Losses, speed,
-    memory and rounding errors come as one table and one picture. A run that fails does not stop the others; the
-    same command again goes on with an interrupted comparison.
+    halo-train compare FILE quant.recipe=bf16,fp8,int8: each value gives a run;
+    run.seed=0,1,2 repeats all of them. One table and one picture at the end. A
+    run that fails does not stop the others; the same command tries it again.
     """
     comparison = plan(file, overrides or (), steps)
     failed = run_members(comparison, nproc)
@@ -202,7 +201,7 @@ def evaluate(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Model directory, or folder of a run.", show_default=False)
     ],
-    data: Annotated[Path | None, typer.Option(help="JSONL file, in any format of data.train.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Rows, as data.train takes them.")] = None,
     task: Annotated[Task, typer.Option(help="loss; or loss and exact match of generated answers.")] = "loss",
     pattern: Annotated[
         str | None,
@@ -357,12 +356,12 @@ def main() -> None:
     """Entry point: errors that the user can act on are one message and an exit code, not a traceback."""
     try:
         app()
-    except (UserError, RunFailed, Interrupted) as error:
-        print(f"halo-train: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except torch.OutOfMemoryError as error:
-        print(f"halo-train: {str(error).partition(' GPU ')[0]} {LESS_MEMORY}", file=sys.stderr)
-        sys.exit(RunFailed.exit_code)
+    except Exception as error:
+        known = error if isinstance(error, (UserError, RunFailed, Interrupted)) else what_is_full(error)
+        if known is None:
+            raise
+        print(f"halo-train: {known}", file=sys.stderr)
+        sys.exit(known.exit_code)
     except KeyboardInterrupt:
         print("halo-train: interrupted", file=sys.stderr)
         sys.exit(130)

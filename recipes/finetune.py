@@ -104,7 +104,6 @@ def run(config: Config) -> dict[str, Any]:
                 if ranks.first:
                     make_run_folder(folder, config)
                     require_same_data(folder, data)
-                    write_atomically(folder / "config.yaml", config.to_yaml())
                     write_atomically(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
                     if not Path(config.model.path).is_dir():
                         data.tokenizer.save_pretrained(folder / "tokenizer")

@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 import subprocess
@@ -56,20 +57,41 @@ def test_what_the_user_can_mend_is_one_message_and_code_2(
     assert "Traceback" not in err
 
 
-def test_a_full_gpu_is_one_message_with_what_to_lower(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"
+            ),
+            "CUDA out of memory. Tried to allocate 2.00 GiB. Lower train.micro_batch",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "no space is left on the disk for a/b; "),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "no space is left on the disk; "),
+    ],
+)
+def test_what_is_full_is_one_message_and_code_1(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    message: str,
 ) -> None:
     def full(config: Config) -> None:
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"
-        )
+        raise error
 
     monkeypatch.setattr(finetune, "run", full)
     assert halo_train("run", str(write_run(tmp_path))) == 1
-    err = capsys.readouterr().err
-    assert err.startswith(
-        "halo-train: CUDA out of memory. Tried to allocate 2.00 GiB. Lower train.micro_batch"
-    )
+    assert capsys.readouterr().err.startswith(f"halo-train: {message}")
+
+
+def test_any_other_error_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(config: Config) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(finetune, "run", wrong)
+    with pytest.raises(PermissionError):
+        halo_train("run", str(write_run(tmp_path)))
 
 
 def test_a_run_that_exists_is_refused_and_can_be_resumed(

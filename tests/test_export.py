@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from training_fixtures import halo_train, write_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from halo_train.recipes import finetune
+from halo_train.training import hf_export
 from halo_train.training.config import load_config
 from halo_train.training.hf_export import export, layers_for_fp8, quantize_weight
 from halo_train.training.model import export_model, train_tokenizer
@@ -200,6 +202,26 @@ def test_a_run_gives_bfloat16_and_its_last_checkpoint_when_it_did_not_end(
     assert "exists and is not overwritten" in capsys.readouterr().err
     assert halo_train("export", str(tmp_path), "--output", str(tmp_path / "d")) == 2
     assert "holds no model: no config.json, export or checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["hf", "compressed-tensors"])
+def test_a_full_disk_leaves_nothing_behind(
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(hf_export, "save_file", full)
+    assert halo_train("export", str(source), "--format", form, "--output", str(tmp_path / "out")) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"halo-train: {tmp_path / 'out'} could not be written: ")
+    assert "No space left on device" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stacked_experts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

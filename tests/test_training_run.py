@@ -24,6 +24,7 @@ from halo_train.training.checkpoint import latest_checkpoint
 from halo_train.training.config import load_config
 from halo_train.training.errors import Interrupted, RunFailed, UserError
 from halo_train.training.loss import TokenLoss
+from halo_train.training.run_folder import check_run_folder, make_run_folder
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,18 @@ def test_a_start_that_failed_leaves_no_directory_in_the_way(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"rows\.jsonl, line 25: the field 'completion' is missing"):
         finetune.run(load_config(file))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_start_that_ended_within_its_first_file_is_repeated(tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path))
+    folder = check_run_folder(config)
+    folder.mkdir(parents=True)
+    (folder / ".config.yaml.tmp").write_text("run:\n  na")
+    assert check_run_folder(config) == folder
+    make_run_folder(folder, config)
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "checkpoints"}
+    assert load_config(folder / "config.yaml") == config
+    assert check_run_folder(config) == folder
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 
-LESS_MEMORY = (
+import torch
+
+_LESS_MEMORY = (
     "Lower train.micro_batch (and raise train.grad_accum) or data.seq_len, or set train.activation_checkpointing=full, "
     "model.dtype=bfloat16 or train.optimizer=adamw_8bit; in eval lower --batch"
 )
-"""What helps where the memory of a GPU is full."""
 
 
 class UserError(ValueError):
@@ -30,3 +32,15 @@ class Interrupted(RuntimeError):
         super().__init__(message)
         self.exit_code = 128 + signum
         self.signal_name = signal.Signals(signum).name
+
+
+def what_is_full(error: Exception) -> RunFailed | None:
+    """What to say where the memory of a GPU or a disk is full; None of any other error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return RunFailed(f"{str(error).partition(' GPU ')[0]} {_LESS_MEMORY}")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        file = f" for {error.filename}" if error.filename else ""
+        return RunFailed(
+            f"no space is left on the disk{file}; checkpoints that were saved are whole; make room and repeat the command to go on"
+        )
+    return None

@@ -8,7 +8,6 @@ equalised: what rotates and equalises belongs to training. Layout: github.com/vl
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from halo_train import convert_to_halo_training
 from .checkpoint import latest_checkpoint, load_weights
 from .config import Config, load_config
 from .errors import UserError
-from .model import build_model, export_model
+from .model import build_model, export_model, written_whole
 
 ExportFormat = Literal["hf", "compressed-tensors"]
 
@@ -158,43 +157,39 @@ def _copy(source: Path, output: Path, layers: set[str], ignored: list[str] | Non
         raise UserError(
             f"{source / missing[0]} does not exist; the weights must be safetensors, as transformers writes them"
         )
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    where: dict[str, str] = {}
-    size = 0
-    todo = set(layers)
-    for name in files:
-        tensors: dict[str, Tensor] = {}
-        with safe_open(source / name, "pt") as file:
-            for key in file.keys():  # noqa: SIM118, it is no mapping
-                tensor, layer = file.get_tensor(key), key.removesuffix(".weight")
-                if key != layer and layer in layers:
-                    tensors[key], tensors[f"{key}_scale"] = quantize_weight(tensor)
-                    todo.discard(layer)
-                else:
-                    tensors[key] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-        save_file(tensors, temporary / name, metadata={"format": "pt"})
-        where.update(dict.fromkeys(tensors, name))
-        size += sum(tensor.nbytes for tensor in tensors.values())
-    if todo:
-        shutil.rmtree(temporary)
-        raise UserError(
-            f"--format compressed-tensors: {source} stores no weight of the name {min(todo)}.weight; its names are not those of "
-            "transformers"
-        )
-    if index.is_file():
-        record = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        (temporary / _INDEX).write_text(json.dumps(record, indent=2) + "\n")
-    for path in source.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in (_INDEX, "config.json"):
-            shutil.copyfile(path, temporary / path.name)
-    config = json.loads((source / "config.json").read_text())
-    config["dtype"] = "bfloat16"
-    if ignored is not None:
-        config["quantization_config"] = quantization_config(ignored)
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(temporary, output)
+    with written_whole(output) as temporary:
+        where: dict[str, str] = {}
+        size = 0
+        todo = set(layers)
+        for name in files:
+            tensors: dict[str, Tensor] = {}
+            with safe_open(source / name, "pt") as file:
+                for key in file.keys():  # noqa: SIM118, it is no mapping
+                    tensor, layer = file.get_tensor(key), key.removesuffix(".weight")
+                    if key != layer and layer in layers:
+                        tensors[key], tensors[f"{key}_scale"] = quantize_weight(tensor)
+                        todo.discard(layer)
+                    else:
+                        tensors[key] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+            save_file(tensors, temporary / name, metadata={"format": "pt"})
+            where.update(dict.fromkeys(tensors, name))
+            size += sum(tensor.nbytes for tensor in tensors.values())
+        if todo:
+            raise UserError(
+                f"--format compressed-tensors: {source} stores no weight of the name {min(todo)}.weight; its names are not those of "
+                "transformers"
+            )
+        if index.is_file():
+            record = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+            (temporary / _INDEX).write_text(json.dumps(record, indent=2) + "\n")
+        for path in source.iterdir():
+            if path.is_file() and path.suffix != ".safetensors" and path.name not in (_INDEX, "config.json"):
+                shutil.copyfile(path, temporary / path.name)
+        config = json.loads((source / "config.json").read_text())
+        config["dtype"] = "bfloat16"
+        if ignored is not None:
+            config["quantization_config"] = quantization_config(ignored)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return len(where)
 
 

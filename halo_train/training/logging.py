@@ -59,9 +59,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = unfinished_name(path)
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def unfinished_name(path: Path) -> Path:
+    """Of a file that is being written."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 class ProgressBar:

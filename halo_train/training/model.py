@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from .config import Config
-from .errors import UserError
+from .errors import RunFailed, UserError
 from .loss import TokenLoss
 from .sharded_load import WholeModelNeeded, empty_model
 
@@ -199,10 +200,28 @@ def export_model(
         folder: an earlier export there is replaced.
         weights: by the names of the model's ``state_dict``, of a model whose own are sharded.
     """
+    with written_whole(folder) as temporary, without_progress_bars():
+        model.save_pretrained(temporary, state_dict=weights)  # type: ignore[operator]
+        tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, which in the end takes the place of ``folder``; nothing of it stays after an error.
+
+    Raises:
+        RunFailed: the disk does not take it.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    with without_progress_bars():
-        model.save_pretrained(temporary, state_dict=weights)  # type: ignore[operator]
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(
+            f"{folder} could not be written: {error}; make room and repeat the command"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

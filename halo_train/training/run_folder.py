@@ -8,7 +8,7 @@ from pathlib import Path
 from .checkpoint import latest_checkpoint
 from .config import Config, first_difference, load_config
 from .errors import UserError
-from .logging import read_metrics
+from .logging import read_metrics, unfinished_name, write_atomically
 
 
 def check_run_folder(config: Config) -> Path:
@@ -19,9 +19,10 @@ def check_run_folder(config: Config) -> Path:
             run.overwrite is not set.
     """
     folder = config.run.dir / config.run.name
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return folder
     saved = folder / "config.yaml"
+    unfinished = unfinished_name(saved)  # all there is of a run that was killed while it wrote its first file
+    if not folder.exists() or (folder.is_dir() and all(path == unfinished for path in folder.iterdir())):
+        return folder
     if not saved.is_file():
         raise UserError(
             f"{folder} exists and is no run of halo_train; choose another run.name or remove it yourself"
@@ -46,7 +47,9 @@ def check_run_folder(config: Config) -> Path:
 
 
 def make_run_folder(folder: Path, config: Config) -> None:
-    """Makes the folder; with run.overwrite it is emptied first."""
+    """Makes the folder, first of all with config.yaml, by which it is known; with run.overwrite it is emptied before."""
     if folder.exists() and config.run.overwrite:
         shutil.rmtree(folder)
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", config.to_yaml())
+    (folder / "checkpoints").mkdir(exist_ok=True)
