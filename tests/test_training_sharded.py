@@ -19,7 +19,7 @@ from halo_train.training import checkpoint
 from halo_train.training.blocks import blocks, checkpoint_activations
 from halo_train.training.checkpoint import CheckpointWriter, Progress, load_checkpoint
 from halo_train.training.config import TrainSection
-from halo_train.training.errors import RunFailed
+from halo_train.training.errors import RunFailed, UserError
 from halo_train.training.loss import TokenLoss
 from halo_train.training.optim import StochasticAdamW, build_optimizer
 
@@ -105,9 +105,23 @@ def check_saving_in_the_background(loss: TokenLoss, rank: int, folder: Path) -> 
             writer.save(loss.model, optimizer, Progress(2, 2))
             with pytest.raises(RunFailed, match=r"step-2 could not be written: .*No space .*is .*step-1"):
                 writer.wait()
+    check_that_another_model_is_refused(path)
     assert load_checkpoint(path, loss.model, optimizer) == Progress(1, 1)
     for name, p in loss.model.named_parameters():
         assert torch.equal(_full(p), saved[name]), name
+
+
+def check_that_another_model_is_refused(path: Path) -> None:
+    """On each rank, and neither waits for the other."""
+    for hidden, layers, message in ((96, 2, "Size mismatch"), (48, 3, "Missing key")):
+        config = transformers.Gemma2Config(
+            vocab_size=97, hidden_size=hidden, intermediate_size=80, num_hidden_layers=layers, num_attention_heads=3,
+            num_key_value_heads=1, head_dim=16,
+        )  # fmt: skip
+        model = fully_shard(transformers.AutoModelForCausalLM.from_config(config).bfloat16())
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        with pytest.raises(UserError, match=f"cannot be loaded: .*{message}.*run.overwrite=true"):
+            load_checkpoint(path, model, optimizer)
 
 
 def test_two_ranks_are_one(tmp_path: Path) -> None:
