@@ -133,12 +133,16 @@ class HaloLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 swaps the sharded and the gathered parameter through here, fully_shard first of all.
-        if name == "weight" and _is_sharded(value):
+        sharded = name == "weight" and _is_sharded(value)
+        if sharded:
             self.__dict__["_sharded_weight"] = value  # not through nn.Module, which would register it
             attach(self, value)
             if self.input_group is not None:
                 self.input_group.dissolve()
-        super().__setattr__(name, value)
+        if (sharded or isinstance(value, GatheredWeight)) and isinstance(value, nn.Parameter):
+            self._parameters[name] = value  # as FSDP2 does where a module has no __setattr__: 5 us less
+        else:
+            super().__setattr__(name, value)
 
     def register_operand_hook(self, hook: OperandHook) -> RemovableHandle:
         """Calls ``hook`` in every forward, before the forward hooks; its weight is whole then.
