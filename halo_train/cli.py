@@ -76,7 +76,7 @@ def run(
     """Fine-tune as FILE says. On several machines: torchrun ... -m halo_train.cli run FILE."""
     config = load_config(file, overrides or ())
     if nproc > 1:
-        launch(nproc, ["run", str(file), *(overrides or ())])
+        launch(nproc, config, ["run", str(file), *(overrides or ())])
     finetune.run(config)
 
 

@@ -92,7 +92,7 @@ def run(config: Config) -> dict[str, Any]:
         Interrupted: SIGINT or SIGTERM, after saving a checkpoint.
     """
     with join(pick_device(config.train.device)) as ranks:
-        require_several_possible(config, ranks)
+        require_several_possible(config, ranks.world_size)
         folder = check_run_folder(config)
         ranks.wait()  # before the first makes the folder
         recipes = read_recipes(config.quant.recipe)

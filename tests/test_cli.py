@@ -41,6 +41,8 @@ def test_run_ends_with_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["run", "none.yaml"], "config file none.yaml does not exist; `halo-train ls`"),
         (["run", "{file}", "train.step=1"], "train.step: unknown key; did you mean 'train.steps'?"),
         (["run", "{file}", "data.train=none.jsonl"], "none.jsonl does not exist; set data.train"),
+        (["run", "{file}", "--nproc", "3"], "must be a multiple of 3; got 2"),
+        (["compare", "{file}", "quant.recipe=bf16,fp8", "--nproc", "3"], "must be a multiple of 3; got 2"),
         (["run", "{file}", "model.path=none"], "none does not exist; give a Hugging Face model directory"),
         (["validate", "{file}", "data.train=none.jsonl"], "data.train: "),
         (["validate", "{file}", "quant.recipe=int9"], "did you mean 'int8'?"),

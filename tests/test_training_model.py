@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from training_fixtures import LLAMA
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
 from halo_train import convert_to_halo_training, revert
 from halo_train.training.errors import UserError
@@ -90,6 +90,16 @@ def test_a_directory_is_loaded_with_its_own_tokenizer(config_file: Path, tokeniz
     loaded = build_model(tmp_path / "hf", loaded_tokenizer, 5, 64)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}  # master weights
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.float())
+
+
+def test_an_empty_tokenizer_is_refused(config_file: Path, tokenizer, tmp_path: Path) -> None:
+    """What transformers makes of a directory whose tokenizer was not copied along."""
+    build_model(config_file, tokenizer, 0, 64).save_pretrained(tmp_path / "hf")
+    with pytest.raises(UserError, match=r"hf has no .*tokenizer"):
+        load_tokenizer(tmp_path / "hf", iter(()), tmp_path / "unused")
+    Qwen2Tokenizer().save_pretrained(tmp_path / "hf")
+    with pytest.raises(UserError, match=r"no vocabulary for its tokenizer; copy tokenizer\.json"):
+        load_tokenizer(tmp_path / "hf", iter(()), tmp_path / "unused")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import RECIPE_FILE, Config, first_difference, is_list, load_config
+from .distributed import require_several_possible
 from .errors import Interrupted, UserError
 from .logging import write_atomically
 from .loop import StopSignals
@@ -137,8 +138,11 @@ def run_members(comparison: Comparison, nproc: int = 1) -> dict[str, int]:
         Exit codes of the runs that failed, by name.
 
     Raises:
+        UserError: settings that so many processes cannot have.
         Interrupted: SIGINT or SIGTERM, after the run in progress has saved its checkpoint.
     """
+    for member in comparison.members:
+        require_several_possible(member.config, nproc)
     folder = comparison.folder
     if comparison.overwrite:
         shutil.rmtree(folder, ignore_errors=True)

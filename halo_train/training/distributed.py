@@ -84,8 +84,13 @@ class Ranks:
             yield group[min(self.rank, len(group) - 1)], self.rank < len(group)
 
 
-def launch(nproc: int, arguments: Sequence[str]) -> NoReturn:
-    """``halo-train`` with these arguments in ``nproc`` processes, in the place of this one: signals and exit code are torchrun's."""
+def launch(nproc: int, config: Config, arguments: Sequence[str]) -> NoReturn:
+    """``halo-train`` with these arguments in ``nproc`` processes, in the place of this one: signals and exit code are torchrun's.
+
+    Raises:
+        UserError: settings of the run that so many processes cannot have, before torchrun buries the message.
+    """
+    require_several_possible(config, nproc)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     os.execv(sys.executable, [sys.executable, *torchrun, "-m", "halo_train.cli", *arguments])
 
@@ -135,17 +140,17 @@ def own_files(ranks: Ranks, folder: Path) -> Iterator[Path]:
         yield Path(elsewhere)
 
 
-def require_several_possible(config: Config, ranks: Ranks) -> None:
+def require_several_possible(config: Config, world_size: int) -> None:
     """
     Raises:
-        UserError: settings that a run of several processes cannot have.
+        UserError: settings that a run of so many processes cannot have.
     """
-    if not ranks.several:
+    if world_size == 1:
         return
-    if config.train.grad_accum % ranks.world_size:
+    if config.train.grad_accum % world_size:
         raise UserError(
-            f"train.grad_accum counts the micro-batches of all {ranks.world_size} processes together and must be a multiple of "
-            f"{ranks.world_size}; got {config.train.grad_accum}; with the same value a run is the same on any number of GPUs"
+            f"train.grad_accum counts the micro-batches of all {world_size} processes together and must be a multiple of "
+            f"{world_size}; got {config.train.grad_accum}; with the same value a run is the same on any number of GPUs"
         )
     if config.train.optimizer != "adamw":
         raise UserError(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from .data import FixedBatches, Split
 from .encode import Encoder
@@ -23,7 +23,7 @@ from .formats import AUTO, FORMATS, Conversation, Row, row_format
 from .logging import write_atomically
 from .loop import evaluate
 from .loss import TokenLoss
-from .model import without_progress_bars
+from .model import tokenizer_of, without_progress_bars
 from .prepare import pad_id
 from .sources import open_source
 from .store import Documents, make_chunk
@@ -127,11 +127,10 @@ def load_for_evaluation(folder: Path, device: torch.device) -> tuple[Any, Any]:
     """
     try:
         with without_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"transformers cannot load model and tokenizer from {folder}: {error}") from None
-    return model.to(device).eval(), tokenizer
+        raise UserError(f"transformers cannot load a model from {folder}: {error}") from None
+    return model.to(device).eval(), tokenizer_of(folder)
 
 
 def validation_loss(

@@ -49,15 +49,27 @@ def load_tokenizer(path: Path, texts: Iterable[str], saved: Path) -> Any:
         UserError: no such path, or no tokenizer in the directory.
     """
     if path.is_dir():
-        try:
-            return AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"model.path: {path} has no tokenizer that transformers can load: {error}"
-            ) from None
+        return tokenizer_of(path)
     if saved.is_dir():
         return AutoTokenizer.from_pretrained(saved)
     return train_tokenizer(texts, read_model_config(path).vocab_size)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        UserError: there is none. Of its files transformers misses not even all: it makes an empty one of the model's kind.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{folder} has no tokenizer that transformers can load: {error}") from None
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise UserError(
+            f"{folder} has no vocabulary for its tokenizer; copy tokenizer.json and tokenizer_config.json of the model there"
+        )
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
