@@ -3,7 +3,7 @@
     python benchmarks/bench_step.py
     python benchmarks/bench_step.py --mode compiled --recipes fp8 int8 --no-save
 
-Measured as ``halo-train bench step`` does it. Writes a dated JSON file and a table.
+Measured as ``halo-train bench step`` does it. Writes a dated JSON file, a table and a picture.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, environment, save_json
+from common import RESULTS, environment
+from step_table import save
 from torch import nn
 
 from halo_train import HaloConfig, convert_to_halo_training
@@ -51,25 +52,6 @@ def torchao_cases() -> list[Case]:
     return [Case(f"torchao {recipe}", convert(recipe)) for recipe in ("tensorwise", "rowwise")]
 
 
-def table(rows: list[dict[str, Any]], where: dict[str, Any], command: str) -> str:
-    """Markdown of every row."""
-    lines = [
-        f"Training step: {command}. {where['gpu']}, driver {where['driver']}, torch {where['torch']}, {where['date']}, "
-        f"commit {where['commit']}.",
-        "",
-        "| | mode | checkpointing | ms | times bf16 | tokens/s | peak GiB | activations GiB | GPU ms by category |",
-        "|---" * 9 + "|",
-    ]
-    for row in rows:
-        parts = ", ".join(f"{name} {ms:.0f}" for name, ms in row["gpu_ms"].items())
-        mode = "compiled" if row["compiled"] else "eager"
-        lines.append(
-            f"| {row['name']} | {mode} | {row['checkpointing']} | {row['ms']:.1f} | {row['speedup']:.2f} | "
-            f"{row['tokens_per_second']:.0f} | {row['peak_gib']:.1f} | {row['activations_gib']:.1f} | {parts} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
@@ -87,9 +69,7 @@ def main() -> None:
     if not args.no_save:
         where = environment(args.commit)
         record = {"environment": where, "size": size_of(args)._asdict(), "rows": rows}
-        path = save_json("step", record, args.out)
-        path.with_suffix(".md").write_text(table(rows, where, str(size_of(args))))
-        print(f"\n{path}")
+        print(f"\n{save(record, args.out)}")
 
 
 if __name__ == "__main__":

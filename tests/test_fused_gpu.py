@@ -11,6 +11,7 @@ from test_recognise import IDS, build, convert, relative, step
 from torch import Tensor, nn
 
 from halo_train import equalizer_state_dict, load_equalizer_state_dict
+from halo_train.training.blocks import checkpoint_activations, compile_blocks
 
 pytestmark = pytest.mark.gpu
 
@@ -54,6 +55,27 @@ def test_compiled(kind: str) -> None:
     loss, grad = step(model, IDS.cuda())
     assert relative(loss, expected[0]) < 2e-3
     assert relative(grad, expected[1]) < 0.1
+
+
+def test_compiled_recomputation_keeps_as_little_as_eager() -> None:
+    kept = []
+    for compiled in (False, True):
+        model = model_on("cuda", "Llama", "fp8")
+        step(model, IDS.cuda())
+        model.zero_grad()
+        checkpoint_activations(model, "full")
+        torch._dynamo.reset()
+        if compiled:
+            compile_blocks(model)
+        ids = torch.randint(1, 512, (4, 1024), device="cuda")
+        for _ in range(2):
+            before = torch.cuda.memory_allocated()
+            hidden = model.model(input_ids=ids).last_hidden_state
+            kept.append(torch.cuda.memory_allocated() - before)
+            hidden.float().square().mean().backward()
+            model.zero_grad()
+            del hidden
+    assert kept[3] < 1.1 * kept[1]
 
 
 def test_cuda_graph() -> None:

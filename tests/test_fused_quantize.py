@@ -181,3 +181,32 @@ def fused_cases(device: str) -> dict[str, tuple]:
 @pytest.mark.parametrize("case", fused_cases("cpu"))
 def test_opcheck(case):
     torch.library.opcheck(getattr(torch.ops.halo_train, case.split(",")[0]), fused_cases("cpu")[case])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_rms_norm_backward(count, weighted):
+    x, w = torch.randn(7, 40, dtype=torch.float64, requires_grad=True), torch.randn(40, dtype=torch.float64)
+    w = w.requires_grad_() if weighted else None
+    dys = [torch.randn(7, 40, dtype=torch.float64) for _ in range(count)]
+    F.rms_norm(x, (40,), w, 1e-5).backward(sum(dys))
+    rstd = (x.detach().square().mean(1, keepdim=True) + 1e-5).rsqrt()
+    dx, dw = ops.rms_norm_backward(dys, x.detach(), None if w is None else w.detach(), rstd)
+    torch.testing.assert_close(dx, x.grad)
+    if w is not None:
+        torch.testing.assert_close(dw, w.grad)
+
+
+def test_rms_norm_backward_rounds_once_and_checks_its_input():
+    x, dys = torch.randn(9, 16).bfloat16(), [torch.randn(9, 16).bfloat16() for _ in range(3)]
+    rstd = (x.float().square().mean(1, keepdim=True) + 1e-5).rsqrt()
+    exact, _ = ops.rms_norm_backward([dy.double() for dy in dys], x.double(), None, rstd.double())
+    dx, dw = ops.rms_norm_backward(dys, x, None, rstd)
+    assert dx.dtype == torch.bfloat16
+    assert dw.dtype == torch.float32
+    assert torch.equal(dx, exact.bfloat16())
+    for bad in ([], [dys[0], dys[1][:5]]):
+        with pytest.raises(ValueError, match=r"dys must be one or more matrices of shape \(9, 16\)"):
+            ops.rms_norm_backward(bad, x, None, rstd)
+    with pytest.raises(ValueError, match=r"rstd must have shape \(9, 1\)"):
+        ops.rms_norm_backward(dys, x, None, rstd[:, 0])

@@ -261,3 +261,42 @@ def test_more_than_2_to_the_31_elements():
     columns = forms[4].float() * forms[5][:, None]
     rows = last_forms[0].float() * last_forms[1][:, None] * s[-3:, None]
     torch.testing.assert_close(columns[:, -3:].t(), rows, rtol=0, atol=0.02 * forms[5].max().item() * 127)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("m", "k"),
+    [
+        (1, 16),
+        (7, 40),
+        (300, 1000),
+        (16384, 4096),
+        (513, 5120),
+        (2000, 8192),
+        (777, 16384),
+        (33, 20000),
+        (0, 64),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rms_norm_backward(dtype, m, k, count):
+    x = torch.randn(m, k, device="cuda", dtype=dtype)
+    dys = [torch.randn(m, k + 8, device="cuda").bfloat16()[:, :k] for _ in range(count)]
+    w = torch.randn(k, device="cuda", dtype=dtype) if count != 2 else None
+    rstd = (x.float().square().mean(1, keepdim=True) + 1e-5).rsqrt()
+    dx, dw = ops.rms_norm_backward(dys, x, w, rstd)
+    wide = [None if t is None else t.double() for t in (x, w, rstd)]
+    exact = fused_reference.rms_norm_backward([dy.double() for dy in dys], *wide)
+    tolerance = {torch.bfloat16: (8e-3, 1e-3), torch.float32: (1e-5, 1e-5)}[dtype]
+    torch.testing.assert_close(dx.double(), exact[0], rtol=tolerance[0], atol=tolerance[1])
+    torch.testing.assert_close(dw.double(), exact[1], rtol=1e-4, atol=1e-4 * max(m, 1) ** 0.5)
+
+
+def test_rms_norm_backward_is_compiled_and_deterministic():
+    x, w = torch.randn(500, 256, device="cuda").bfloat16(), torch.randn(256, device="cuda").bfloat16()
+    dys = [torch.randn_like(x) for _ in range(3)]
+    rstd = (x.float().square().mean(1, keepdim=True) + 1e-5).rsqrt()
+    results = [ops.rms_norm_backward(dys, x, w, rstd) for _ in range(2)]
+    results.append(torch.compile(ops.rms_norm_backward, fullgraph=True)(dys, x, w, rstd))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -7,6 +7,8 @@ transformers.
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import statistics
 import time
@@ -19,11 +21,15 @@ from torch import Tensor, nn
 
 from halo_train import RECIPES, convert_to_halo_training
 from halo_train.training.blocks import checkpoint_activations, compile_blocks
+from halo_train.training.loss import TokenLoss
 
 from .linear import require_gpu
 
 Checkpointing = Literal["none", "selective", "full"]
 CHECKPOINTING = get_args(Checkpointing)
+Loss = Literal["transformers", "chunked"]
+LOSSES = get_args(Loss)
+"""transformers' own over the logits of all tokens, or halo_train's, which holds those of a part of them."""
 WARM_UP = 3
 
 _CATEGORIES = {
@@ -96,33 +102,42 @@ def build(
 class Training:
     """A model with its optimiser and a fixed batch."""
 
-    def __init__(self, model: nn.Module, size: Size) -> None:
+    def __init__(self, model: nn.Module, size: Size, loss: Loss = "transformers") -> None:
         self.model = model
+        self.token_loss = TokenLoss(model) if loss == "chunked" else None
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        device = next(model.parameters()).device
-        self.tokens = torch.randint(size.vocabulary, (size.batch, size.length), device=device)
-        self.loss: Tensor | None = None
+        self.labels = torch.randint(size.vocabulary, (size.batch, size.length))
+        self.tokens = self.labels.to(next(model.parameters()).device)
+        self.losses: list[Tensor] = []
+        """Of every step so far."""
         self.activation_bytes = 0
 
     def step(self) -> None:
         before = torch.cuda.memory_allocated()
-        self.loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        loss = self.forward()
         self.activation_bytes = torch.cuda.memory_allocated() - before
-        self.loss.backward()
+        loss.backward()
+        self.losses.append(loss.detach())
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def forward(self) -> Tensor:
+        if self.token_loss is None:
+            return self.model(input_ids=self.tokens, labels=self.tokens).loss
+        return self.token_loss(self.tokens, self.labels) / self.labels[:, 1:].numel()
+
 
 def measure_case(
-    size: Size, case: Case, *, compiled: bool, checkpointing: Checkpointing, steps: int
+    size: Size, case: Case, *, compiled: bool, checkpointing: Checkpointing, loss: Loss, steps: int
 ) -> dict[str, Any]:
     """Milliseconds a step (median), tokens a second, GiB of memory by category, share of GPU time by category."""
+    gc.collect()  # the model before: it is part of cycles, and would be counted as there before this one
     torch.cuda.empty_cache()
     start_bytes = torch.cuda.memory_allocated()
     started = time.perf_counter()
     model = build(size, case, compiled=compiled, checkpointing=checkpointing)
     weights = torch.cuda.memory_allocated() - start_bytes
-    training = Training(model, size)
+    training = Training(model, size, loss)
     for _ in range(WARM_UP):
         training.step()
     torch.cuda.synchronize()
@@ -135,7 +150,6 @@ def measure_case(
         torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
     peak = torch.cuda.max_memory_allocated() - start_bytes
-    assert training.loss is not None
     ms = 1e3 * statistics.median(times)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     gib = 2.0**30
@@ -143,6 +157,7 @@ def measure_case(
         "name": case.name,
         "compiled": compiled,
         "checkpointing": checkpointing,
+        "loss": loss,
         "ms": ms,
         "tokens_per_second": size.batch * size.length / ms * 1e3,
         "peak_gib": peak / gib,
@@ -150,40 +165,36 @@ def measure_case(
         "gradients_gib": parameters / gib,
         "optimiser_gib": 2 * parameters / gib,
         "activations_gib": training.activation_bytes / gib,
-        "loss": training.loss.item(),
+        "losses": [each.item() for each in training.losses],
         "warm_up_s": warm_up_s,
-        "gpu_ms": _profile(training),
+        **_profile(training),
     }
 
 
 def measure(size: Size, cases: Sequence[Case], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each case, mode and checkpointing; prints them as they come."""
+    """One row for each case, mode, checkpointing and loss; prints them as they come."""
     print(
-        f"{'':>24} {'mode':>8} {'checkpointing':>13} {'ms':>7} {'x bf16':>7} {'tokens/s':>9} {'peak GiB':>9} "
-        f"{'activations':>11} {'loss':>8}  GPU ms by category"
+        f"{'':>24} {'mode':>8} {'checkpointing':>13} {'loss':>12} {'ms':>7} {'x bf16':>7} {'tokens/s':>9} {'peak GiB':>9} "
+        f"{'activations':>11} {'value':>8}  GPU ms by category"
     )
     rows: list[dict[str, Any]] = []
-    for compiled in args.mode:
-        for checkpointing in args.checkpointing:
-            base = 0.0
-            for case in cases:
-                row = measure_case(
-                    size,
-                    case,
-                    compiled=compiled == "compiled",
-                    checkpointing=checkpointing,
-                    steps=args.steps,
-                )
-                torch._dynamo.reset()
-                base = base or row["ms"]
-                row["speedup"] = base / row["ms"]
-                rows.append(row)
-                parts = "  ".join(f"{name} {ms:.0f}" for name, ms in row["gpu_ms"].items())
-                print(
-                    f"{case.name:>24} {compiled:>8} {checkpointing:>13} {row['ms']:7.1f} {row['speedup']:7.2f} "
-                    f"{row['tokens_per_second']:9.0f} {row['peak_gib']:9.1f} {row['activations_gib']:11.1f} {row['loss']:8.4f}  {parts}",
-                    flush=True,
-                )
+    for mode, checkpointing, loss in itertools.product(args.mode, args.checkpointing, args.loss):
+        base = 0.0
+        for case in cases:
+            compiled = mode == "compiled"
+            row = measure_case(
+                size, case, compiled=compiled, checkpointing=checkpointing, loss=loss, steps=args.steps
+            )
+            torch._dynamo.reset()
+            base = base or row["ms"]
+            row["speedup"] = base / row["ms"]
+            rows.append(row)
+            parts = "  ".join(f"{name} {ms:.0f}" for name, ms in row["gpu_ms"].items())
+            print(
+                f"{case.name:>24} {mode:>8} {checkpointing:>13} {loss:>12} {row['ms']:7.1f} {row['speedup']:7.2f} "
+                f"{row['tokens_per_second']:9.0f} {row['peak_gib']:9.1f} {row['activations_gib']:11.1f} {row['losses'][-1]:8.4f}  {parts}",
+                flush=True,
+            )
     return rows
 
 
@@ -199,6 +210,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipes", nargs="+", default=["fp8"], choices=list(RECIPES))
     parser.add_argument("--mode", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--checkpointing", nargs="+", default=["none"], choices=list(CHECKPOINTING))
+    parser.add_argument("--loss", nargs="+", default=["transformers"], choices=list(LOSSES))
     parser.add_argument("--steps", type=int, default=8)
     for field, default in Size()._asdict().items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=default)
@@ -226,18 +238,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def _profile(training: Training) -> dict[str, float]:
-    """Milliseconds of GPU time of one step by category of kernel."""
+def _profile(training: Training) -> dict[str, Any]:
+    """GPU time of one step in milliseconds: ``gpu_ms`` by category of kernel, ``kernels`` by name, longest first, with calls."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         training.step()
         torch.cuda.synchronize()
     totals = dict.fromkeys([*_CATEGORIES, "other"], 0.0)
+    kernels: list[tuple[str, float, int]] = []
     for event in found.key_averages():
-        name = event.key.lower()
-        category = next(
-            (c for c, marks in _CATEGORIES.items() if any(mark in name for mark in marks)), "other"
-        )
-        totals[category] += event.self_device_time_total / 1e3
-    return totals
+        name, ms = event.key.lower(), event.self_device_time_total / 1e3
+        if ms:
+            totals[_category_of(name)] += ms
+            kernels.append((event.key, ms, event.count))
+    return {"gpu_ms": totals, "kernels": sorted(kernels, key=lambda kernel: -kernel[1])}
+
+
+def _category_of(kernel: str) -> str:
+    return next((c for c, marks in _CATEGORIES.items() if any(mark in kernel for mark in marks)), "other")

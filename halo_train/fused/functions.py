@@ -93,11 +93,11 @@ class ProjectionsFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, needs, arguments = ctx.saved_tensors, ctx.needs_input_grad, ctx.arguments
         data, scale, d, inverse = saved[5:9]
-        config, needs_dy, dy = arguments.config, any(needs[1:4]), None
+        config, needs_dy = arguments.config, any(needs[1:4])
         block = rotation_block(ctx.x_shape[-1], config)
         found: list[Tensor | None] = []
         with without_autocast(scale.device.type):
-            x, some = None, next((e for e in grads if e is not None), None)
+            x, some, dys = None, next((e for e in grads if e is not None), None), []
             if some is not None and any(needs[6::_PER_LAYER]):
                 x = _contract_input(data, scale, saved[:3], inverse, some, ctx.x_shape, arguments)
             for i, (e, form) in enumerate(zip(grads, ctx.forms, strict=True)):
@@ -109,11 +109,11 @@ class ProjectionsFunction(torch.autograd.Function):
                         as_matrix(e), w, scale, needs_dy, needs_dw, bias_dtype, config
                     )
                     if for_dx is not None:
-                        dy = _add(dy, dgrad(for_dx, w, arguments.out_dtype, config))
+                        dys.append(dgrad(for_dx, w, arguments.out_dtype, config))
                     if for_dw is not None and x is not None:
                         dw = wgrad(for_dw, x, block, d, form.weight, config)
                 found += [dw, db, *_NO_GRADIENTS]
-            inputs = _input_backward(dy, block, inverse, ctx.x_shape, saved[:5], needs[1:4], arguments)
+            inputs = _input_backward(dys, block, inverse, ctx.x_shape, saved[:5], needs[1:4], arguments)
         return None, *inputs, None, None, *found
 
 
@@ -174,7 +174,8 @@ class GatedMLPFunction(torch.autograd.Function):
         needs_gate, needs_up, needs_down = needs[8:21:_PER_LAYER]
         needs_dh = needs_dy or needs_gate or needs_up
         block, down_block = (rotation_block(f.weight[0][1], config) for f in (gate_form, down_form))
-        dy = dw_gate = dw_up = dw_down = None
+        dw_gate = dw_up = dw_down = None
+        dys: list[Tensor] = []
         with without_autocast(e.device.type):
             bias_dtype = down_form.bias_dtype if needs_bias else None
             for_dh, for_dw, db = round_gradient(
@@ -195,13 +196,15 @@ class GatedMLPFunction(torch.autograd.Function):
                 parts = ops.gated_grad_quantize(dh, gate, up, arguments.activation, dtype, scale, *folds)
                 dgate, dup, dgate_t, dup_t = (Quantized(*parts[i : i + 2]) for i in (0, 2, 4, 6))
                 if needs_dy:
-                    dy = dgrad(dgate, gate_w, arguments.out_dtype, config)
-                    dy = _add(dy, dgrad(dup, up_w, arguments.out_dtype, config))
+                    dys = [
+                        dgrad(part, w, arguments.out_dtype, config)
+                        for part, w in ((dgate, gate_w), (dup, up_w))
+                    ]
                 if needs_gate or needs_up:
                     x = _contract_input(data, scale, saved[:3], inverse, e, ctx.x_shape, arguments)
                     dw_gate = wgrad(dgate_t, x, block, d, gate_form.weight, config) if needs_gate else None
                     dw_up = wgrad(dup_t, x, block, d, up_form.weight, config) if needs_up else None
-            inputs = _input_backward(dy, block, inverse, ctx.x_shape, saved[:5], needs[1:4], arguments)
+            inputs = _input_backward(dys, block, inverse, ctx.x_shape, saved[:5], needs[1:4], arguments)
         of_layers = (dw_gate, None, *_NO_GRADIENTS, dw_up, None, *_NO_GRADIENTS, dw_down, db, *_NO_GRADIENTS)
         return None, *inputs, None, None, None, None, *of_layers
 
@@ -308,12 +311,8 @@ def _fprop(x: Quantized, layer: Layer, d: Tensor | None, arguments: Arguments) -
     return y, for_dgrad(layer.weight, rows, None if rounded is None else rounded.columns, config)
 
 
-def _add(total: Tensor | None, term: Tensor) -> Tensor:
-    return term if total is None else total.add_(term)
-
-
 def _input_backward(
-    dy: Tensor | None,
+    dys: list[Tensor],
     block: int,
     inverse: Tensor | None,
     x_shape: torch.Size,
@@ -321,17 +320,21 @@ def _input_backward(
     needs: tuple[bool, ...],
     arguments: Arguments,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x and of the norm's weight and bias from the sum of the layers' dY [M', K']; saved: of :func:`_round_input`."""
-    if dy is None:
+    """Gradients of x and of the norm's weight and bias from the layers' dY [M', K']; saved: of :func:`_round_input`."""
+    if not dys:
         return None, None, None
-    k = x_shape[-1]
-    dy = crop(undo_fold(dy, block, inverse, arguments.config), x_shape.numel() // k, k)
-    if arguments.norm is None:
-        return dy.reshape(x_shape), None, None
+    k, norm = x_shape[-1], arguments.norm
+    # A norm's backward sums them itself; what is rotated back is their sum.
+    most = ops.MAX_GRADIENTS if norm is not None and arguments.config.requantize_w_dgrad else 1
+    while len(dys) > most:
+        dys[-2].add_(dys.pop())
+    dys[0] = undo_fold(dys[0], block, inverse, arguments.config)
+    dys = [crop(dy, x_shape.numel() // k, k) for dy in dys]
+    if norm is None:
+        return dys[0].reshape(x_shape), None, None
     x, gain, shift, mean, rstd = saved
     assert x is not None
     assert mean is not None
     assert rstd is not None
-    norm = arguments.norm._replace(weight=gain, bias=shift)
-    dx, dgain, dshift = norm.backward(dy, x, mean, rstd, *needs)
+    dx, dgain, dshift = norm._replace(weight=gain, bias=shift).backward(dys, x, mean, rstd, *needs)
     return None if dx is None else dx.view(x_shape), dgain, dshift

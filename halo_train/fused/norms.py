@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,7 +52,7 @@ class Norm(NamedTuple):
 
     def backward(
         self,
-        dy: Tensor,
+        dys: Sequence[Tensor],
         x: Tensor,
         mean: Tensor,
         rstd: Tensor,
@@ -61,37 +63,29 @@ class Norm(NamedTuple):
         """dx [M, K] in the dtype of x; dweight and dbias [K] in theirs; None for what is not needed.
 
         Args:
-            dy: [M, K], any dtype; x, mean, rstd: of the forward.
+            dys: [M, K], any dtype, of which the sum is the gradient of y; x, mean, rstd: of the forward.
         """
-        mask, k = [needs_dx, needs_dweight, needs_dbias], x.shape[1]
-        alike = all(t is None or t.dtype == x.dtype for t in (self.weight, self.bias))
-        if not alike or self.unit_offset or not x.is_cuda:
-            return self._backward(dy, x, mean, rstd, mask)
-        dy = dy.to(x.dtype)  # PyTorch's kernels take one dtype
+        needs = [needs_dx, needs_dweight, needs_dbias]
+        found: tuple[Tensor | None, ...]
         if self.center:
-            found = torch.ops.aten.native_layer_norm_backward(
-                dy, x, [k], mean, rstd, self.weight, self.bias, mask
-            )
+            found = self._layer_norm_backward(functools.reduce(torch.add, dys), x, mean, rstd, needs)
         else:
-            found = (*torch.ops.aten._fused_rms_norm_backward(dy, x, [k], rstd, self.weight, mask[:2]), None)
-        dx, dweight, dbias = (grad if needed else None for grad, needed in zip(found, mask, strict=True))
-        return dx, dweight, dbias
+            dx, dweight = ops.rms_norm_backward(list(dys), x, self.gain(), rstd)
+            found = dx, None if self.weight is None else dweight.to(self.weight.dtype), None
+        dx_, dweight_, dbias = (grad if needed else None for grad, needed in zip(found, needs, strict=True))
+        return dx_, dweight_, dbias
 
-    def _backward(
-        self, dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, mask: list[bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _layer_norm_backward(
+        self, dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]
+    ) -> tuple[Tensor | None, ...]:
+        if x.is_cuda and all(t is None or t.dtype == x.dtype for t in (self.weight, self.bias)):
+            return torch.ops.aten.native_layer_norm_backward(
+                dy.to(x.dtype), x, x.shape[1:], mean, rstd, self.weight, self.bias, needs
+            )
         wide = torch.promote_types(x.dtype, torch.float32)
-        dy, gain = dy.to(wide), self.gain()
-        unit = (x.to(wide) - mean if self.center else x.to(wide)) * rstd
-        dx = dweight = dbias = None
-        if mask[0]:
-            g = dy if gain is None else dy * gain.to(wide)
-            dx = g - unit * (g * unit).mean(1, keepdim=True)
-            if self.center:
-                dx = dx - g.mean(1, keepdim=True)
-            dx = (dx * rstd).to(x.dtype)
-        if mask[1] and self.weight is not None:
-            dweight = (dy * unit).sum(0).to(self.weight.dtype)
-        if mask[2] and self.bias is not None:
-            dbias = dy.sum(0).to(self.bias.dtype)
-        return dx, dweight, dbias
+        dy, unit = dy.to(wide), (x.to(wide) - mean) * rstd
+        g = dy if self.weight is None else dy * self.weight.to(wide)
+        dx = rstd * (g - unit * (g * unit).mean(1, keepdim=True) - g.mean(1, keepdim=True))
+        dweight = None if self.weight is None else (dy * unit).sum(0).to(self.weight.dtype)
+        dbias = None if self.bias is None else dy.sum(0).to(self.bias.dtype)
+        return dx.to(x.dtype), dweight, dbias

@@ -2,7 +2,7 @@
 
 The only file that names ``torch.ops``. Each op has a reference in :mod:`halo_train.ops.reference` or
 :mod:`halo_train.ops.fused_reference`, which is its CPU implementation. On CUDA an op in :data:`KERNEL_OPS` runs its kernel in ``csrc/`` and raises when the kernels are not
-built; ``int8_matmul`` runs a Triton kernel. Quantising float64 values, or without rounding, is for checks: it is the
+built; one in :data:`TRITON_OPS` runs a Triton kernel. Quantising float64 values, or without rounding, is for checks: it is the
 reference on every device.
 """
 
@@ -26,11 +26,13 @@ from .checks import (
     check_hadamard,
     check_matrix,
     check_norm,
+    check_norm_backward,
     check_rounds,
     check_vector,
 )
 from .checks import check_input as check_input
 from .fakes import FAKES
+from .norm_backward import MAX_GRADIENTS as MAX_GRADIENTS
 from .schemas import KERNEL_OPS as KERNEL_OPS
 from .schemas import SCHEMAS, TRITON_OPS
 
@@ -217,6 +219,18 @@ def norm_quantize(
     return _overloads.norm_quantize(x, weight, bias, eps, center, dtype, block, col_scale)
 
 
+def rms_norm_backward(
+    dys: list[Tensor], x: Tensor, weight: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight of an RMSNorm from the sum of several dy; see :func:`fused_reference.rms_norm_backward`.
+
+    Raises:
+        ValueError: x is no matrix, no dy, or one of another shape, rstd or weight that do not fit.
+    """
+    check_norm_backward("rms_norm_backward", dys, x, weight, rstd)
+    return _overloads.rms_norm_backward(dys, x, weight, rstd)
+
+
 def gated_quantize(
     gate: Tensor,
     up: Tensor,
@@ -277,8 +291,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def kernel_status() -> dict[str, Any]:
     """What the build left behind: ``{"loaded": bool, "reason": str, "build": dict, "ops": {op: implementation}}``."""
-    triton = "Triton kernel on Hopper, torch._int_mm elsewhere"
-    ops = {name: triton if name in TRITON_OPS else "CUDA kernel" for name in SCHEMAS}
+    ops = {name: "Triton kernel" if name in TRITON_OPS else "CUDA kernel" for name in SCHEMAS}
+    ops["int8_matmul"] = "Triton kernel on Hopper, torch._int_mm elsewhere"
     return {"loaded": not _why_not_loaded, "reason": _why_not_loaded, "build": _build_info(), "ops": ops}
 
 

@@ -60,6 +60,17 @@ def check_norm(
         raise ValueError(f"{op}: eps must be at least 0; got {eps}")
 
 
+def check_norm_backward(op: str, dys: list[Tensor], x: Tensor, weight: Tensor | None, rstd: Tensor) -> None:
+    check_matrix(op, x, 1, None)
+    shapes = [tuple(dy.shape) for dy in dys]
+    if not dys or any(shape != tuple(x.shape) for shape in shapes):
+        raise ValueError(f"{op}: dys must be one or more matrices of shape {tuple(x.shape)}; got {shapes}")
+    if weight is not None:
+        check_vector(op, "weight", weight, x.shape[1], x)
+    if rstd.shape != (x.shape[0], 1):
+        raise ValueError(f"{op}: rstd must have shape {(x.shape[0], 1)}; got {tuple(rstd.shape)}")
+
+
 def check_gated(op: str, first: Tensor, activation: str, **others: Tensor) -> None:
     """The named tensors are like ``first``, and the activation is known."""
     for name, other in others.items():

@@ -64,6 +64,10 @@ def _norm_quantize(
     return (*_quantize_rows(x, dtype), torch.empty_like(rstd) if center else rstd.new_empty(0), rstd)
 
 
+def _rms_norm_backward(dys: list[Tensor], x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[1:], dtype=_wide(x))
+
+
 def _gated_quantize(
     gate: Tensor, up: Tensor, activation: str, dtype: torch.dtype, *_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -90,6 +94,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "equalizer_factors": _equalizer_factors,
     "quantize_tensor": _quantize_tensor,
     "norm_quantize": _norm_quantize,
+    "rms_norm_backward": _rms_norm_backward,
     "gated_quantize": _gated_quantize,
     "gated_grad_quantize": _gated_grad_quantize,
     "moments": _moments,

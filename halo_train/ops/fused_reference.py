@@ -53,6 +53,28 @@ def norm_quantize(
     return (*quantize_rows(y, dtype, block, col_scale), mean, rstd)
 
 
+def rms_norm_backward(
+    dys: list[Tensor], x: Tensor, weight: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Backward of y = x rstd weight for the sum of several dy.
+
+    With unit = x rstd and g = (sum of dy) weight: dx = rstd (g - unit mean(g unit)), dweight = sum over the rows of dy unit.
+
+    Args:
+        dys: one or more [M, K], any real dtypes; they are summed in float32 (float64 for float64 x).
+        x: [M, K]; weight: [K] or None for ones; rstd: [M, 1] of :func:`norm_quantize`.
+
+    Returns:
+        dx [M, K] in the dtype of x; dweight [K] in that of the sums.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dy = torch.stack([t.to(wide) for t in dys]).sum(0) if len(dys) > 1 else dys[0].to(wide)
+    unit = x.to(wide) * rstd
+    g = dy if weight is None else dy * weight.to(wide)
+    dx = rstd * (g - unit * (g * unit).mean(1, keepdim=True))
+    return dx.to(x.dtype), (dy * unit).sum(0)
+
+
 def gated_quantize(
     gate: Tensor,
     up: Tensor,

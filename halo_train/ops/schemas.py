@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import fused_reference, int8_gemm, reference
+from . import fused_reference, int8_gemm, norm_backward, reference
 
 KERNEL_OPS = {
     "hadamard": "hadamard.cu",
@@ -26,7 +26,11 @@ KERNEL_OPS = {
 }
 """Ops that have a CUDA kernel, and the file in ``csrc/`` that holds it."""
 
-TRITON_OPS: dict[str, Callable[..., Any]] = {"int8_matmul": int8_gemm.int8_matmul}
+TRITON_OPS: dict[str, Callable[..., Any]] = {
+    "int8_matmul": int8_gemm.int8_matmul,
+    "rms_norm_backward": norm_backward.rms_norm_backward,
+}
+"""Ops whose implementation on a GPU is in Python, with a Triton kernel where that can run."""
 
 SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "hadamard": (
@@ -72,6 +76,10 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool center, ScalarType dtype, int block, Tensor? col_scale)"
         " -> (Tensor, Tensor, Tensor, Tensor)",
         fused_reference.norm_quantize,
+    ),
+    "rms_norm_backward": (
+        "(Tensor[] dys, Tensor x, Tensor? weight, Tensor rstd) -> (Tensor, Tensor)",
+        fused_reference.rms_norm_backward,
     ),
     "gated_quantize": (
         "(Tensor gate, Tensor up, str activation, ScalarType dtype, int block, Tensor? col_scale) -> (Tensor, Tensor)",

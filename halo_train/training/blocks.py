@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -76,17 +77,18 @@ def blocks(model: nn.Module, wanted_by: str) -> Iterator[nn.Module]:
 
 
 def _checkpointed(forward: Callable[..., Any], mode: Literal["selective", "full"]) -> Callable[..., Any]:
-    # Functions of their own: torch.compile sees through them, but not through a partial of torch's checkpoint, nor on torch 2.11
+    policy = _keep if mode == "selective" else _recompute
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+
+    # A function of its own: torch.compile sees through it, but not through a partial of torch's checkpoint, nor on torch 2.11
     # through the context function that checkpoint has by default.
-    kept = partial(create_selective_checkpoint_contexts, _keep)
-
     def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        # Compiled without a policy, torch 2.11 recomputes nothing inside of autograd Functions. Eager, a policy costs time.
+        if mode == "full" and not torch.compiler.is_compiling():
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-    def run_keeping(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=kept, **kwargs)
-
-    return run_keeping if mode == "selective" else run
+    return run
 
 
 def _keep(ctx: Any, op: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -97,4 +99,8 @@ def _keep(ctx: Any, op: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPoli
     )
     if op.name() in KEPT_OPS and not of_weight:
         return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _recompute(ctx: Any, op: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.PREFER_RECOMPUTE
