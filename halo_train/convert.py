@@ -100,8 +100,9 @@ def convert_to_halo_training(
         tokens: how many a layer sees at once (micro-batch times length). With it, layers that would be slower in 8 bits than
             in bfloat16 are left alone, on GPUs whose rates are known (:mod:`halo_train.cost`).
         share_inputs: for models whose blocks are not fused: layers that read the same tensor, as q, k and v do, rotate, round
-            and save it once, from the second step on with one equalisation vector over all their weights. Compiled and under
-            FSDP2 each layer rounds its input itself, and so do those whose first forward was compiled or in inference mode.
+            and save it once, from the second step on with one equalisation vector over all their weights. Eager forwards find them;
+            compiled code shares what was found and settled before (``equalizer_state_dict`` settles too). Under FSDP2 each layer
+            rounds its input itself, and so do those whose first forward was compiled or in inference mode.
             It gains 1% of an eager step of a Llama on an H200, fusing 11%.
         fuse: norms and gated MLPs of transformers' Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3, Phi and Phi-3 write what
             they compute in 8 bits for the layers that read it, as far as they are as transformers makes them

@@ -168,8 +168,11 @@ class HaloLinear(nn.Linear):
         """d and 1/d, or None while they are all ones."""
         if not self.equalizer_taken:
             return None
-        sharded = not torch.compiler.is_compiling() and "_sharded_weight" in self.__dict__
-        return self._kept_equalizer.get(self.equalizer_exponent, sharded=sharded)
+        if torch.compiler.is_compiling():
+            group = self.input_group
+            shared = None if group is None else group.exponent
+            return Equalizer.of_exponents(self.equalizer_exponent if shared is None else shared)
+        return self._kept_equalizer.get(self.equalizer_exponent, sharded="_sharded_weight" in self.__dict__)
 
     def operands(self, equalizer: Equalizer | None) -> Layer:
         """What :mod:`halo_train.fused` takes of this layer; equalizer: its :meth:`factors`."""
@@ -236,13 +239,20 @@ class HaloLinear(nn.Linear):
         super().__setstate__(state)
         if self.input_group is not None:
             self.input_group.members.add(self)
+            self._tell_group()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HaloLinear:
         self._weight_cache.clear()  # it would stay behind on the old device
         super()._apply(fn, recurse)
+        self._tell_group()
         if _is_sharded(self.weight):
             attach(self, self.weight)  # fn made a new shard
         return self
+
+    def _tell_group(self) -> None:
+        """Where the buffer is now."""
+        if self.input_group is not None and self.input_group.exponent is not None:
+            self.input_group.exponent = self.equalizer_exponent
 
     def _take_equalizer(self, x: Tensor) -> None:
         taken_from = take_equalizers((self,), x)

@@ -43,7 +43,11 @@ class InputGroup:
     """
 
     def __init__(
-        self, settled: bool = False, in_step: int | None = None, amax: tuple[Tensor, Tensor] | None = None
+        self,
+        settled: bool = False,
+        in_step: int | None = None,
+        amax: tuple[Tensor, Tensor] | None = None,
+        exponent: Tensor | None = None,
     ) -> None:
         self.members: weakref.WeakSet[Layer] = weakref.WeakSet()
         self.settled = settled
@@ -52,6 +56,9 @@ class InputGroup:
         """optimizer_steps() at the first forward, if that may have a backward."""
         self._amax = amax
         """column_amax of X and that of the weights of all members, [K] each, until it is settled."""
+        self.exponent = exponent
+        """log2 d of a settled group, for compiled code: where members round the same tensor with the same factors, the compiler
+        sees that it is done already."""
 
     def record(self, x_amax: Tensor, w_amax: Tensor) -> None:
         """What a member takes its own factors from."""
@@ -73,6 +80,7 @@ class InputGroup:
             exponent = exponents_of_amax(*self._amax)
             for member in self.members:
                 member.equalizer_exponent.copy_(exponent)
+                self.exponent = member.equalizer_exponent
         self.settled, self._amax = True, None
 
     def dissolve(self) -> None:
@@ -82,7 +90,7 @@ class InputGroup:
         self.members.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return InputGroup, (self.settled, self._in_step, self._amax)
+        return InputGroup, (self.settled, self._in_step, self._amax, self.exponent)
 
 
 class JointFactors:
@@ -182,4 +190,5 @@ def group_by_factors(layers: dict[Layer, tuple[Any, ...]]) -> None:
     groups: dict[tuple[Any, ...], InputGroup] = {}
     for layer, common in layers.items():
         layer.input_group = groups.setdefault(common, InputGroup(settled=True))
+        layer.input_group.exponent = layer.equalizer_exponent
         layer.input_group.members.add(layer)

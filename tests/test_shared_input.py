@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from shared_input_fixtures import (
     GROUPS,
     QUANTISED,
@@ -27,6 +28,7 @@ from shared_input_fixtures import (
     step,
 )
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halo_train import (
@@ -34,6 +36,7 @@ from halo_train import (
     HaloLinear,
     convert_to_halo_training,
     equalizer_state_dict,
+    load_equalizer_state_dict,
     revert,
 )
 from halo_train.functional import halo_linear, round_input
@@ -411,6 +414,41 @@ def test_compile_fullgraph_gives_the_eager_bits() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(8, 32)
     assert equal(step(compiled, x), step(plain_twin(model), x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", ["found", "restored", "copied"])
+def test_compiled_a_group_rounds_and_transposes_its_input_once(how: str) -> None:
+    model = build()
+    model(batch())
+    state = equalizer_state_dict(model)  # settles
+    if how == "restored":
+        model = build()
+        load_equalizer_state_dict(model, state)
+    elif how == "copied":
+        model = copy.deepcopy(model).to(torch.float64).float()
+    rounded: list[tuple[int, ...]] = []
+    transposed: list[tuple[int, ...]] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.halo_train.quantize_rows.default:
+                shape = tuple(node.args[0].meta["val"].shape)
+                rounded.extend(
+                    [shape] if shape[0] == 16 else []
+                )  # of 10 tokens, padded; the others are weights
+            elif node.target is torch.ops.halo_train.transpose_bytes.default:
+                transposed.append(tuple(node.meta["val"].shape))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    # As Inductor partitions: that is where common subexpressions are found.
+    backend = aot_autograd(
+        fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition
+    )
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    assert equal(step(compiled, batch(1)), step(plain_twin(model), batch(1)))
+    assert len(rounded) == len(transposed) == 4  # of q, k, v; o; gate, up; down
     torch._dynamo.reset()
 
 
