@@ -240,6 +240,24 @@ def test_dropped_in_a_sampled_step_it_leaves_nothing_behind():
     assert graphs
 
 
+def test_two_models_in_one_loop():
+    """Both sampled in the same steps: eager until both are read, compiled after."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    models = [toy(), toy()]
+    compiled = [torch.compile(model, backend=backend) for model in models]
+    metrics = [QuantMetrics(model, every=3, what_if=[]) for model in models]
+    for step in range(1, 5):
+        for model in compiled:
+            train_step(model, torch.randn(40, 64))
+        assert [bool(m.step()) for m in metrics] == 2 * [step in (1, 3)]
+        assert bool(graphs) == (step > 1)
+
+
 def test_refused():
     with pytest.raises(ValueError, match="no HaloLinear; call convert_to_halo_training"):
         QuantMetrics(nn.Sequential(nn.Linear(16, 16)))

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
-import torch
 from torch import nn
 
 from ..config import HaloConfig, did_you_mean, resolve_recipe
@@ -20,7 +19,7 @@ from .plan import Plan
 from .products import PRODUCTS
 from .sample import STATS, TENSORS, QuantSample, SampleSize, Values
 from .statistics import STATS_OF, finish
-from .step import SampledStep
+from .step import SampledStep, run_compiled_regions_eagerly
 
 Sink = Callable[[QuantSample], None]
 """Something that a sampled step is handed to; :mod:`halo_train.metrics.sinks` has several."""
@@ -129,7 +128,7 @@ class QuantMetrics:
             return
         self._sampled = SampledStep(self.size, self._seed + self.step_number, self._plan)
         # Nothing here refers to this object: its deletion has to end the step.
-        self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        self._hooks.callback(run_compiled_regions_eagerly())
         for name, layer in self.layers.items():
             self._hooks.callback(layer.register_operand_hook(self._sampled.hook(name)).remove)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -65,3 +66,27 @@ class SampledStep:
             generator = torch.Generator(device).manual_seed(self._seed)
             self._draws[device] = Draws(self._size, generator)
         return self._draws[device]
+
+
+def run_compiled_regions_eagerly() -> Callable[[], None]:
+    """Until the function that it returns is called, and all others like it.
+
+    A stance of torch restores the one that it found, so that those of two models, which need not nest, would leave each other's.
+    """
+    global _sampled_steps
+    if _sampled_steps == 0:
+        _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    _sampled_steps += 1
+    return _end_sampled_step
+
+
+def _end_sampled_step() -> None:
+    global _sampled_steps
+    _sampled_steps -= 1
+    if _sampled_steps == 0:
+        _stance.close()
+
+
+_stance = contextlib.ExitStack()
+_sampled_steps = 0
+"""That are under way, of all models."""
