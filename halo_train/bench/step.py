@@ -239,7 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _profile(training: Training) -> dict[str, Any]:
-    """GPU time of one step in milliseconds: ``gpu_ms`` by category of kernel, ``kernels`` by name, longest first, with calls."""
+    """GPU time of one step in milliseconds: ``gpu_ms`` by category of kernel, ``kernels`` of at least 0.2 ms by name, longest first,
+    with calls."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -251,6 +252,7 @@ def _profile(training: Training) -> dict[str, Any]:
         name, ms = event.key.lower(), event.self_device_time_total / 1e3
         if ms:
             totals[_category_of(name)] += ms
+        if ms >= 0.2:
             kernels.append((event.key, ms, event.count))
     return {"gpu_ms": totals, "kernels": sorted(kernels, key=lambda kernel: -kernel[1])}
 
