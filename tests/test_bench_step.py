@@ -1,0 +1,46 @@
+"""The benchmark of a whole step: that it trains, with both losses, and its table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halo_train.bench.step import LOSSES, Size, Training, build, recipe_case
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from step_table import CATEGORIES, table
+
+SIZE = Size(
+    layers=1, hidden=64, intermediate=96, heads=2, kv_heads=1, vocabulary=80, batch=2, length=16
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+def test_both_losses_are_the_same_training(recipe: str) -> None:
+    losses = []
+    for loss in LOSSES:
+        model = build(SIZE, recipe_case(recipe), compiled=False, checkpointing="none", device="cpu")
+        torch.manual_seed(0)
+        training = Training(model, SIZE, loss)
+        for _ in range(3):
+            training.step()
+        losses.append(torch.stack(training.losses))
+    assert losses[0].shape == (3,)
+    assert losses[0][2] < losses[0][0]
+    torch.testing.assert_close(losses[0].float(), losses[1].float(), rtol=2e-3, atol=0)
+
+
+def test_a_table_has_a_line_for_each_row() -> None:
+    row: dict[str, Any] = {
+        "name": "fp8", "compiled": True, "checkpointing": "full", "loss": "chunked", "ms": 12.34, "speedup": 1.5,
+        "tokens_per_second": 1000.0, "peak_gib": 3.25, "activations_gib": 1.0, "gpu_ms": dict.fromkeys(CATEGORIES, 2.0),
+    }  # fmt: skip
+    where = dict.fromkeys(("gpu", "driver", "torch", "date", "commit"), "?")
+    lines = table([row, row], where, SIZE._asdict()).splitlines()
+    assert lines[-1].startswith("| fp8 | compiled | full | chunked | 12.3 | 1.50 | 1000 | 3.2 | 1.0 |")
+    assert {line.count("|") for line in lines[2:]} == {15}
+    assert len(lines) == 6
