@@ -2,6 +2,7 @@
 
     python benchmarks/bench_linear.py
     python benchmarks/bench_linear.py --tokens 16384 --recipes fp8 int8 --no-save
+    python benchmarks/bench_linear.py --join A.json B.json    # other numbers of tokens, measured apart, in one table
 
 Measured as ``halo-train bench linear`` does it; torchao's layers are compiled with inductor, and also run as they are.
 Writes a dated JSON file, a table and a picture.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +124,14 @@ def main() -> None:
     parser.add_argument("--commit", help="of the sources, where they are no git checkout")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument(
+        "--join", type=Path, nargs="+", metavar="JSON", help="records to put together; measures nothing"
+    )
     args = parser.parse_args()
+    if args.join:
+        records = [json.loads(path.read_text()) for path in args.join]
+        save([row for record in records for row in record["rows"]], records[0]["environment"], args.out)
+        return
     require_gpu(parser)
     rows = measure(
         args.tokens,
@@ -133,13 +142,20 @@ def main() -> None:
             *torchao_cases(weight, not args.no_torchao_eager),
         ],
     )
+    if args.no_save:
+        geometric_means(rows)
+    else:
+        save(rows, environment(args.commit), args.out)
+
+
+def save(rows: list[dict[str, Any]], where: dict[str, Any], folder: Path) -> None:
+    """JSON, table and picture."""
+    rows = sorted(rows, key=lambda row: row["tokens"])
     means = geometric_means(rows)
-    if not args.no_save:
-        where = environment(args.commit)
-        path = save_json("linear", {"environment": where, "rows": rows, "geometric_means": means}, args.out)
-        path.with_suffix(".md").write_text(table(rows, means, where))
-        draw(rows, means, path.with_suffix(".png"))
-        print(f"\n{path}")
+    path = save_json("linear", {"environment": where, "rows": rows, "geometric_means": means}, folder)
+    path.with_suffix(".md").write_text(table(rows, means, where))
+    draw(rows, means, path.with_suffix(".png"))
+    print(f"\n{path}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
-"""The schemes of train_parity.py, and what their runs show as a table and a picture."""
+"""The schemes of train_parity.py, and what their runs show as a table and a picture.
+
+python benchmarks/parity_table.py A.json B.json     # records of the same weights, from several machines, as one
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from common import RESULTS, save_json
 
 from halo_train import RECIPES, HaloConfig
 from halo_train.config import Format, Scaling
@@ -36,6 +43,37 @@ SCHEMES: dict[str, HaloConfig] = {
 }
 MAIN = list(SCHEMES)[:3]
 """Those that run with every seed; the others with the first."""
+
+
+def by_scheme(run: dict[str, Any]) -> tuple[int, int, int]:
+    """Sorts runs as the table has them."""
+    return list(SCHEMES).index(run["scheme"]), run["outlier"], run["seed"]
+
+
+def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs of all records as one record.
+
+    Raises:
+        ValueError: the runs started from different weights.
+    """
+    weights = {record["weights_sha256_16"] for record in records}
+    if len(weights) > 1:
+        raise ValueError(
+            f"gaps count only between runs from the same weights; got records of {len(weights)}: {weights}"
+        )
+    runs = {by_scheme(run): run for record in records for run in record["runs"]}
+    commands = dict.fromkeys(record["command"] for record in records)
+    return {**records[0], "command": "; ".join(commands), "runs": [runs[key] for key in sorted(runs)]}
+
+
+def write_report(record: dict[str, Any], path: Path) -> str:
+    """Table and picture beside the record at ``path``; returns the table."""
+    outliers = sorted({run["outlier"] for run in record["runs"]})
+    text = table(record["runs"], outliers)
+    path.with_suffix(".md").write_text(text)
+    if outliers:
+        draw(record["runs"], outliers, path.with_suffix(".png"))
+    return text
 
 
 def gaps(results: list[dict[str, Any]], scheme: str, outlier: int) -> list[float]:
@@ -92,6 +130,21 @@ def draw(results: list[dict[str, Any]], outliers: list[int], path: Path) -> None
         axis.set_xlabel("fine-tuning step")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("validation loss over bf16")
-    axes[0, -1].legend(fontsize=6, frameon=False, loc="upper right")
+    if axes[0, -1].get_legend_handles_labels()[0]:
+        axes[0, -1].legend(fontsize=6, frameon=False, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("records", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    record = joined([json.loads(path.read_text()) for path in args.records])
+    path = save_json("train-parity", record, args.out)
+    print(write_report(record, path) + f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
     python benchmarks/train_parity.py                   # about 5 minutes on 4 H200s, 20 on one
     python benchmarks/train_parity.py --seconds 180     # as much as fits, what matters most first; again: goes on where it was
+    python benchmarks/train_parity.py --schemes int8 --seeds 2 --out part    # some runs; parity_table.py puts parts together
     python benchmarks/train_parity.py --smoke           # seconds on a CPU: shows that it runs, not what low precision costs
 
 A byte-level Llama is trained from scratch in bf16 on the Python sources of this machine's standard library and packages.
@@ -11,8 +12,9 @@ of the data, the same for all schemes. The figure is the gap of the validation l
 bf16 over its seeds is what it has to be read against.
 
 float32 weights, AdamW, bfloat16 autocast, as recipes/finetune.py trains; on a GPU a step is one CUDA graph. Writes JSON after
-every run, in the end a table and a picture of the curves. The pre-trained weights stay beside them: gaps count only between
-runs from the same weights, so runs that are recorded are kept only together with these.
+every run, in the end a table and a picture of the curves. Gaps count only between runs from the same weights, so a record
+names them by their hash. All algorithms are deterministic: GPUs of one kind pre-train to the same bits, and runs of several
+machines add up.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import statistics
 import sys
 import sysconfig
@@ -34,7 +37,7 @@ import torch
 import torch.multiprocessing as mp
 from common import RESULTS, environment, save_json
 from llama import Llama, Shape
-from parity_table import MAIN, SCHEMES, draw, table
+from parity_table import MAIN, SCHEMES, by_scheme, write_report
 from torch import Tensor, nn
 
 from halo_train import convert_to_halo_training
@@ -228,8 +231,16 @@ def fine_tune(run: Run, state: dict[str, Tensor], text: Text, size: Size, device
     }
 
 
+def be_deterministic() -> None:
+    """Every later operation of this process gives the same bits for the same input."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def work(device: str, size: Size, weights: Path, deadline: float, todo: Any, done: Any) -> None:
     """One process: takes runs from a queue until None comes; answers None to those that would not end by the deadline."""
+    be_deterministic()
     if device != "cpu":
         torch.cuda.set_device(device)
     text, slowest = Text(size), 0.0
@@ -238,7 +249,7 @@ def work(device: str, size: Size, weights: Path, deadline: float, todo: Any, don
             done.put(None)
             continue
         started = time.time()
-        done.put(fine_tune(run, torch.load(weights), text, size, device))
+        done.put(fine_tune(run, torch.load(weights)["state"], text, size, device))
         slowest = max(slowest, time.time() - started)
 
 
@@ -276,30 +287,43 @@ class Workers:
             print(f"{missing} of {len(runs)} runs were not started: --seconds is over")
 
 
-def pretrained(
-    size: Size, text: Text, device: str, weights: Path, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Pre-trains and writes the weights; or, where they are there, reads what was recorded of the runs from them."""
+def pretrained(size: Size, text: Text, device: str, weights: Path) -> dict[str, Any]:
+    """What is in the file of weights: state, its hash, the curve of its validation loss, size and text; pre-trains if that is
+    not there yet."""
+    origin = {"size": vars(size), "text": text.digest}
     if weights.exists():
-        for path in sorted(args.out.glob("*-train-parity-*.json"), reverse=True):
-            record = json.loads(path.read_text())
-            if record["text"]["sha256_16"] == text.digest and record["size"] == vars(size):
-                print(f"{len(record['runs'])} runs are in {path}")
-                return record
+        found = torch.load(weights)
+        if origin.items() <= found.items():
+            return found
     model = build(size, device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.1f}M parameters; {len(text.train) / 1e6:.1f} MB of text, sha256 {text.digest}")
     started = time.perf_counter()
     curve = optimise(model, text, size, device, steps=size.pretrain_steps, rate=6e-4, seed=0, cosine=True)
-    print(f"pre-training: {time.perf_counter() - started:.0f} s, validation loss by step {curve}", flush=True)
-    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, weights)
+    state = {name: value.cpu() for name, value in model.state_dict().items()}
+    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values())).hexdigest()[:16]
+    seconds = time.perf_counter() - started
+    print(f"pre-training: {seconds:.0f} s, validation loss by step {curve}, sha256 {digest}", flush=True)
+    found = {**origin, "parameters": parameters, "curve": curve, "sha256_16": digest, "state": state}
+    torch.save(found, weights)
+    return found
+
+
+def recorded(start: dict[str, Any], text: Text, folder: Path, commit: str | None) -> dict[str, Any]:
+    """The record in ``folder`` of runs from these pre-trained weights, or an empty one."""
+    for path in sorted(folder.glob("*-train-parity-*.json"), reverse=True):
+        record = json.loads(path.read_text())
+        if record.get("weights_sha256_16") == start["sha256_16"]:
+            print(f"{len(record['runs'])} runs are in {path}")
+            return record
     return {
-        "environment": environment(args.commit),
+        "environment": environment(commit),
         "command": " ".join(sys.argv),
-        "parameters": parameters,
+        "parameters": start["parameters"],
         "text": {"sha256_16": text.digest, "bytes": len(text.train) + len(text.valid)},
-        "size": vars(size),
-        "pretraining": curve,
+        "size": start["size"],
+        "pretraining": start["curve"],
+        "weights_sha256_16": start["sha256_16"],
         "runs": [],
     }
 
@@ -307,7 +331,13 @@ def pretrained(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--outliers", type=int, nargs="+", default=[1, 64, 512])
-    parser.add_argument("--seeds", type=int, default=3, help="of bf16, fp8 and int8")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help="of bf16, fp8, int8; the others run with the first",
+    )
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--pretrain-steps", type=int, default=Size.pretrain_steps)
     parser.add_argument("--per-gpu", type=int, default=2, help="processes that share a GPU")
@@ -316,24 +346,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commit", help="of the sources, where they are no git checkout")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one seed, on the CPU")
     args = parser.parse_args(argv)
-    size, seeds = (SMOKE, 1) if args.smoke else (Size(pretrain_steps=args.pretrain_steps), args.seeds)
+    size = SMOKE if args.smoke else Size(pretrain_steps=args.pretrain_steps)
+    seeds = args.seeds[:1] if args.smoke else args.seeds
     if not (args.smoke or torch.cuda.is_available()):
         parser.error("needs a CUDA GPU; --smoke runs on a CPU")
     count = 0 if args.smoke else torch.cuda.device_count()
     device = "cuda:0" if count else "cpu"
     deadline = time.time() + args.seconds
+    be_deterministic()
 
     args.out.mkdir(parents=True, exist_ok=True)
     weights = args.out / "train-parity-pretrained.pt"
     devices = [f"cuda:{i}" for i in range(count)] * args.per_gpu
     workers = Workers(size, weights, devices, deadline) if count else None
     text = Text(size)
-    record = pretrained(size, text, device, weights, args)
+    start = pretrained(size, text, device, weights)
+    record = recorded(start, text, args.out, args.commit)
     # What matters most comes first, in case the time is short.
-    schemes = list(dict.fromkeys(["bf16", *args.schemes]))
+    schemes = args.schemes
     runs = [
         Run(scheme, c, seed)
-        for chosen, wanted in ((MAIN, range(seeds)), ([s for s in schemes if s not in MAIN], range(1)))
+        for chosen, wanted in ((MAIN, seeds), ([s for s in schemes if s not in MAIN], seeds[:1]))
         for seed in wanted
         for scheme in chosen
         if scheme in schemes
@@ -344,20 +377,18 @@ def main(argv: list[str] | None = None) -> None:
     if workers:
         found = workers.results(runs)
     else:
-        found = (fine_tune(run, torch.load(weights), text, size, device) for run in runs)
-    results = record["runs"]
+        found = (fine_tune(run, start["state"], text, size, device) for run in runs)
+    results, commit = record["runs"], environment(args.commit)["commit"]
     path = save_json("train-parity", record, args.out)
     for i, r in enumerate(found, 1):
-        results.append(r)
-        results.sort(key=lambda r: (list(SCHEMES).index(r["scheme"]), r["outlier"], r["seed"]))
+        results.append({**r, "commit": commit})
+        results.sort(key=by_scheme)
         save_json("train-parity", record, args.out)
         print(
             f"{i:3} of {len(runs)}  c={r['outlier']:<4} seed {r['seed']}  {r['loss']:.4f}  {r['seconds']:4.0f} s  {r['scheme']}",
             flush=True,
         )
-    path.with_suffix(".md").write_text(table(results, args.outliers))
-    draw(results, args.outliers, path.with_suffix(".png"))
-    print("\n" + table(results, args.outliers) + f"\n{path}")
+    print("\n" + write_report(record, path) + f"\n{path}")
 
 
 if __name__ == "__main__":

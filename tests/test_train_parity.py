@@ -18,13 +18,17 @@ def train_parity(monkeypatch):
     import train_parity
 
     yield train_parity
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     for name in ("train_parity", "parity_table", "llama", "common"):
         sys.modules.pop(name, None)
 
 
 def test_every_run_is_in_the_record(train_parity, tmp_path):
     schemes = ["fp8", "HALO-0 int8"]
-    train_parity.main(["--smoke", "--outliers", "1", "64", "--schemes", *schemes, "--out", str(tmp_path)])
+    train_parity.main(
+        ["--smoke", "--outliers", "1", "64", "--schemes", "bf16", *schemes, "--out", str(tmp_path)]
+    )
     (record,) = tmp_path.glob("*.json")
     runs = json.loads(record.read_text())["runs"]
     assert {(r["scheme"], r["outlier"]) for r in runs} == {
@@ -39,16 +43,35 @@ def test_every_run_is_in_the_record(train_parity, tmp_path):
 
 def test_again_it_goes_on_from_the_same_weights(train_parity, tmp_path, capsys):
     options = ["--smoke", "--outliers", "1", "--out", str(tmp_path), "--schemes"]
-    train_parity.main([*options, "fp8"])
+    train_parity.main([*options, "bf16", "fp8"])
     (path,) = tmp_path.glob("*.json")
     first, weights = json.loads(path.read_text()), (tmp_path / "train-parity-pretrained.pt").read_bytes()
-    train_parity.main([*options, "fp8", "int8"])
+    train_parity.main([*options, "bf16", "fp8", "int8"])
     second = json.loads(path.read_text())
     assert second["pretraining"] == first["pretraining"]
     assert [r["scheme"] for r in second["runs"]] == ["bf16", "fp8", "int8"]
     assert second["runs"][:2] == first["runs"]
     assert (tmp_path / "train-parity-pretrained.pt").read_bytes() == weights
     assert "1 of 1  c=1" in capsys.readouterr().out
+
+
+def test_parts_of_the_same_weights_are_one_record(train_parity, tmp_path):
+    """Two machines pre-train to the same bits; their runs add up, and those from other weights are refused."""
+    parts = []
+    for scheme in ("bf16", "int8"):
+        out = tmp_path / scheme
+        train_parity.main(["--smoke", "--outliers", "1", "--schemes", scheme, "--out", str(out)])
+        parts += [json.loads(path.read_text()) for path in out.glob("*.json")]
+    assert [[r["scheme"] for r in part["runs"]] for part in parts] == [["bf16"], ["int8"]]
+    joined = sys.modules["parity_table"].joined
+    record = joined([*parts, parts[0]])
+    assert [r["scheme"] for r in record["runs"]] == ["bf16", "int8"]
+    gap = parts[1]["runs"][0]["loss"] - parts[0]["runs"][0]["loss"]
+    path = tmp_path / "all.json"
+    assert f"{gap:+.4f}" in sys.modules["parity_table"].write_report(record, path)
+    assert path.with_suffix(".png").stat().st_size > 0
+    with pytest.raises(ValueError, match="same weights"):
+        joined([parts[0], {**parts[1], "weights_sha256_16": "other"}])
 
 
 def test_planted_outliers_leave_the_function(train_parity):
