@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from fsdp_fixtures import run_on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,8 +27,7 @@ def batch(step: int, rank: int) -> torch.Tensor:
     return x
 
 
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def train(rank: int, world: int, device: str, folder: Path) -> None:
     model = DistributedDataParallel(build())
     for step in range(2):
         model.zero_grad()
@@ -38,12 +36,11 @@ def worker(rank: int, folder: str) -> None:
         "grads": [p.grad for p in model.parameters()],
         "equalizer": equalizer_state_dict(model.module),
     }
-    torch.save(result, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(result, folder / f"rank{rank}.pt")
 
 
 def test_gradients_are_the_mean_over_ranks_with_one_equalizer(tmp_path: Path):
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    run_on_ranks([train], 2, "cpu", tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     # DDP broadcasts buffers before each forward: after the first step both ranks use the factors of rank 0.
     for name, exponent in ranks[0]["equalizer"].items():

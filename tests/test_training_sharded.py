@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
+from fsdp_fixtures import run_on_ranks
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -63,22 +61,14 @@ def _full(tensor: Tensor | None) -> Tensor:
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+def train_sharded(rank: int, world: int, device: str, folder: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         loss = build(dtype)
         for block in blocks(loss.model, ""):
             fully_shard(block)
         fully_shard(loss)
-        torch.save(train(loss, IDS[2 * rank : 2 * rank + 2], 2), f"{folder}/{dtype}-{rank}.pt")
-    check_saving_in_the_background(loss, rank, Path(folder) / "checkpoints")
-    dist.destroy_process_group()
+        torch.save(train(loss, IDS[2 * rank : 2 * rank + 2], 2), folder / f"{dtype}-{rank}.pt")
+    check_saving_in_the_background(loss, rank, folder / "checkpoints")
 
 
 def check_saving_in_the_background(loss: TokenLoss, rank: int, folder: Path) -> None:
@@ -125,7 +115,7 @@ def check_that_another_model_is_refused(path: Path) -> None:
 
 
 def test_two_ranks_are_one(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    run_on_ranks([train_sharded], 2, "cpu", tmp_path)
     for dtype, close in ((torch.float32, 0.015), (torch.bfloat16, 0.03)):
         alone = train(build(dtype), IDS, 1)
         ranks = [torch.load(tmp_path / f"{dtype}-{rank}.pt") for rank in range(2)]
