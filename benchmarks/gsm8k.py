@@ -46,13 +46,10 @@ from halo_train.recipes import finetune
 from halo_train.training.compare import Comparison, plan, run_members
 from halo_train.training.compare_report import read_lines, write_comparison
 from halo_train.training.config import load_config
-from halo_train.training.logging import read_metrics
 from halo_train.training.loop import pick_device
 from halo_train.training.model import export_model, train_tokenizer
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
-FIRST_STEPS = 10
-"""Of a run, in which kernels are loaded and compiled; not part of the share of data wait."""
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -242,10 +239,8 @@ def results(compared: Comparison) -> list[dict[str, Any]]:
     rows = []
     for line in read_lines(compared):
         folder = compared.folder / line.name
-        steps = [step for step in read_metrics(folder / "metrics.jsonl") if "data_wait" in step][FIRST_STEPS:]
-        seconds = [step["tokens"] / step["tokens_per_second"] for step in steps]
-        waited = sum(step["data_wait"] * spent for step, spent in zip(steps, seconds, strict=True))
-        row = {**vars(line), "data_wait": waited / sum(seconds) if steps else None, "exact_match": None}
+        summary = json.loads((folder / "summary.json").read_text())
+        row = {**vars(line), "data_wait": summary["data_wait"], "exact_match": None}
         answers = folder / "answers.json"
         if answers.is_file():
             row["exact_match"] = found = json.loads(answers.read_text())["exact_match"]
@@ -303,21 +298,20 @@ def report(record: dict[str, Any]) -> str:
             score = f"{percent(match['exact_match'], match['standard_error'])} ({match['correct']}/{match['questions']})"
             answered = f"{100 * (1 - match['without_answer'] / match['questions']):.0f}%"
             right = f"{percent(row['equations']['right'], row['equations']['standard_error'])} of {row['equations']['written']}"
-        waited = "-" if row["data_wait"] is None else f"{100 * row['data_wait']:.2f}%"
         memory = "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f}"
         speed = "-" if row["emulated"] or row["speed"] is None else f"{row['speed']:.2f}"
         gap = "-" if row["gap"] is None else f"{row['gap']:+.4f}"
         lines.append(
             f"| {row['name']} | {row['valid_loss']:.4f} | {gap} | {row['train_loss']:.4f} | "
-            f"{score} | {answered} | {right} | {row['tokens_per_second']:,.0f} | {speed} | {waited} | {100 * row['share_8bit']:.0f}% | {memory} | "
+            f"{score} | {answered} | {right} | {row['tokens_per_second']:,.0f} | {speed} | {100 * row['data_wait']:.2f}% | {100 * row['share_8bit']:.0f}% | {memory} | "
             f"{'/'.join(f'{db:.0f}' for db in row['sqnr_db'].values())} |"
         )
     lines += [
         "",
         "gap: test loss minus that of the first precision, same weights, data, order and seed. ±: standard error over the questions; another seed moves",
         "the figures too. answered: share of the texts with something after `####`. right equations: share of the `<<48/2=24>>` in the answers that hold.",
-        f"tokens/s: training, median step, padding not counted. data wait: share of the time of the steps after the first {FIRST_STEPS}. 8-bit: share of the",
-        "operations in matrix products. SQNR in dB, median layer.",
+        "tokens/s: training, median step, padding not counted. data wait: share of the steps' time. 8-bit: share of the operations in matrix products.",
+        "SQNR in dB, median layer.",
     ]
     lines += [f"\n{name} failed with exit code {code}." for name, code in record["failed"].items()]
     return "\n".join(lines) + "\n"

@@ -29,6 +29,7 @@ def test_run_ends_with_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "model.layers.",
         " 1.mlp.down_proj ",
         "tokens/s",
+        "time waiting for data",
     ):
         assert row in table
     assert "tokens/s say nothing about" in " ".join(table.split())

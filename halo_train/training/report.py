@@ -25,7 +25,7 @@ MAX_LAYERS = 28
 """Of larger models the table shows this many layers, those with the worst fprop."""
 
 _WARM_UP = 3
-"""First steps, which are slower, do not count for tokens/s."""
+"""First steps, which are slower, do not count for tokens/s and the wait for data."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Result:
     """Mean over the last :data:`TAIL` steps."""
     tokens_per_second: float
     """Median over the steps, padding not counted."""
+    data_wait: float
+    """Share of the steps' time that waited for a batch."""
     share_8bit: float
     """Of the operations in matrix products, output layer and attention included; see FlopCounter."""
     mfu: float | None
@@ -71,6 +73,8 @@ def summarise(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     valid = [line["valid_loss"] for line in metrics if "valid_loss" in line]
     steps = [line for line in metrics if "loss" in line]
     settled = steps[min(_WARM_UP, len(steps) - 1) :]
+    seconds = [line["tokens"] / line["tokens_per_second"] for line in settled]
+    waited = [line["data_wait"] * spent for line, spent in zip(settled, seconds, strict=True)]
     _, matches = points(metrics, "exact_match")
     return {
         "valid_before": valid[0],
@@ -78,6 +82,7 @@ def summarise(metrics: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         "exact_match": matches[-1] if matches else None,
         "train_loss": fmean(line["loss"] for line in steps[-TAIL:]),
         "tokens_per_second": median(line["tokens_per_second"] for line in settled),
+        "data_wait": sum(waited) / sum(seconds),
         "share_8bit": fmean(line["share_8bit"] for line in settled),
         "mfu": median(line["mfu"] for line in settled) if "mfu" in settled[0] else None,
     }
@@ -110,6 +115,7 @@ def run_table(result: Result, emulated: bool) -> Table:
     if result.peak_memory_gib is not None:
         table.add_row("peak GPU memory, GiB", f"{result.peak_memory_gib:.2f}")
 
+    table.add_row("time waiting for data", f"{result.data_wait:.1%}")
     table.add_row("layers converted", str(result.layers_converted))
     table.add_row("matrix operations in 8 bits", f"{result.share_8bit:.1%}")
     if result.mfu is not None:
