@@ -15,13 +15,13 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def gsm8k(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def arithmetic(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("gsm8k")
+    return importlib.import_module("arithmetic")
 
 
-def test_equations_are_found_and_checked(gsm8k: ModuleType) -> None:
-    found = gsm8k.equations(
+def test_equations_are_found_and_checked(arithmetic: ModuleType) -> None:
+    found = arithmetic.equations(
         [
             "<<2+2=4>>4, <<3*3=8>>8 and <<a=3>>",
             "<<1/3=.33>>.33 <<(1,000-1)/-3=-333>> <<1/0=0>>",
@@ -33,19 +33,19 @@ def test_equations_are_found_and_checked(gsm8k: ModuleType) -> None:
     assert found["right"] == 0.75
     # By hand: residuals of the texts, right - 0.75 written, are 1 - 1.5 and 2 - 1.5.
     assert found["standard_error"] == pytest.approx((0.25 + 0.25) ** 0.5 / 4)
-    assert gsm8k.equations(["nothing"]) == {"written": 0, "right": 0, "standard_error": 0}
+    assert arithmetic.equations(["nothing"]) == {"written": 0, "right": 0, "standard_error": 0}
 
 
 @pytest.mark.parametrize("text", ["__import__('os')", "9**9**9", "'a'", "f(1)", "True", "1;2", ""])
-def test_only_arithmetic_is_evaluated(gsm8k: ModuleType, text: str) -> None:
-    assert gsm8k.value(text) is None
-    assert gsm8k.value("2.5*(4-1)") == Fraction(15, 2)
+def test_only_arithmetic_is_evaluated(arithmetic: ModuleType, text: str) -> None:
+    assert arithmetic.value(text) is None
+    assert arithmetic.value("2.5*(4-1)") == Fraction(15, 2)
 
 
-def test_drills_hold(gsm8k: ModuleType) -> None:
-    (text,) = gsm8k.drills(1)
-    assert text == next(gsm8k.drills(5))
-    assert gsm8k.equations([text]) == {"written": 60, "right": 1, "standard_error": 0}
+def test_drills_hold(arithmetic: ModuleType) -> None:
+    (text,) = arithmetic.drills(1)
+    assert text == next(arithmetic.drills(5))
+    assert arithmetic.equations([text]) == {"written": 60, "right": 1, "standard_error": 0}
 
 
 @pytest.mark.slow
