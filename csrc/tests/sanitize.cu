@@ -1,8 +1,12 @@
 // Every Hadamard kernel once, on small odd shapes, without PyTorch: for compute-sanitizer, which would take
-// minutes with it.
+// minutes with it. Arguments choose among rows, rounds, columns and matrix; none is all.
 //     nvcc -std=c++17 -O3 -lineinfo -arch=sm_90 -Icsrc csrc/tests/sanitize.cu csrc/hadamard*.cu -o
-//     build/sanitize for tool in memcheck racecheck synccheck; do compute-sanitizer --tool $tool
-//     --error-exitcode 1 build/sanitize; done
+//     build/sanitize
+//     for tool in memcheck racecheck synccheck; do
+//       compute-sanitizer --tool $tool --error-exitcode 1 build/sanitize
+//     done
+
+#include <cstring>
 
 #include "hadamard.h"
 #include "sanitize.h"
@@ -16,24 +20,32 @@ struct Type {
   int bytes;
 };
 
-void rows(const Type& type, int order, int block, int count, bool strided, bool columns) {
+struct Form {
+  int per_row = 1;  // blocks
+  bool strided = false;
+  bool columns = false;  // with signs and factors; of rounds, all three signs
+  bool in_place = false;
+};
+
+void rows(const Type& type, int order, int block, int count, const Form& form) {
   const int vector = 16 / type.bytes;
-  if ((strided || columns) && block < vector) return;  // the operator copies or tiles these
+  const int64_t axis = static_cast<int64_t>(form.per_row) * block;
+  if ((form.strided || form.columns) && axis < vector) return;  // the operator copies or tiles these
   halo_train::HadamardArgs args{};
   args.dtype = type.dtype;
-  args.axis = block;
-  args.row_stride = strided ? block + vector : block;
-  args.total = static_cast<int64_t>(count) * block;
+  args.axis = axis;
+  args.row_stride = form.strided ? axis + vector : axis;
+  args.total = count * axis;
   args.order = order;
   args.block = block;
   args.scale = 0.5;
-  const Buffer x((static_cast<size_t>(count - 1) * args.row_stride + block) * type.bytes);
-  const Buffer y(args.total * type.bytes);
-  const Buffer signs(columns ? static_cast<size_t>(block) * type.bytes : 0, 0xbc);
-  const Buffer factors(columns ? static_cast<size_t>(block) * (type.bytes == 8 ? 8 : 4) : 0);
+  const Buffer x((static_cast<size_t>(count - 1) * args.row_stride + axis) * type.bytes);
+  const Buffer y(form.in_place ? 0 : args.total * type.bytes);
+  const Buffer signs(form.columns ? static_cast<size_t>(axis) * type.bytes : 0, 0xbc);
+  const Buffer factors(form.columns ? static_cast<size_t>(axis) * (type.bytes == 8 ? 8 : 4) : 0);
   const Buffer matrix(order > 1 ? static_cast<size_t>(order) * order * type.bytes : 0);
   args.x = x.get();
-  args.y = y.get();
+  args.y = form.in_place ? x.get() : y.get();
   args.signs = signs.get();
   args.out_scale = factors.get();
   args.matrix = matrix.get();
@@ -41,23 +53,25 @@ void rows(const Type& type, int order, int block, int count, bool strided, bool 
   CHECK(cudaDeviceSynchronize());
 }
 
-void rounds(const Type& type, int block, int count, bool strided, bool outer) {
+void rounds(const Type& type, int block, int count, const Form& form) {
   const int vector = 16 / type.bytes;
+  const int64_t axis = static_cast<int64_t>(form.per_row) * block;
   halo_train::HadamardRoundsArgs args{};
   args.dtype = type.dtype;
-  args.axis = block;
-  args.row_stride = strided ? block + vector : block;
-  args.total = static_cast<int64_t>(count) * block;
+  args.axis = axis;
+  args.row_stride = form.strided ? axis + vector : axis;
+  args.total = count * axis;
   args.block = block;
   args.scale = 0.5;
-  const Buffer x((static_cast<size_t>(count - 1) * args.row_stride + block) * type.bytes);
-  const Buffer y(args.total * type.bytes);
-  const Buffer first(outer ? block / 8 : 0), middle(block / 8), last(outer ? block / 8 : 0);
+  const Buffer x((static_cast<size_t>(count - 1) * args.row_stride + axis) * type.bytes);
+  const Buffer y(form.in_place ? 0 : args.total * type.bytes);
+  const size_t bits = static_cast<size_t>(axis) / 8;
+  const Buffer first(form.columns ? bits : 0), middle(bits), last(form.columns ? bits : 0);
   args.x = x.get();
-  args.y = y.get();
-  args.first = static_cast<const uint8_t*>(first.get());
-  args.middle = static_cast<const uint8_t*>(middle.get());
-  args.last = static_cast<const uint8_t*>(last.get());
+  args.y = form.in_place ? x.get() : y.get();
+  args.first = first.as<const uint8_t>();
+  args.middle = middle.as<const uint8_t>();
+  args.last = last.as<const uint8_t>();
   CHECK(halo_train::hadamard_rounds(args, nullptr));
   CHECK(cudaDeviceSynchronize());
 }
@@ -84,26 +98,42 @@ void columns(const Type& type, int block, int inner, bool signs) {
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  const auto asked = [&](const char* part) {
+    for (int i = 1; i < count; ++i) {
+      if (std::strcmp(arguments[i], part) == 0) return true;
+    }
+    return count == 1;
+  };
   const Type types[] = {
       {DType::kBFloat16, 2}, {DType::kFloat16, 2}, {DType::kFloat32, 4}, {DType::kFloat64, 8}};
-  for (const Type& type : types) {
-    for (const bool given : {false, true}) {
-      for (int block = 1; block <= 32768; block *= 2) {
-        for (const int count : {1, 3, 137}) {
-          for (const bool strided : {false, true}) rows(type, 1, block, count, strided, given);
-        }
-        if (type.bytes < 8 && block >= 64) {
-          for (const int count : {1, 3, 137}) rounds(type, block, count, count == 3, given);
-        }
-        if (type.bytes < 8 && block > 1) {
-          for (const int inner : {2, 70}) columns(type, block, inner, given);
-        }
+  // Rows of 300 blocks of the largest kinds take turns on every multiprocessor.
+  for (const bool given : {false, true}) {
+    const Form dense{1, false, given, false}, gaps{1, true, given, false};
+    const Form in_place{1, false, given, true}, two{2, true, given, false};
+    for (const Type& type : types) {
+      for (int block = 1; asked("rows") && block <= 32768; block *= 2) {
+        rows(type, 1, block, 1, gaps);
+        rows(type, 1, block, 3, two);
+        rows(type, 1, block, 137, dense);
+        rows(type, 1, block, type.bytes < 8 ? 300 : 3, in_place);
       }
-      if (type.bytes > 2) continue;
+      if (type.bytes > 4) continue;
+      for (int block = 64; asked("rounds") && block <= 32768; block *= 2) {
+        rounds(type, block, 1, gaps);
+        rounds(type, block, 3, two);
+        rounds(type, block, 137, dense);
+        rounds(type, block, 300, in_place);
+      }
+      for (int block = 2; asked("columns") && block <= 32768; block *= 2) {
+        for (const int inner : {2, 70}) columns(type, block, inner, given);
+      }
+      if (type.bytes > 2 || !asked("matrix")) continue;
       for (const int order : {12, 20, 28, 40, 56, 60}) {
         for (int power = 64; power <= (order > 16 && order <= 32 ? 1024 : 512); power *= 2) {
-          for (const int count : {1, 7, 301}) rows(type, order, order * power, count, count > 1, given);
+          rows(type, order, order * power, 1, gaps);
+          rows(type, order, order * power, 3, two);
+          rows(type, order, order * power, 301, dense);
         }
       }
     }
