@@ -18,6 +18,7 @@
 
 #include "binding_helpers.h"
 #include "hadamard.h"
+#include "operators.h"
 
 namespace {
 
@@ -195,13 +196,6 @@ Tensor hadamard(const Tensor& x, int64_t block, double scale, const std::optiona
   return out_of_place(x, [&](const Tensor& from, const Tensor& to) { transform(from, to, dtype, options); });
 }
 
-void hadamard_(Tensor x, int64_t block, double scale, const std::optional<Tensor>& signs,
-               const std::optional<Tensor>& out_scale, const std::optional<Tensor>& matrix) {
-  const Options options{block, scale, signs, out_scale, matrix};
-  const halo_train::DType dtype = check_hadamard(x, options);
-  in_place(x, [&](const Tensor& from, const Tensor& to) { transform(from, to, dtype, options); });
-}
-
 // What the operators for two rounds take beside x.
 struct Rounds {
   int64_t block;
@@ -319,9 +313,20 @@ Tensor hadamard_axis(const Tensor& input, int64_t block, double scale, const std
 
 }  // namespace
 
+namespace halo_train::operators {
+
+void hadamard_(Tensor x, int64_t block, double scale, const std::optional<Tensor>& signs,
+               const std::optional<Tensor>& out_scale, const std::optional<Tensor>& matrix) {
+  const Options options{block, scale, signs, out_scale, matrix};
+  const halo_train::DType dtype = check_hadamard(x, options);
+  in_place(x, [&](const Tensor& from, const Tensor& to) { transform(from, to, dtype, options); });
+}
+
+}  // namespace halo_train::operators
+
 STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
   m.impl("hadamard", TORCH_BOX(&hadamard));
-  m.impl("hadamard_", TORCH_BOX(&hadamard_));
+  m.impl("hadamard_", TORCH_BOX(&halo_train::operators::hadamard_));
   m.impl("hadamard_rounds", TORCH_BOX(&hadamard_rounds));
   m.impl("hadamard_rounds_", TORCH_BOX(&hadamard_rounds_));
   m.impl("hadamard_axis", TORCH_BOX(&hadamard_axis));

@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "operators.h"
 #include "quantize_binding_helpers.h"
 
 namespace {
@@ -104,11 +105,6 @@ std::tuple<Tensor, Tensor> quantize(const char* op, const Tensor& input, ScalarT
   return {q, scale};
 }
 
-std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, ScalarType dtype, int64_t block,
-                                         const std::optional<Tensor>& col_scale) {
-  return quantize("quantize_rows", x, dtype, block, col_scale, false);
-}
-
 std::tuple<Tensor, Tensor> quantize_tensor(const Tensor& x, ScalarType dtype, int64_t block,
                                            const std::optional<Tensor>& col_scale) {
   return quantize("quantize_tensor", x, dtype, block, col_scale, true);
@@ -143,19 +139,6 @@ void quantize_forms(const char* op, const Tensor& x, QType qtype, const std::opt
   check_launch(op, halo_train::quantize_grad(args, current_stream(device)), device);
 }
 
-std::tuple<Tensor, Tensor> quantize_rows_transposed(const Tensor& input, ScalarType dtype,
-                                                    const std::optional<Tensor>& row_scale) {
-  const DeviceGuard guard(input.get_device_index());
-  const Tensor x = with_dense_rows(input);
-  const Quantised quantised = quantised_type(dtype);
-  const FormPair columns(x.size(1), x.size(0), x, quantised);
-  if (x.numel() > 0) {
-    quantize_forms("quantize_rows_transposed", x, quantised.type, std::nullopt, row_scale,
-                   {nullptr, nullptr, columns.bytes(), columns.floats()});
-  }
-  return {columns.data, columns.scale};
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& input, ScalarType dtype,
                                                                  const std::optional<Tensor>& col_scale,
                                                                  const Tensor& row_scale, bool column_sums) {
@@ -173,21 +156,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& i
     torch::stable::fill_(sums, 0.0);
   }
   return {a.data, a.scale, b.data, b.scale, sums};
-}
-
-Tensor transpose_bytes(const Tensor& input) {
-  const int device = input.get_device_index();
-  const DeviceGuard guard(device);
-  STD_TORCH_CHECK(input.dim() == 2 && input.element_size() == 1,
-                  "halo_train::transpose_bytes: x must be a matrix of one-byte elements");
-  const Tensor x = halo_train::dense(input);
-  Tensor y = halo_train::empty({x.size(1), x.size(0)}, x);
-  if (x.numel() == 0) return y;
-  check_launch(
-      "transpose_bytes",
-      halo_train::transpose_bytes(x.data_ptr(), y.data_ptr(), x.size(0), x.size(1), current_stream(device)),
-      device);
-  return y;
 }
 
 std::tuple<Tensor, Tensor> equalizer_factors(const Tensor& input) {
@@ -209,11 +177,48 @@ std::tuple<Tensor, Tensor> equalizer_factors(const Tensor& input) {
 
 }  // namespace
 
+namespace halo_train::operators {
+
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, ScalarType dtype, int64_t block,
+                                         const std::optional<Tensor>& col_scale) {
+  return quantize("quantize_rows", x, dtype, block, col_scale, false);
+}
+
+std::tuple<Tensor, Tensor> quantize_rows_transposed(const Tensor& input, ScalarType dtype,
+                                                    const std::optional<Tensor>& row_scale) {
+  const DeviceGuard guard(input.get_device_index());
+  const Tensor x = with_dense_rows(input);
+  const Quantised quantised = quantised_type(dtype);
+  const FormPair columns(x.size(1), x.size(0), x, quantised);
+  if (x.numel() > 0) {
+    quantize_forms("quantize_rows_transposed", x, quantised.type, std::nullopt, row_scale,
+                   {nullptr, nullptr, columns.bytes(), columns.floats()});
+  }
+  return {columns.data, columns.scale};
+}
+
+Tensor transpose_bytes(const Tensor& input) {
+  const int device = input.get_device_index();
+  const DeviceGuard guard(device);
+  STD_TORCH_CHECK(input.dim() == 2 && input.element_size() == 1,
+                  "halo_train::transpose_bytes: x must be a matrix of one-byte elements");
+  const Tensor x = halo_train::dense(input);
+  Tensor y = halo_train::empty({x.size(1), x.size(0)}, x);
+  if (x.numel() == 0) return y;
+  check_launch(
+      "transpose_bytes",
+      halo_train::transpose_bytes(x.data_ptr(), y.data_ptr(), x.size(0), x.size(1), current_stream(device)),
+      device);
+  return y;
+}
+
+}  // namespace halo_train::operators
+
 STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
-  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
-  m.impl("quantize_rows_transposed", TORCH_BOX(&quantize_rows_transposed));
+  m.impl("quantize_rows", TORCH_BOX(&halo_train::operators::quantize_rows));
+  m.impl("quantize_rows_transposed", TORCH_BOX(&halo_train::operators::quantize_rows_transposed));
   m.impl("quantize_grad", TORCH_BOX(&quantize_grad));
   m.impl("quantize_tensor", TORCH_BOX(&quantize_tensor));
-  m.impl("transpose_bytes", TORCH_BOX(&transpose_bytes));
+  m.impl("transpose_bytes", TORCH_BOX(&halo_train::operators::transpose_bytes));
   m.impl("equalizer_factors", TORCH_BOX(&equalizer_factors));
 }

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from . import ops
 from .config import Format, HaloConfig
-from .gemm import MULTIPLE, matmul
+from .gemm import MULTIPLE
 from .hadamard import hadamard_transform
-from .operands import contract_rows, pad_vector, quantize_input, quantize_operands, rotation_block
+from .operands import contract_rows, pad_vector, quantize_input, rotation_block
 from .products import (
     again,
     as_matrix,
@@ -33,6 +33,7 @@ from .products import (
     crop,
     dgrad,
     for_dgrad,
+    fprop,
     round_gradient,
     undo_fold,
     wgrad,
@@ -185,29 +186,34 @@ class HaloLinearFunction(torch.autograd.Function):
         x_scale: Tensor | None,
         leading: torch.Size | None,
     ) -> Tensor:
-        equalizer = None if d is None or inverse is None else Equalizer(d, inverse)
-        rows = None if w_data is None or w_scale is None else Quantized(w_data, w_scale)
+        given = None if w_data is None or w_scale is None else Quantized(w_data, w_scale)
         quantized_input = None if x_data is None or x_scale is None else Quantized(x_data, x_scale)
         n, tokens = weight.shape[0], as_matrix(x)
-        op = quantize_operands(tokens, weight, equalizer, config, rows, quantized_input)
+        rounded = quantize_input(tokens, inverse, config) if quantized_input is None else quantized_input
+        y, rows = fprop(rounded, weight, d, given, x.dtype, config)
         m = tokens.shape[0] if leading is None else leading.numel()
-        y = crop(matmul(op.x, op.w, x.dtype, config.fast_accum), m, n)
+        y = crop(y, m, n)
         if bias is not None:
             y = y + bias.to(y.dtype)
 
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         # Row scales are saved with the data they belong to: wgrad needs s, a folded dgrad t.
         again_from_x = config.recompute_inputs and quantized_input is None
-        saved_x = (x if again_from_x else op.x.data, op.x.scale, d) if needs_dw else (None, None, None)
+        saved_x = (x if again_from_x else rounded.data, rounded.scale, d) if needs_dw else (None, None, None)
         columns = None if wc_data is None or wc_scale is None else Quantized(wc_data, wc_scale)
-        saved_w = for_dgrad(weight, op.w, columns, config) if needs_dx else (None, None, None)
+        saved_w = for_dgrad(weight, rows, columns, config) if needs_dx else (None, None, None)
         needs_inverse = again_from_x or not config.requantize_w_dgrad
         ctx.save_for_backward(*saved_x, *saved_w, inverse if needs_inverse else None)
-        ctx.config, ctx.block, ctx.from_carrier = config, op.block, quantized_input is not None
+        ctx.config, ctx.block, ctx.from_carrier = (
+            config,
+            rotation_block(weight.shape[1], config),
+            quantized_input is not None,
+        )
         ctx.again_from_x = again_from_x
         ctx.x_dtype, ctx.x_shape, ctx.weight_form = x.dtype, x.shape, (weight.shape, weight.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*(x.shape[:-1] if leading is None else leading), n)
+        shape = x.shape[:-1] if leading is None else leading
+        return y if len(shape) == 1 else y.view(*shape, n)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -228,7 +234,8 @@ class HaloLinearFunction(torch.autograd.Function):
                     dx = crop(dx, *ctx.x_shape)
                 else:
                     dx = undo_fold(dx, ctx.block, inverse, config)
-                    dx = crop(dx, e.shape[0], ctx.x_shape[-1]).reshape(ctx.x_shape)
+                    dx = crop(dx, e.shape[0], ctx.x_shape[-1])
+                    dx = dx if len(ctx.x_shape) == 2 else dx.reshape(ctx.x_shape)
             if for_dw is not None:
                 if ctx.again_from_x:
                     factors = again(inverse, ctx.x_shape[-1], e)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .hadamard_matrices import ORDERS, hadamard_matrix
-from .ops.reference import signs_of_bits
+from .ops.signs import kept_bits, kept_signs, signs_of_seed
 
 
 def largest_block(n: int) -> int:
@@ -101,13 +100,7 @@ def random_rotation(
 
 def random_signs(n: int, seed: int, stream: int = 0) -> Tensor:
     """n signs that depend on the seed and the stream (the number of a round): int8 +-1 [n] on the CPU."""
-    return signs_of_bits(_random_bits(n, seed, stream))[:n]
-
-
-def _random_bits(n: int, seed: int, stream: int) -> Tensor:
-    """The signs as bits, uint8 [ceil(n / 8)]."""
-    digest = hashlib.shake_128(f"halo_train signs {seed} {stream}".encode()).digest((n + 7) // 8)
-    return torch.frombuffer(bytearray(digest), dtype=torch.uint8) if n else torch.zeros(0, dtype=torch.uint8)
+    return signs_of_seed(n, seed, stream)
 
 
 def _both_rounds(x: Tensor, axis: int, block: int) -> bool:
@@ -192,50 +185,20 @@ def _matrix_on(order: int, power: int, transpose: bool, device: torch.device, dt
     return _build_matrix(order, power, transpose, device, dtype)
 
 
-@functools.lru_cache(maxsize=256)
-def _build_signs(n: int, seed: int, stream: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return random_signs(n, seed, stream).to(device, dtype)
-
-
-@functools.lru_cache(maxsize=256)
-def _build_bits(n: int, seed: int, stream: int, device: torch.device) -> Tensor:
-    return _random_bits(n, seed, stream).to(device)
-
-
+# In a compiled graph signs come from an operator, which hands out a copy. As constants, torch.compile takes those of one
+# call only.
 def _signs_on(x: Tensor, n: int, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
-    """:func:`random_signs` where x is, kept, so that a call does not wait for a copy."""
+    """:func:`random_signs` where x is."""
     if torch.compiler.is_compiling():
-        return _new_signs(x, n, seed, stream).to(dtype)
-    return _build_signs(n, seed, stream, x.device, dtype)
+        return ops.random_signs(x, n, seed, stream).to(dtype)
+    return kept_signs(n, seed, stream, x.device, dtype)
 
 
 def _bits_on(x: Tensor, n: int, seed: int, stream: int) -> Tensor:
     """The same as bits."""
     if torch.compiler.is_compiling():
-        return _new_bits(x, n, seed, stream)
-    return _build_bits(n, seed, stream, x.device)
-
-
-# In a compiled graph signs come from an operator, which hands out a copy. As constants, torch.compile takes those of one
-# call only.
-@torch.library.custom_op("halo_train::random_signs", mutates_args=())
-def _new_signs(like: Tensor, n: int, seed: int, stream: int) -> Tensor:
-    return _build_signs(n, seed, stream, like.device, torch.int8).clone()
-
-
-@_new_signs.register_fake
-def _new_signs_fake(like: Tensor, n: int, seed: int, stream: int) -> Tensor:
-    return like.new_empty(n, dtype=torch.int8)
-
-
-@torch.library.custom_op("halo_train::random_bits", mutates_args=())
-def _new_bits(like: Tensor, n: int, seed: int, stream: int) -> Tensor:
-    return _build_bits(n, seed, stream, like.device).clone()
-
-
-@_new_bits.register_fake
-def _new_bits_fake(like: Tensor, n: int, seed: int, stream: int) -> Tensor:
-    return like.new_empty((n + 7) // 8, dtype=torch.uint8)
+        return ops.random_bits(x, n, seed, stream)
+    return kept_bits(n, seed, stream, x.device)
 
 
 # torch.compile calls this function and takes what it returns as a constant, as under

@@ -107,14 +107,19 @@ class HaloLinear(nn.Linear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """:meth:`forward` of a tensor, of which nobody is told."""
-        weight = self.weight
+        weight, config = self.weight, self.config
         gathered = isinstance(weight, GatheredWeight)
-        if not gathered and not torch.compiler.is_compiling():
+        # A plain parameter to which nothing was attached needs no look.
+        if not (
+            gathered
+            or torch.compiler.is_compiling()
+            or (type(weight) is nn.Parameter and not weight.__dict__)
+        ):
             self._check_placement(weight)
         shared = self.shared_inputs if self._can_share(x) else None
         if shared is not None:
             shared.meet(self, x)
-        if self.config.equalize and not self.equalizer_taken:
+        if config.equalize and not self.equalizer_taken:
             self._take_equalizer(x)
         equalizer = self.factors()
         # A rank without tokens has a gradient too, of zeros: FSDP2 reduces it with those of the others.
@@ -124,9 +129,9 @@ class HaloLinear(nn.Linear):
             tokens,
             weight,
             self.bias,
-            config=self.running_config,
+            config=config.with_folded_dgrad if gathered else config,
             equalizer=equalizer,
-            rounded_weight=self._rounded_weight(equalizer),
+            rounded_weight=self._rounded_weight(weight, equalizer),
             rounded_input=None if shared is None else shared.rounded(self, x, equalizer),
         )
         return y[:0].reshape(*x.shape[:-1], self.out_features) if empty else y
@@ -176,7 +181,7 @@ class HaloLinear(nn.Linear):
 
     def operands(self, equalizer: Equalizer | None) -> Layer:
         """What :mod:`halo_train.fused` takes of this layer; equalizer: its :meth:`factors`."""
-        return Layer(self.weight, self.bias, self._rounded_weight(equalizer))
+        return Layer(self.weight, self.bias, self._rounded_weight(self.weight, equalizer))
 
     @property
     def running_config(self) -> HaloConfig:
@@ -217,22 +222,19 @@ class HaloLinear(nn.Linear):
         fits = x.dim() > 0 and x.shape[-1] == self.in_features
         return x.is_floating_point() and x.element_size() >= 2 and fits and not x.is_meta
 
-    def _rounded_weight(self, equalizer: Equalizer | None) -> RoundedWeight | None:
-        """As FSDP2 gathered it, or as it was kept from an earlier micro-batch."""
-        if isinstance(self.weight, GatheredWeight):
-            return RoundedWeight(self.weight.quantized(), None)
-        return self._kept_weight(equalizer)
-
-    def _kept_weight(self, equalizer: Equalizer | None) -> RoundedWeight | None:
-        """The rounded weight of an earlier micro-batch, if it still is that of this one."""
-        if torch.compiler.is_compiling() or self.config.format is Format.HIGH_PRECISION:
+    def _rounded_weight(self, weight: Tensor, equalizer: Equalizer | None) -> RoundedWeight | None:
+        """As FSDP2 gathered it, or as it was kept from an earlier micro-batch if it still is that of this one."""
+        if isinstance(weight, GatheredWeight):
+            return RoundedWeight(weight.quantized(), None)
+        config = self.config
+        if torch.compiler.is_compiling() or config.format is Format.HIGH_PRECISION:
             return None
         return self._weight_cache.get(
-            self.weight,
-            (self.config, self.equalizer_taken),
-            (self.equalizer_exponent,),
+            weight,
+            (config, self.equalizer_taken),
+            self.equalizer_exponent,
             self.training,
-            lambda: round_weight(self.weight, None if equalizer is None else equalizer.d, self.config),
+            lambda: round_weight(weight, None if equalizer is None else equalizer.d, config),
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -9,46 +9,19 @@ Symbols and equations: docs/numerics.md. In short, with (X D^-1) H = diag(s) Xq 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import HaloConfig, Scaling
+from . import ops
+from .config import HaloConfig, Scaling, storage_dtype
 from .gemm import MULTIPLE
 from .hadamard import hadamard_transform, largest_block
-from .quantize import Equalizer, Quantized, RoundedWeight, quantize, quantize_grad, quantize_transposed
+from .quantize import Quantized, RoundedWeight, quantize, quantize_grad, quantize_transposed
 from .reuse import ones
 
 _MIN_TOKEN_BLOCK = 256
 """A rotation along M spreads an outlier token over at least this many tokens; shorter axes are padded with zeros."""
-
-
-class Operands(NamedTuple):
-    """The rounded operands of a layer's forward, padded: X [M', K'] and W [N', K'], rotated along K'."""
-
-    x: Quantized
-    w: Quantized
-    block: int
-    """Order of the rotation along K'; 1 is none."""
-
-
-def quantize_operands(
-    x: Tensor,
-    weight: Tensor,
-    equalizer: Equalizer | None,
-    config: HaloConfig,
-    quantized_weight: Quantized | None = None,
-    quantized_input: Quantized | None = None,
-) -> Operands:
-    """Pads, equalises, rotates and rounds X [M, K] and W [N, K], unless they are given rounded (docs/numerics.md, eq. 3)."""
-    d, inverse = equalizer or (None, None)
-    return Operands(
-        quantize_input(x, inverse, config) if quantized_input is None else quantized_input,
-        quantize_weight(weight, d, config) if quantized_weight is None else quantized_weight,
-        rotation_block(weight.shape[1], config),
-    )
 
 
 def quantize_input(x: Tensor, inverse: Tensor | None, config: HaloConfig) -> Quantized:
@@ -135,8 +108,9 @@ def rotation_block(k: int, config: HaloConfig) -> int:
 
 
 def pad_matrix(x: Tensor, rows: int, columns: int) -> Tensor:
-    extra = (-x.shape[0] % rows, -x.shape[1] % columns)
-    return F.pad(x, (0, extra[1], 0, extra[0])) if any(extra) else x
+    m, n = x.shape
+    below, right = -m % rows, -n % columns
+    return F.pad(x, (0, right, 0, below)) if below or right else x
 
 
 def pad_tokens(e: Tensor) -> Tensor:
@@ -155,5 +129,5 @@ def _quantize_rows(a: Tensor, factors: Tensor | None, config: HaloConfig) -> Qua
     a = pad_matrix(a, MULTIPLE, MULTIPLE)
     k = a.shape[1]
     factors = None if factors is None else pad_vector(factors, k)
-    block = rotation_block(k, config)
-    return quantize(a, config.format, scaling=config.scaling, block=block, col_scale=factors)
+    rounding = ops.quantize_tensor if config.scaling is Scaling.TENSORWISE else ops.quantize_rows
+    return Quantized(*rounding(a, storage_dtype(config.format, a.dtype), rotation_block(k, config), factors))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .config import HaloConfig
+from .config import HaloConfig, Scaling, storage_dtype
 from .gemm import MULTIPLE, matmul, matmul_rows
-from .operands import pad_matrix, pad_vector, quantize_weight_columns, round_grad
+from .operands import pad_matrix, pad_vector, quantize_weight, rotation_block, round_grad
 from .quantize import Quantized
 
 ForDgrad = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -25,9 +25,37 @@ _AUTOCAST_DEVICES = frozenset(
 """Asked once: torch.compile cannot trace the question before torch 2.12."""
 
 
-def for_dgrad(weight: Tensor, rows: Quantized, columns: Quantized | None, config: HaloConfig) -> ForDgrad:
-    """What to save of W [N, K] for dgrad; rows and columns: those of a RoundedWeight."""
+def fprop(
+    x: Quantized,
+    weight: Tensor,
+    d: Tensor | None,
+    rows: Quantized | None,
+    dtype: torch.dtype,
+    config: HaloConfig,
+) -> tuple[Tensor, Quantized | None]:
+    """X W^T [M', N'], padded, and the rounded rows of W [N, K] where dgrad needs them.
+
+    Args:
+        rows: those of a RoundedWeight, or None: W is rounded here.
+    """
+    if rows is None and config.scaling is Scaling.ROWWISE and config.requantize_w_dgrad:
+        padded = pad_matrix(weight, MULTIPLE, MULTIPLE)
+        k = padded.shape[1]
+        factors = None if d is None else pad_vector(d, k)
+        block = rotation_block(k, config)
+        y = ops.matmul_weight_rows(x.data, x.scale, padded, block, factors, dtype, config.fast_accum)
+        return y, None
+    if rows is None:
+        rows = quantize_weight(weight, d, config)
+    return matmul(x, rows, dtype, config.fast_accum), rows
+
+
+def for_dgrad(
+    weight: Tensor, rows: Quantized | None, columns: Quantized | None, config: HaloConfig
+) -> ForDgrad:
+    """What to save of W [N, K] for dgrad; rows: as :func:`fprop` returns them, columns: those of a RoundedWeight."""
     if not config.requantize_w_dgrad:
+        assert rows is not None
         return None, *rows
     return (weight, None, None) if columns is None else (None, *columns)
 
@@ -60,7 +88,10 @@ def dgrad(e: Quantized, w: ForDgrad, dtype: torch.dtype, config: HaloConfig) -> 
     """E W [M', K'], padded; rotated and equalised as W is where dgrad is folded (:func:`undo_fold`)."""
     weight, data, scale = w
     if weight is not None:
-        return matmul(e, quantize_weight_columns(weight, config), dtype, config.fast_accum)
+        padded = pad_matrix(weight, MULTIPLE, MULTIPLE)
+        return ops.matmul_weight_columns(
+            e.data, e.scale, padded, storage_dtype(config.format, weight.dtype), dtype, config.fast_accum
+        )
     assert data is not None
     assert scale is not None
     product = matmul if config.requantize_w_dgrad else matmul_rows
@@ -69,7 +100,7 @@ def dgrad(e: Quantized, w: ForDgrad, dtype: torch.dtype, config: HaloConfig) -> 
 
 def undo_fold(dx: Tensor, block: int, inverse: Tensor | None, config: HaloConfig) -> Tensor:
     """dX of a folded dgrad, or a sum of them, rotated and equalised back, in place."""
-    return dx if config.requantize_w_dgrad else undo_k(dx, block, inverse)
+    return dx if config.requantize_w_dgrad else _undo_k(dx, block, inverse)
 
 
 def wgrad(
@@ -82,10 +113,14 @@ def wgrad(
 ) -> Tensor:
     """E^T X H^T D [N, K]; x as :func:`halo_train.operands.contract_rows` returns it, weight: shape and dtype."""
     shape, dtype = weight
-    return crop(undo_k(matmul(e, x, dtype, config.fast_accum), block, d), *shape)
+    if block == 1 and d is None:
+        return crop(matmul(e, x, dtype, config.fast_accum), *shape)
+    factors = None if d is None else pad_vector(d, x.data.shape[0])
+    dw = ops.matmul_rotated(e.data, x.data, e.scale, x.scale, block, factors, dtype, config.fast_accum)
+    return crop(dw, *shape)
 
 
-def undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
+def _undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
     """grad H^T diag(col_scale) for a product [rows, K'] that nothing else uses: in place, rounded once."""
     if block > 1 or col_scale is not None:
         factors = None if col_scale is None else pad_vector(col_scale, grad.shape[1])
@@ -100,17 +135,7 @@ def again(factors: Tensor | None, k: int, e: Tensor) -> Tensor | None:
     """
     if not torch.compiler.is_compiling():
         return factors
-    return _copy_after(e.new_ones(k, dtype=torch.float32) if factors is None else factors, e)
-
-
-@torch.library.custom_op("halo_train::copy_after", mutates_args=())
-def _copy_after(x: Tensor, e: Tensor) -> Tensor:
-    return x.clone()
-
-
-@_copy_after.register_fake
-def _copy_after_fake(x: Tensor, e: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return ops.copy_after(e.new_ones(k, dtype=torch.float32) if factors is None else factors, e)
 
 
 def as_matrix(x: Tensor) -> Tensor:

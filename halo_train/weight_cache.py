@@ -57,7 +57,7 @@ class WeightCache:
         self,
         weight: Tensor,
         made_from: tuple[Any, ...],
-        tensors: tuple[Tensor, ...],
+        exponent: Tensor,
         training: bool,
         make: Callable[[], RoundedWeight],
     ) -> RoundedWeight | None:
@@ -66,19 +66,20 @@ class WeightCache:
         Args:
             weight: the parameter.
             made_from: what else ``make`` depends on, compared by value.
-            tensors: tensors that ``make`` depends on, compared by memory and version.
+            exponent: a tensor that ``make`` depends on too, compared by memory and version.
             training: whether the layer is in training mode.
             make: rounds the weight.
         """
         # A subclass or a plain tensor in the place of the parameter belongs to FSDP, DataParallel or functional_call.
-        if type(weight) is not nn.Parameter or weight.is_meta or not may_keep(weight, *tensors):
+        if type(weight) is not nn.Parameter or weight.is_meta or not may_keep(weight, exponent):
             return None
         in_backward = torch._C._current_graph_task_id() != -1
         between_micro_batches = torch.is_grad_enabled() and training
         if not in_backward and not between_micro_batches:
             self.clear()
             return None
-        key = (_optimizer_steps, made_from, stream_of(weight), *map(_state, (weight, *tensors)))
+        state = (weight._version, weight.data_ptr(), weight.dtype, weight.shape)
+        key = (_optimizer_steps, made_from, stream_of(weight), state, exponent._version, exponent.data_ptr())
         unchanged = self._weight is not None and self._weight() is weight and key == self._key
         if in_backward:
             return self._value if unchanged else None
@@ -98,7 +99,3 @@ class WeightCache:
 
     def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
         return WeightCache, ()
-
-
-def _state(x: Tensor) -> tuple[Any, ...]:
-    return x._version, x.data_ptr(), x.device, x.dtype, x.shape

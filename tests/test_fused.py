@@ -225,7 +225,7 @@ def test_what_is_rounded_and_transposed_how_often() -> None:
     with Count() as count:
         outputs = halo_projections(case.x, layers, config=RECIPES["fp8"], norm=case.norm("rms"))
     assert count.ops["norm_quantize"] == 1
-    assert count.ops["quantize_rows"] == 3  # the weights
+    assert count.ops["matmul_weight_rows"] == 3
     with Count() as count:
         torch.autograd.grad(
             outputs, [case.x, case.first, case.second, case.gate], [torch.ones_like(y) for y in outputs]
@@ -241,7 +241,11 @@ def test_what_is_rounded_and_transposed_how_often() -> None:
             config=RECIPES["fp8"],
             norm=case.norm("rms"),
         )
-    assert (count.ops["norm_quantize"], count.ops["gated_quantize"], count.ops["quantize_rows"]) == (1, 1, 3)
+    assert (count.ops["norm_quantize"], count.ops["gated_quantize"], count.ops["matmul_weight_rows"]) == (
+        1,
+        1,
+        3,
+    )
     with Count() as count:
         torch.autograd.grad(y, [case.x, case.gate, case.up, case.down], torch.ones_like(y))
     assert count.ops["gated_grad_quantize"] == 1

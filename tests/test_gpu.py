@@ -76,7 +76,7 @@ def test_int8_gemm_equals_the_reference_bit_by_bit(m, n, k, dtype, row_scales):
         torch.rand(rows if vector else (), device="cuda") * 1e-3
         for rows, vector in zip((m, n), row_scales, strict=True)
     ]
-    mine = ops.int8_matmul(a, b, *scales, dtype)
+    mine = ops.scaled_matmul(a, b, *scales, dtype)
     assert torch.equal(mine.cpu(), reference.int8_matmul(a.cpu(), b.cpu(), *(s.cpu() for s in scales), dtype))
 
 
@@ -85,7 +85,7 @@ def test_int8_gemm_of_strided_operands(offset):
     wide = torch.randint(-127, 128, (2, 300, 1024), dtype=torch.int8, device="cuda")
     a, b = wide[0, :, offset : offset + 512], wide[1, :288, offset : offset + 512]
     one = torch.ones((), device="cuda")
-    assert torch.equal(ops.int8_matmul(a, b, one, one, torch.float32).double(), a.double() @ b.double().t())
+    assert torch.equal(ops.scaled_matmul(a, b, one, one, torch.float32).double(), a.double() @ b.double().t())
 
 
 @pytest.mark.parametrize("recipe", QUANTISED)

@@ -32,7 +32,7 @@ def roundings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def selective(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = op.name() in ("halo_train::quantize_rows", "halo_train::int8_matmul", "aten::_scaled_mm")
+    keep = op.name() in ("halo_train::quantize_rows", "halo_train::matmul_weight_rows")
     of_weight = bool(args) and isinstance(args[0], nn.Parameter)
     return CheckpointPolicy.MUST_SAVE if keep and not of_weight else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from halo_train import HaloLinear, operands
+from halo_train import HaloLinear, operands, ops
 
 
 @pytest.fixture
@@ -23,8 +23,13 @@ def rounded(monkeypatch) -> list[Tensor]:
         seen.append(weight)
         return original(weight, equalizer, config)
 
-    original = operands.quantize_weight
+    def counting_product(a, scale_a, weight, *others):
+        seen.append(weight)
+        return original_product(a, scale_a, weight, *others)
+
+    original, original_product = operands.quantize_weight, ops.matmul_weight_rows
     monkeypatch.setattr(operands, "quantize_weight", counting)
+    monkeypatch.setattr(ops, "matmul_weight_rows", counting_product)
     return seen
 
 

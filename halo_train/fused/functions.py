@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import ops
 from ..config import HaloConfig, storage_dtype
-from ..gemm import MULTIPLE, matmul
-from ..operands import contract_rows, pad_matrix, pad_vector, quantize_input, quantize_weight, rotation_block
+from ..gemm import MULTIPLE
+from ..operands import contract_rows, pad_matrix, pad_vector, quantize_input, rotation_block
 from ..products import (
     ForDgrad,
     again,
@@ -19,6 +19,7 @@ from ..products import (
     crop,
     dgrad,
     for_dgrad,
+    fprop,
     round_gradient,
     undo_fold,
     wgrad,
@@ -304,8 +305,8 @@ def _if(needed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def _fprop(x: Quantized, layer: Layer, d: Tensor | None, arguments: Arguments) -> tuple[Tensor, ForDgrad]:
     """Y [M', N'] padded, and what dgrad takes of the weight."""
     config, rounded = arguments.config, layer.rounded
-    rows = quantize_weight(layer.weight, d, config) if rounded is None else rounded.rows
-    y = matmul(x, rows, arguments.out_dtype, config.fast_accum)
+    given = None if rounded is None else rounded.rows
+    y, rows = fprop(x, layer.weight, d, given, arguments.out_dtype, config)
     if layer.bias is not None:
         y = y + pad_vector(layer.bias.to(y.dtype), y.shape[1])
     return y, for_dgrad(layer.weight, rows, None if rounded is None else rounded.columns, config)

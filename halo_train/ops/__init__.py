@@ -1,17 +1,12 @@
-"""The library's torch operators: schemas, shape checks, fake kernels, and which implementation serves which device.
+"""The library's torch operators as functions that check their arguments.
 
-The only file that names ``torch.ops``. Each op has a reference in :mod:`halo_train.ops.reference` or
-:mod:`halo_train.ops.fused_reference`, which is its CPU implementation. On CUDA an op in :data:`KERNEL_OPS` runs its kernel in ``csrc/`` and raises when the kernels are not
-built; one in :data:`TRITON_OPS` runs a Triton kernel. Quantising float64 values, or without rounding, is for checks: it is the
-reference on every device.
+Each op has a reference in :mod:`halo_train.ops.reference` or a file beside it, which is its CPU implementation. On CUDA an op
+in :data:`KERNEL_OPS` runs its kernel in ``csrc/`` and raises when the kernels are not built; one in ``schemas.TRITON_OPS`` runs a
+Triton kernel. Quantising float64 values, or without rounding, is for checks: it is the reference on every device.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,10 +26,15 @@ from .checks import (
     check_vector,
 )
 from .checks import check_input as check_input
-from .fakes import FAKES
 from .norm_backward import MAX_GRADIENTS as MAX_GRADIENTS
+from .products import matmul_rotated as matmul_rotated
+from .products import matmul_rows as matmul_rows
+from .products import matmul_weight_columns as matmul_weight_columns
+from .products import matmul_weight_rows as matmul_weight_rows
+from .products import scaled_matmul as scaled_matmul
+from .registry import kernel_status as kernel_status
+from .registry import library, overloads
 from .schemas import KERNEL_OPS as KERNEL_OPS
-from .schemas import SCHEMAS, TRITON_OPS
 
 MAX_ORDER = 64
 """Largest order of a matrix that the CUDA kernel takes beside the power of two: four tiles of the tensor cores."""
@@ -42,13 +42,6 @@ MAX_ORDER = 64
 MATRIX_POWERS = (64, 128, 256, 512, 1024)
 """Powers of two beside a matrix in the CUDA kernel, the last for orders from 20 to 32: a block of float32 has to fit shared
 memory."""
-
-
-_LIBRARY_FILE = Path(__file__).parent.with_name("_kernels.so")
-_BUILD_FILE = Path(__file__).parent.with_name("_kernels.json")
-_library = torch.library.Library("halo_train", "DEF")
-_overloads = SimpleNamespace()
-"""The operators: looking an overload up costs the host as much as calling it."""
 
 
 def hadamard(
@@ -70,7 +63,7 @@ def hadamard(
         RuntimeError: x is on a GPU and the kernels are not built for it, or not for this matrix.
     """
     check_hadamard("hadamard", x, block, signs, out_scale, matrix)
-    return _overloads.hadamard(x, block, scale, signs, out_scale, matrix)
+    return overloads.hadamard(x, block, scale, signs, out_scale, matrix)
 
 
 def hadamard_(
@@ -90,7 +83,7 @@ def hadamard_(
     check_hadamard("hadamard_", x, block, signs, out_scale, matrix)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("hadamard_: x must not require grad, or be under torch.no_grad(); use hadamard()")
-    _overloads.hadamard_(x, block, scale, signs, out_scale, matrix)
+    overloads.hadamard_(x, block, scale, signs, out_scale, matrix)
 
 
 def hadamard_rounds(
@@ -105,7 +98,7 @@ def hadamard_rounds(
         RuntimeError: x is on a GPU and the kernels are not built for it.
     """
     check_rounds("hadamard_rounds", x, block, first, middle, last)
-    return torch.ops.halo_train.hadamard_rounds(x, block, scale, first, middle, last)
+    return overloads.hadamard_rounds(x, block, scale, first, middle, last)
 
 
 def hadamard_rounds_(
@@ -122,7 +115,7 @@ def hadamard_rounds_(
         raise ValueError(
             "hadamard_rounds_: x must not require grad, or be under torch.no_grad(); use hadamard_rounds()"
         )
-    torch.ops.halo_train.hadamard_rounds_(x, block, scale, first, middle, last)
+    overloads.hadamard_rounds_(x, block, scale, first, middle, last)
 
 
 def hadamard_axis(x: Tensor, block: int, scale: float, signs: Tensor | None = None) -> Tensor:
@@ -134,7 +127,7 @@ def hadamard_axis(x: Tensor, block: int, scale: float, signs: Tensor | None = No
     check_block("hadamard_axis", block, x.shape[1])
     if signs is not None:
         check_vector("hadamard_axis", "signs", signs, x.shape[1], x)
-    return _overloads.hadamard_axis(x, block, scale, signs)
+    return overloads.hadamard_axis(x, block, scale, signs)
 
 
 def quantize_rows(
@@ -144,7 +137,7 @@ def quantize_rows(
     check_matrix("quantize_rows", x, block, col_scale)
     if not _has_kernel_types(x, dtype):
         return reference.quantize_rows(x, dtype, block, col_scale)
-    return _overloads.quantize_rows(x, dtype, block, col_scale)
+    return overloads.quantize_rows(x, dtype, block, col_scale)
 
 
 def quantize_rows_transposed(
@@ -156,7 +149,7 @@ def quantize_rows_transposed(
         check_vector("quantize_rows_transposed", "row_scale", row_scale, x.shape[0], x)
     if not _has_kernel_types(x, dtype):
         return reference.quantize_rows_transposed(x, dtype, row_scale)
-    return _overloads.quantize_rows_transposed(x, dtype, row_scale)
+    return overloads.quantize_rows_transposed(x, dtype, row_scale)
 
 
 def quantize_grad(
@@ -167,7 +160,7 @@ def quantize_grad(
     check_vector("quantize_grad", "row_scale", row_scale, e.shape[0], e)
     if not _has_kernel_types(e, dtype):
         return reference.quantize_grad(e, dtype, col_scale, row_scale, column_sums)
-    return _overloads.quantize_grad(e, dtype, col_scale, row_scale, column_sums)
+    return overloads.quantize_grad(e, dtype, col_scale, row_scale, column_sums)
 
 
 def transpose_bytes(x: Tensor) -> Tensor:
@@ -180,12 +173,12 @@ def transpose_bytes(x: Tensor) -> Tensor:
         raise ValueError(
             f"transpose_bytes: x must be a matrix of one-byte elements; got shape {tuple(x.shape)}, {x.dtype}"
         )
-    return _overloads.transpose_bytes(x)
+    return overloads.transpose_bytes(x)
 
 
 def equalizer_factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
     """2^exponent and 2^-exponent of an int8 vector, float32."""
-    return _overloads.equalizer_factors(exponent)
+    return overloads.equalizer_factors(exponent)
 
 
 def quantize_tensor(
@@ -195,7 +188,7 @@ def quantize_tensor(
     check_matrix("quantize_tensor", x, block, col_scale)
     if not _has_kernel_types(x, dtype):
         return reference.quantize_tensor(x, dtype, block, col_scale)
-    return _overloads.quantize_tensor(x, dtype, block, col_scale)
+    return overloads.quantize_tensor(x, dtype, block, col_scale)
 
 
 def norm_quantize(
@@ -216,7 +209,7 @@ def norm_quantize(
     check_norm("norm_quantize", x, weight, bias, eps, center, block, col_scale)
     if not _has_kernel_types(x, dtype):
         return fused_reference.norm_quantize(x, weight, bias, eps, center, dtype, block, col_scale)
-    return _overloads.norm_quantize(x, weight, bias, eps, center, dtype, block, col_scale)
+    return overloads.norm_quantize(x, weight, bias, eps, center, dtype, block, col_scale)
 
 
 def rms_norm_backward(
@@ -228,7 +221,7 @@ def rms_norm_backward(
         ValueError: x is no matrix, no dy, or one of another shape, rstd or weight that do not fit.
     """
     check_norm_backward("rms_norm_backward", dys, x, weight, rstd)
-    return _overloads.rms_norm_backward(dys, x, weight, rstd)
+    return overloads.rms_norm_backward(dys, x, weight, rstd)
 
 
 def gated_quantize(
@@ -248,7 +241,7 @@ def gated_quantize(
     check_gated("gated_quantize", gate, activation, up=up)
     if not _has_kernel_types(gate, dtype):
         return fused_reference.gated_quantize(gate, up, activation, dtype, block, col_scale)
-    return _overloads.gated_quantize(gate, up, activation, dtype, block, col_scale)
+    return overloads.gated_quantize(gate, up, activation, dtype, block, col_scale)
 
 
 def gated_grad_quantize(
@@ -275,57 +268,32 @@ def gated_grad_quantize(
     arguments = (dh, gate, up, activation, dtype, row_scale, gate_col_scale, up_col_scale)
     if not _has_kernel_types(dh, dtype):
         return fused_reference.gated_grad_quantize(*arguments)
-    return _overloads.gated_grad_quantize(*arguments)
+    return overloads.gated_grad_quantize(*arguments)
 
 
-def int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """diag(scale_a) (a b^T) diag(scale_b) of int8 matrices; see :func:`reference.int8_matmul`."""
-    return _overloads.int8_matmul(a, b, scale_a, scale_b, out_dtype)
+def copy_after(x: Tensor, e: Tensor) -> Tensor:
+    """A copy of x that a compiler cannot make before there is an e."""
+    return overloads.copy_after(x, e)
+
+
+def random_signs(like: Tensor, n: int, seed: int, stream: int) -> Tensor:
+    """:func:`halo_train.hadamard.random_signs` on the device of ``like``, for compiled graphs."""
+    return overloads.random_signs(like, n, seed, stream)
+
+
+def random_bits(like: Tensor, n: int, seed: int, stream: int) -> Tensor:
+    """The same as bits, uint8 [ceil(n / 8)]."""
+    return overloads.random_bits(like, n, seed, stream)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Largest magnitudes, sums and sums of squares along both axes of a matrix; see :func:`reference.moments`."""
     check_matrix("moments", x, 1, None)
-    return reference.moments(x) if x.dtype == torch.float64 else _overloads.moments(x)
-
-
-def kernel_status() -> dict[str, Any]:
-    """What the build left behind: ``{"loaded": bool, "reason": str, "build": dict, "ops": {op: implementation}}``."""
-    ops = {name: "Triton kernel" if name in TRITON_OPS else "CUDA kernel" for name in SCHEMAS}
-    ops["int8_matmul"] = "Triton kernel on Hopper, torch._int_mm elsewhere"
-    return {"loaded": not _why_not_loaded, "reason": _why_not_loaded, "build": _build_info(), "ops": ops}
+    return reference.moments(x) if x.dtype == torch.float64 else overloads.moments(x)
 
 
 def _has_kernel_types(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype != torch.float64 and dtype in reference.QMAX
-
-
-def _build_info() -> dict[str, Any]:
-    return json.loads(_BUILD_FILE.read_text()) if _BUILD_FILE.exists() else {}
-
-
-def _load() -> str:
-    """Loads the kernels; returns why that was not possible, or an empty string."""
-    if not _LIBRARY_FILE.exists():
-        return _build_info().get("reason", "the package was installed without building them")
-    if torch.version.cuda is None:
-        return f"this PyTorch ({torch.__version__}) has no CUDA"
-    try:
-        torch.ops.load_library(_LIBRARY_FILE)
-    except OSError as error:
-        return f"{_LIBRARY_FILE.name} could not be loaded: {error}"
-    return ""
-
-
-def _refuse(op: str) -> Callable[..., Any]:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise RuntimeError(
-            f"halo_train: '{op}' was called on a CUDA tensor, but its kernel is not available: {_why_not_loaded}. Install "
-            "the CUDA toolkit (nvcc) and run `pip install --force-reinstall --no-deps halo_train`, or move the tensor to "
-            "the CPU; `halo-train doctor` shows the state"
-        )
-
-    return refuse
 
 
 def _setup_hadamard(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -369,26 +337,15 @@ def _backward_hadamard_axis(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return (dx if signs is None else dx * signs.to(dx.dtype)[:, None]), None, None, None
 
 
-for _name, (_schema, _reference) in SCHEMAS.items():
-    _library.define(_name + _schema)
-    _library.impl(_name, _reference, "CPU")
-    torch.library.register_fake(f"halo_train::{_name}", FAKES[_name], lib=_library)
-    setattr(_overloads, _name, getattr(torch.ops.halo_train, _name).default)
 torch.library.register_autograd(
-    "halo_train::hadamard", _backward_hadamard, setup_context=_setup_hadamard, lib=_library
+    "halo_train::hadamard", _backward_hadamard, setup_context=_setup_hadamard, lib=library
 )
 torch.library.register_autograd(
     "halo_train::hadamard_rounds",
     _backward_hadamard_rounds,
     setup_context=_setup_hadamard_rounds,
-    lib=_library,
+    lib=library,
 )
 torch.library.register_autograd(
-    "halo_train::hadamard_axis", _backward_hadamard_axis, setup_context=_setup_hadamard_axis, lib=_library
+    "halo_train::hadamard_axis", _backward_hadamard_axis, setup_context=_setup_hadamard_axis, lib=library
 )
-_why_not_loaded = _load()
-for _name in SCHEMAS:
-    if _name in TRITON_OPS:
-        _library.impl(_name, TRITON_OPS[_name], "CUDA")
-    elif _why_not_loaded:
-        _library.impl(_name, _refuse(_name), "CUDA")

@@ -147,3 +147,18 @@ def check_vector(op: str, name: str, v: Tensor, n: int, x: Tensor) -> None:
             f"{op}: {name} must be a real vector of shape ({n},) on {x.device}; got shape {tuple(v.shape)}, {v.dtype} on "
             f"{v.device}"
         )
+
+
+def check_product(
+    op: str, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor | None, rows: bool = False
+) -> None:
+    """a [M, K] and b [N, K], or [K, N] with ``rows``, can be multiplied, and each has scales of its rows, or one scale."""
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0 if rows else 1]:
+        raise ValueError(
+            f"{op}: the operands must be matrices whose contracted dimensions are equal; got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    for name, scale, operand in (("scale_a", scale_a, a), ("scale_b", scale_b, b)):
+        if scale is not None and scale.dim() and scale.shape != operand.shape[:1]:
+            raise ValueError(
+                f"{op}: {name} must have one value or one for each of {operand.shape[0]} rows; got shape {tuple(scale.shape)}"
+            )

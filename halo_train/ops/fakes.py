@@ -42,7 +42,46 @@ def _quantize_tensor(x: Tensor, dtype: torch.dtype, *_: Any) -> tuple[Tensor, Te
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=_wide(x))
 
 
-def _int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+def _matmul(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, *_: Any
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+def _matmul_rows(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, *_: Any
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
+
+def _matmul_weight_rows(
+    a: Tensor,
+    scale_a: Tensor,
+    weight: Tensor,
+    block: int,
+    col_scale: Tensor | None,
+    out_dtype: torch.dtype,
+    *_: Any,
+) -> Tensor:
+    return a.new_empty((a.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+def _matmul_weight_columns(
+    a: Tensor, scale_a: Tensor, weight: Tensor, dtype: torch.dtype, out_dtype: torch.dtype, *_: Any
+) -> Tensor:
+    return a.new_empty((a.shape[0], weight.shape[1]), dtype=out_dtype)
+
+
+def _matmul_rotated(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    block: int,
+    col_scale: Tensor | None,
+    out_dtype: torch.dtype,
+    *_: Any,
+) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
@@ -98,5 +137,13 @@ FAKES: dict[str, Callable[..., Any]] = {
     "gated_quantize": _gated_quantize,
     "gated_grad_quantize": _gated_grad_quantize,
     "moments": _moments,
-    "int8_matmul": _int8_matmul,
+    "int8_matmul": _matmul,
+    "scaled_matmul": _matmul,
+    "matmul_rows": _matmul_rows,
+    "matmul_weight_rows": _matmul_weight_rows,
+    "matmul_weight_columns": _matmul_weight_columns,
+    "matmul_rotated": _matmul_rotated,
+    "copy_after": lambda x, e: torch.empty_like(x),
+    "random_signs": lambda like, n, *_: like.new_empty(n, dtype=torch.int8),
+    "random_bits": lambda like, n, *_: like.new_empty((n + 7) // 8, dtype=torch.uint8),
 }

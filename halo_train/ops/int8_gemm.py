@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -84,38 +85,36 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_kernels: dict[tuple[Any, ...], Any] = {}
+"""Compiled kernels: launched as they are, they take the host half the time of a launch through triton.jit, which looks for the
+kernel by all arguments."""
+
+
 def _launch(a: Tensor, b: Tensor, c: Tensor, scale_a: Tensor, scale_b: Tensor) -> None:
-    kernel, descriptor = _compiled()
-    (m, k), n = a.shape, b.shape[0]
-    sms = _multiprocessors(a.device.index)
+    jitted, descriptor = _jitted()
+    (m, k), n, device = a.shape, b.shape[0], a.get_device()
+    sms = _multiprocessors(device)
     tiles = _WIDE if -(-m // _WIDE.m) * -(-n // _WIDE.n) >= sms else _SQUARE
     # In halves, the output tile of 4-byte elements fits beside the stages.
     halves = 2 if c.element_size() == 4 and tiles is _WIDE else 1
-    with torch.cuda.device(a.device):
-        kernel[(min(sms, -(-m // tiles.m) * -(-n // tiles.n)),)](
-            descriptor.from_tensor(a, [tiles.m, tiles.k]),
-            descriptor.from_tensor(b, [tiles.n, tiles.k]),
-            descriptor.from_tensor(c, [tiles.m, tiles.n // halves]),
-            scale_a,
-            scale_b,
-            m,
-            n,
-            k,
-            BM=tiles.m,
-            BN=tiles.n,
-            BK=tiles.k,
-            GROUP=_GROUP,
-            PROGRAMS=sms,
-            HALVES=halves,
-            ROW_SCALES=scale_a.dim() == 1,
-            COL_SCALES=scale_b.dim() == 1,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
+    grid = (min(sms, -(-m // tiles.m) * -(-n // tiles.n)), 1, 1)
+    arguments = (
+        descriptor(a, a.shape, a.stride(), [tiles.m, tiles.k]),
+        descriptor(b, b.shape, b.stride(), [tiles.n, tiles.k]),
+        descriptor(c, c.shape, c.stride(), [tiles.m, tiles.n // halves]),
+        *(scale_a, scale_b, m, n, k),
+        *(tiles.m, tiles.n, tiles.k, _GROUP, sms, halves, scale_a.dim() == 1, scale_b.dim() == 1),
+    )
+    key = (device, tiles, c.dtype, scale_a.dim(), scale_b.dim())
+    with torch.cuda.device(device) if torch.cuda.current_device() != device else nullcontext():
+        if key in _kernels:
+            _kernels[key][grid](*arguments)
+        else:
+            _kernels[key] = jitted[grid](*arguments, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
 @functools.cache
-def _compiled() -> tuple[Any, Any]:
+def _jitted() -> tuple[Any, Any]:
     """The jitted kernel and Triton's descriptor of a tensor."""
     import triton
     import triton.language
@@ -123,7 +122,12 @@ def _compiled() -> tuple[Any, Any]:
 
     global tl
     tl = triton.language
-    return triton.jit(_int8_gemm_kernel), TensorDescriptor
+    # One kernel for all sizes, so that what decides is in the key of _kernels.
+    scales = ["scale_a", "scale_b"]
+    jitted = triton.jit(
+        _int8_gemm_kernel, do_not_specialize=["m", "n", "k"], do_not_specialize_on_alignment=scales
+    )
+    return jitted, TensorDescriptor
 
 
 def _int8_gemm_kernel(  # type: ignore[no-untyped-def]

@@ -205,16 +205,21 @@ def quantize_tensor(
     return _round(y, y.abs().amax() if y.numel() else y.new_zeros(()), dtype)
 
 
-def scaled_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+def scaled_matmul(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, fast_accum: bool = True
+) -> Tensor:
     """diag(scale_a) (a b^T) diag(scale_b) in float32, in float64 for float64 operands or results.
 
     Args:
-        a: [M, K] and b: [N, K], both quantised, not int8.
+        a: [M, K] and b: [N, K], both quantised.
         scale_a: [M] or []; scale_b: [N] or [].
+        fast_accum: what a GPU may do with its sums, see :func:`halo_train.gemm.matmul`; not here.
 
     Returns:
         [M, N] of ``out_dtype``.
     """
+    if a.dtype == torch.int8:
+        return int8_matmul(a, b, scale_a, scale_b, out_dtype)
     wide = torch.float64 if torch.float64 in (a.dtype, out_dtype) else torch.float32
     return _scale_product(a.to(wide) @ b.to(wide).t(), scale_a, scale_b, out_dtype)
 
@@ -223,6 +228,62 @@ def int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtyp
     """:func:`scaled_matmul` of int8 operands by the library's int8 GEMM: int32 sums, float64 beyond their range."""
     wide = torch.float64 if out_dtype == torch.float64 else torch.float32
     return _scale_product(_int8_sums(a, b, wide), scale_a, scale_b, out_dtype)
+
+
+def matmul_rows(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, fast_accum: bool = True
+) -> Tensor:
+    """diag(scale_a) (a b) scale_b, [M, N] from a [M, K] and b [K, N]; of the scales of b one for all of it is applied, row
+    scales are not: they are folded into a."""
+    scale_b = scale_b if scale_b.dim() == 0 else scale_b.new_ones(())
+    return scaled_matmul(a, b.t().contiguous(), scale_a, scale_b, out_dtype)
+
+
+def matmul_weight_rows(
+    a: Tensor,
+    scale_a: Tensor,
+    weight: Tensor,
+    block: int,
+    col_scale: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool = True,
+) -> Tensor:
+    """:func:`scaled_matmul` of a [M, K] by :func:`quantize_rows` of the weight [N, K], in the 8-bit dtype of a: [M, N]."""
+    data, scale = quantize_rows(weight, a.dtype, block, col_scale)
+    return scaled_matmul(a, data, scale_a, scale, out_dtype)
+
+
+def matmul_weight_columns(
+    a: Tensor,
+    scale_a: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    fast_accum: bool = True,
+) -> Tensor:
+    """:func:`scaled_matmul` of a [M, N] by :func:`quantize_rows_transposed` of the weight [N, K], in ``dtype``: [M, K]."""
+    data, scale = quantize_rows_transposed(weight, dtype)
+    return scaled_matmul(a, data, scale_a, scale, out_dtype)
+
+
+def matmul_rotated(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    block: int,
+    col_scale: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool = True,
+) -> Tensor:
+    """:func:`scaled_matmul`, rounded to ``out_dtype``, then rotated along its rows and times col_scale [N], rounded again."""
+    y = scaled_matmul(a, b, scale_a, scale_b, out_dtype)
+    return hadamard(y, block, 1.0 / math.sqrt(block), None, col_scale)
+
+
+def copy_after(x: Tensor, e: Tensor) -> Tensor:
+    """A copy of x; to a compiler it depends on e."""
+    return x.clone()
 
 
 def _scale_product(product: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:

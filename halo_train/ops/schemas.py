@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import fused_reference, int8_gemm, norm_backward, reference
+from . import fused_reference, int8_gemm, norm_backward, reference, signs
 
 KERNEL_OPS = {
     "hadamard": "hadamard.cu",
@@ -23,6 +23,11 @@ KERNEL_OPS = {
     "gated_grad_quantize": "gated_grad.cu",
     "equalizer_factors": "equalizer.cu",
     "moments": "moments.cu",
+    "scaled_matmul": "product_bindings.cpp",
+    "matmul_rows": "product_bindings.cpp",
+    "matmul_weight_rows": "product_bindings.cpp",
+    "matmul_weight_columns": "product_bindings.cpp",
+    "matmul_rotated": "product_bindings.cpp",
 }
 """Ops that have a CUDA kernel, and the file in ``csrc/`` that holds it."""
 
@@ -31,6 +36,9 @@ TRITON_OPS: dict[str, Callable[..., Any]] = {
     "rms_norm_backward": norm_backward.rms_norm_backward,
 }
 """Ops whose implementation on a GPU is in Python, with a Triton kernel where that can run."""
+
+GENERIC_OPS = frozenset({"copy_after", "random_signs", "random_bits"})
+"""Ops for compiled graphs only, whose reference serves every device."""
 
 SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "hadamard": (
@@ -96,4 +104,28 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype) -> Tensor",
         reference.int8_matmul,
     ),
+    "scaled_matmul": (
+        "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype, bool fast_accum) -> Tensor",
+        reference.scaled_matmul,
+    ),
+    "matmul_rows": (
+        "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype, bool fast_accum) -> Tensor",
+        reference.matmul_rows,
+    ),
+    "matmul_weight_rows": (
+        "(Tensor a, Tensor scale_a, Tensor weight, int block, Tensor? col_scale, ScalarType out_dtype, bool fast_accum) -> Tensor",
+        reference.matmul_weight_rows,
+    ),
+    "matmul_weight_columns": (
+        "(Tensor a, Tensor scale_a, Tensor weight, ScalarType dtype, ScalarType out_dtype, bool fast_accum) -> Tensor",
+        reference.matmul_weight_columns,
+    ),
+    "matmul_rotated": (
+        "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, int block, Tensor? col_scale, ScalarType out_dtype, bool fast_accum)"
+        " -> Tensor",
+        reference.matmul_rotated,
+    ),
+    "copy_after": ("(Tensor x, Tensor e) -> Tensor", reference.copy_after),
+    "random_signs": ("(Tensor like, int n, int seed, int stream) -> Tensor", signs.random_signs),
+    "random_bits": ("(Tensor like, int n, int seed, int stream) -> Tensor", signs.random_bits),
 }

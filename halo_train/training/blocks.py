@@ -19,8 +19,9 @@ KEPT_OPS = frozenset(
         "halo_train::quantize_rows",
         "halo_train::quantize_tensor",
         "halo_train::norm_quantize",
+        "halo_train::matmul_weight_rows",
+        "halo_train::scaled_matmul",
         "halo_train::int8_matmul",
-        "aten::_scaled_mm",
         "aten::mm",
         "aten::addmm",
         "aten::_scaled_dot_product_flash_attention",
@@ -39,7 +40,7 @@ def checkpoint_activations(model: nn.Module, mode: Literal["selective", "full"])
     """Recomputes a block's activations in backward; the results are bitwise those without it.
 
     ``full`` keeps the input of each block only. ``selective`` keeps the outputs of :data:`KEPT_OPS` and recomputes what is
-    cheap, norms, rotary embeddings, activation functions, and the 8-bit weights: no product is computed twice.
+    cheap, norms, rotary embeddings and activation functions: no product is computed twice.
 
     Raises:
         UserError: a model without blocks.

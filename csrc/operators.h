@@ -1,0 +1,20 @@
+// Operators that others are composed of: those of product_bindings.cpp.
+
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "binding_helpers.h"
+
+namespace halo_train::operators {
+
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, ScalarType dtype, int64_t block,
+                                         const std::optional<Tensor>& col_scale);
+std::tuple<Tensor, Tensor> quantize_rows_transposed(const Tensor& x, ScalarType dtype,
+                                                    const std::optional<Tensor>& row_scale);
+Tensor transpose_bytes(const Tensor& x);
+void hadamard_(Tensor x, int64_t block, double scale, const std::optional<Tensor>& signs,
+               const std::optional<Tensor>& out_scale, const std::optional<Tensor>& matrix);
+
+}  // namespace halo_train::operators

@@ -1,0 +1,151 @@
+// The 8-bit matrix products, and what is done to an operand before or to the result after in the same call:
+// small layers wait for the host, which needs longer for a call from Python than the GPU for what is called.
+// The products themselves are PyTorch's (cuBLASLt) for float8 and the Triton kernel of
+// halo_train/ops/int8_gemm.py for int8.
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <atomic>
+#include <cmath>
+
+#include "operators.h"
+#include "quantize_binding_helpers.h"
+
+namespace {
+
+using halo_train::ScalarType;
+using halo_train::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+namespace operators = halo_train::operators;
+
+// The same memory as [rows, cols] with the given strides.
+Tensor view(const Tensor& x, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(x.get(), 2, sizes.data(), strides.data(), 0, &handle));
+  return Tensor(handle);
+}
+
+int32_t code_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    default:
+      break;
+  }
+  STD_TORCH_CHECK(false, "halo_train: a product on a GPU is written as bfloat16, float16 or float32");
+}
+
+// Asked once for each device.
+void check_float8_gpu(int device) {
+  constexpr int kCachedDevices = 64;
+  static std::atomic<bool> known[kCachedDevices];
+  const bool cached = device < kCachedDevices;
+  if (cached && known[device].load(std::memory_order_relaxed)) return;
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  STD_TORCH_CHECK(10 * major + minor >= 89,
+                  "float8 products need a GPU of compute capability 8.9 or newer; this one has ", major, ".",
+                  minor, "; use recipe='int8' or recipe='bf16'");
+  if (cached) known[device].store(true, std::memory_order_relaxed);
+}
+
+Tensor times(const Tensor& x, const Tensor& factor) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mul_Tensor(x.get(), factor.get(), &handle));
+  return Tensor(handle);
+}
+
+Tensor column(const Tensor& scale) { return view(scale, {scale.numel(), 1}, {1, 1}); }
+Tensor row(const Tensor& scale) { return view(scale, {1, scale.numel()}, {scale.numel(), 1}); }
+
+Tensor float8_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
+                     ScalarType out_dtype, bool fast_accum) {
+  const Tensor b_t = view(b, {b.size(1), b.size(0)}, {b.stride(1), b.stride(0)});
+  const auto product = [&](const Tensor& by_row, const Tensor& by_column, int32_t dtype) {
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_mm(a.get(), b_t.get(), by_row.get(), by_column.get(),
+                                                      nullptr, nullptr, &dtype, fast_accum, &handle));
+    return Tensor(handle);
+  };
+  const bool rows = scale_a.dim() == 1, columns = scale_b.dim() == 1;
+  if (rows && columns && out_dtype == ScalarType::BFloat16) {
+    return product(column(scale_a), row(scale_b), code_of(out_dtype));
+  }
+  if (!rows && !columns) return product(scale_a, scale_b, code_of(out_dtype));
+  // The library applies row scales for bfloat16 output only; raw sums stay in float32, float16 would
+  // overflow.
+  Tensor one = halo_train::empty_floats({}, scale_a);
+  torch::stable::fill_(one, 1.0);
+  const Tensor sums = product(one, one, code_of(ScalarType::Float));
+  const Tensor scaled = times(times(sums, rows ? column(scale_a) : scale_a), scale_b);
+  return out_dtype == ScalarType::Float ? scaled : torch::stable::to(scaled, out_dtype);
+}
+
+// The Triton kernel, which PyTorch's dispatcher knows.
+Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
+                   ScalarType out_dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 5> stack{from(a), from(b), from(scale_a), from(scale_b), from(out_dtype)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("halo_train::int8_matmul", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor scaled_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
+                     ScalarType out_dtype, bool fast_accum) {
+  if (a.scalar_type() == ScalarType::Char) return int8_matmul(a, b, scale_a, scale_b, out_dtype);
+  check_float8_gpu(a.get_device_index());
+  const DeviceGuard guard(a.get_device_index());
+  return float8_matmul(a, b, scale_a, scale_b, out_dtype, fast_accum);
+}
+
+// Contracted over the rows of b, which have no scales of their own.
+Tensor matmul_rows(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
+                   ScalarType out_dtype, bool fast_accum) {
+  const DeviceGuard guard(a.get_device_index());
+  const Tensor transposed = operators::transpose_bytes(b);
+  if (scale_b.dim() == 0) return scaled_matmul(a, transposed, scale_a, scale_b, out_dtype, fast_accum);
+  Tensor ones = halo_train::empty_floats({transposed.size(0)}, b);
+  torch::stable::fill_(ones, 1.0);
+  return scaled_matmul(a, transposed, scale_a, ones, out_dtype, fast_accum);
+}
+
+Tensor matmul_weight_rows(const Tensor& a, const Tensor& scale_a, const Tensor& weight, int64_t block,
+                          const std::optional<Tensor>& col_scale, ScalarType out_dtype, bool fast_accum) {
+  const auto [data, scale] = operators::quantize_rows(weight, a.scalar_type(), block, col_scale);
+  return scaled_matmul(a, data, scale_a, scale, out_dtype, fast_accum);
+}
+
+Tensor matmul_weight_columns(const Tensor& a, const Tensor& scale_a, const Tensor& weight, ScalarType dtype,
+                             ScalarType out_dtype, bool fast_accum) {
+  const auto [data, scale] = operators::quantize_rows_transposed(weight, dtype, std::nullopt);
+  return scaled_matmul(a, data, scale_a, scale, out_dtype, fast_accum);
+}
+
+Tensor matmul_rotated(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
+                      int64_t block, const std::optional<Tensor>& col_scale, ScalarType out_dtype,
+                      bool fast_accum) {
+  Tensor y = scaled_matmul(a, b, scale_a, scale_b, out_dtype, fast_accum);
+  const double norm = 1.0 / std::sqrt(static_cast<double>(block));
+  operators::hadamard_(y, block, norm, std::nullopt, col_scale, std::nullopt);
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
+  m.impl("scaled_matmul", TORCH_BOX(&scaled_matmul));
+  m.impl("matmul_rows", TORCH_BOX(&matmul_rows));
+  m.impl("matmul_weight_rows", TORCH_BOX(&matmul_weight_rows));
+  m.impl("matmul_weight_columns", TORCH_BOX(&matmul_weight_columns));
+  m.impl("matmul_rotated", TORCH_BOX(&matmul_rotated));
+}
