@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..config import HaloConfig, storage_dtype
+from ..ops import fused_reference
 from ..quantize import Quantized
 
 
@@ -70,7 +71,10 @@ class Norm(NamedTuple):
         if self.center:
             found = self._layer_norm_backward(functools.reduce(torch.add, dys), x, mean, rstd, needs)
         else:
-            dx, dweight = ops.rms_norm_backward(list(dys), x, self.gain(), rstd)
+            # Of the formula the compiler makes kernels that add the residual's gradient too.
+            compiling = torch.compiler.is_compiling()
+            rms_norm_backward = fused_reference.rms_norm_backward if compiling else ops.rms_norm_backward
+            dx, dweight = rms_norm_backward(list(dys), x, self.gain(), rstd)
             found = dx, None if self.weight is None else dweight.to(self.weight.dtype), None
         dx_, dweight_, dbias = (grad if needed else None for grad, needed in zip(found, needs, strict=True))
         return dx_, dweight_, dbias

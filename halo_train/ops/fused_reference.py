@@ -7,6 +7,7 @@ x * rstd to that dtype before it multiplies by the weight; here nothing is round
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -68,7 +69,7 @@ def rms_norm_backward(
         dx [M, K] in the dtype of x; dweight [K] in that of the sums.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    dy = torch.stack([t.to(wide) for t in dys]).sum(0) if len(dys) > 1 else dys[0].to(wide)
+    dy = functools.reduce(torch.add, (t.to(wide) for t in dys))
     unit = x.to(wide) * rstd
     g = dy if weight is None else dy * weight.to(wide)
     dx = rstd * (g - unit * (g * unit).mean(1, keepdim=True))
