@@ -13,9 +13,15 @@ cudaError_t norm_quantize(const NormArgs& a, const RowsOutput& out, int block, c
       !detail::aligned16(a.col_scale)) {
     return cudaErrorNotSupported;
   }
-  const RmsNormRows<T> rms{x, a.row_stride, a.weight, a.bias, a.col_scale, a.eps, a.mean, a.rstd};
-  return a.center ? detail::rotate_rows(LayerNormRows<T>{rms}, out, block, nullptr, stream)
-                  : detail::rotate_rows(rms, out, block, nullptr, stream);
+  const RmsNormRows<T, false> rms{x, a.row_stride, a.weight, a.bias, a.col_scale, a.eps, a.mean, a.rstd};
+  if (a.center) return detail::rotate_rows(LayerNormRows<T>{rms}, out, block, nullptr, stream);
+  // Without a rotation col_scale holds any factors.
+  const bool exact = (a.weight.data == nullptr || a.weight.dtype == DType::kBFloat16) &&
+                     (a.col_scale == nullptr || block > 1);
+  return exact ? detail::rotate_rows(RmsNormRows<T, true>{x, a.row_stride, a.weight, a.bias, a.col_scale,
+                                                          a.eps, a.mean, a.rstd},
+                                     out, block, nullptr, stream)
+               : detail::rotate_rows(rms, out, block, nullptr, stream);
 }
 
 }  // namespace halo_train

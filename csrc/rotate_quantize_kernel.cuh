@@ -27,16 +27,15 @@ namespace halo_train {
 template <typename Source>
 struct RotateParams {
   Source source;
-  int64_t rows;
-  int cols, warps, log_block;  // warps of a row
-  int rows_at_once;            // of a thread block
-  int stages;                  // rows on their way, for SharedLoader
-  bool shared_stage;           // they share the memory of the exchange
-  bool int8;                   // else e4m3: a branch where values are stored, not a kernel of its own
+  int rows, cols, warps, log_block;  // warps of a row
+  int rows_at_once;                  // of a thread block
+  int stages;                        // rows on their way, for SharedLoader
+  bool shared_stage;                 // they share the memory of the exchange
+  bool int8;                         // else e4m3: a branch where values are stored, not a kernel of its own
   uint8_t* q;
   float* scale;
   uint32_t* tensor_amax;  // see QuantizeRowsArgs
-  float norm;
+  float norm, inverse_cols;
 };
 
 constexpr int kNotRotated = -1;
@@ -54,7 +53,10 @@ struct RotateShared {
   static constexpr int kFactors =
       static_cast<int>(sizeof(typename Factors::Word)) * Factors::kWords * kTile / 8;
 
-  // Bytes of a thread block; factors are shared by its rows.
+  // Several rows in a thread block, which share the factors.
+  static constexpr bool kGrouped = kStaged || kFactors > 0;
+
+  // Bytes of a thread block.
   static __host__ __device__ size_t bytes(int warps, int rows_at_once, int stages, bool shared_stage) {
     const int stage = shared_stage ? 0 : stages * kStage;
     return static_cast<size_t>(warps) * (rows_at_once * (kExchange + stage) + kFactors);
@@ -93,10 +95,11 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
   __shared__ uint32_t warp_amax[2][kMaxRowWarps];
   __shared__ float warp_sums[2][kMaxRowWarps];
   __shared__ uint64_t full[kMaxRowWarps][kMaxStages];
+  __shared__ uint4 matrix[32];
 
-  const RowGroup<!Shared::kStaged> group(p.warps);
-  const int block_warp = threadIdx.x >> 5, row_threads = 32 * p.warps;
+  const RowGroup<!Shared::kGrouped> group(p.warps);
   const int lane = group.lane, warp = group.warp, first_warp = group.group * p.warps;
+  const int block_warp = first_warp + warp;
   const int log_block = L::kExchange ? L::kTileBits + kLogWarps : kBlockBits > 0 ? kBlockBits : p.log_block;
 
   float* const exchange = reinterpret_cast<float*>(shared);
@@ -106,14 +109,14 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
   uint4* const stages = p.shared_stage ? shared + block_warp * (Shared::kExchange / 16)
                                        : memory + block_warp * p.stages * (Shared::kStage / 16);
   if (!p.shared_stage) memory += p.warps * p.rows_at_once * p.stages * (Shared::kStage / 16);
-  auto* const factors = reinterpret_cast<typename Factors::Word*>(memory) + 32 * warp + lane;
+  auto* const factors =
+      reinterpret_cast<typename Factors::Word*>(memory) + 32 * warp * L::kLoads * Factors::kWords + lane;
 
   const int tile0 = warp << L::kTileBits;
   Loader loader(stages, full[block_warp], lane, p.cols - tile0, p.stages);
-  const int rows_at_once = Shared::kStaged ? p.rows_at_once : 1, row_stages = Shared::kStaged ? p.stages : 1;
-  const int64_t first = blockIdx.x * static_cast<int64_t>(rows_at_once) + group.group;
-  const int64_t step = gridDim.x * static_cast<int64_t>(rows_at_once);
-  const auto start = [&](int stage, int64_t row) {
+  const int rows_at_once = Shared::kGrouped ? p.rows_at_once : 1, row_stages = Shared::kStaged ? p.stages : 1;
+  const int first = blockIdx.x * rows_at_once + group.group, step = gridDim.x * rows_at_once;
+  const auto start = [&](int stage, int row) {
     if (row >= p.rows) return;
     const T* tile[Source::kInputs];
     p.source.tiles(tile, row, tile0);
@@ -126,17 +129,12 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
       Factors f{};
       if (loader.inside(j)) f = p.source.template factors<Factors>(tile0 + lane_column<L>(lane) + (j << 6));
 #pragma unroll
-      for (int w = 0; w < Factors::kWords; ++w) factors[(j * Factors::kWords + w) * row_threads] = f.word[w];
+      for (int w = 0; w < Factors::kWords; ++w) factors[32 * (j * Factors::kWords + w)] = f.word[w];
     };
-    if constexpr (Shared::kStaged) {  // the rows of the thread block share the work
 #pragma unroll 4
-      for (int j = group.group; j < L::kLoads; j += p.rows_at_once) keep(j);
-    } else {
-#pragma unroll
-      for (int j = 0; j < L::kLoads; ++j) keep(j);
-    }
+    for (int j = group.group; j < L::kLoads; j += rows_at_once) keep(j);  // the rows share the work
   }
-  const Signs signs(!kRotated ? 0 : kBlockBits == 7 ? p.log_block : log_block);
+  if (kRotated && block_warp == 0) matrix[lane] = rotate_matrix(kBlockBits == 7 ? p.log_block : log_block);
   const bool trade0 = !L::kExchange && log_block > L::kLaneBit;
   const bool trade1 = !L::kExchange && log_block > L::kLaneBit + 1;
   const float sign0 = trade0 && (lane & 1) ? -1.0f : 1.0f, sign1 = trade1 && (lane & 2) ? -1.0f : 1.0f;
@@ -144,7 +142,7 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
   __syncthreads();
   uint32_t largest = 0;
   int parity = 0, stage = 0;
-  for (int64_t row = first; row < p.rows;
+  for (int row = first; row < p.rows;
        row += step, parity ^= 1, stage = stage + 1 == row_stages ? 0 : stage + 1) {
     loader.wait(stage);
     RowState state;
@@ -157,10 +155,11 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
     const auto read_factors = [&](int j) {
       Factors f;
 #pragma unroll
-      for (int w = 0; w < Factors::kWords; ++w) f.word[w] = factors[(j * Factors::kWords + w) * row_threads];
+      for (int w = 0; w < Factors::kWords; ++w) f.word[w] = factors[32 * (j * Factors::kWords + w)];
       return f;
     };
     if constexpr (kRotated) {
+      const Signs signs(matrix[lane]);
 #pragma unroll
       for (int j = 0; j < L::kLoads; j += 2) {
         Terms<Source::kTerms> low, high;
@@ -181,14 +180,23 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
       }
     }
     if (!Shared::kStaged || !p.shared_stage) start(stage, row + row_stages * step);
+    float squares = 0.0f;
+    if constexpr (Source::kNorm == Norm::kRms) {
+      squares = warp_sum(state.squares.share());
+      if (lane == 0) warp_sums[parity][block_warp] = squares;
+    }
 
     if constexpr (kRotated) butterfly_registers<2>(v);
     if constexpr (L::kExchange) {
+      // Where the stages share the memory: other lanes have read theirs.
+      if constexpr (Shared::kStaged) __syncwarp();
       butterfly_registers<3>(v);
       butterfly_registers<4>(v);
       if constexpr (kLogValues > 5) butterfly_registers<5>(v);
       {
-        const int base = L::word((lane & 3) << L::kLaneBit | (lane >> 2) << 4 | block_warp << L::kTileBits);
+        const int thread = read_thread();
+        const int base = L::word((thread & 3) << L::kLaneBit | (thread >> 2 & 7) << 4 |
+                                 (first_warp + (thread >> 5)) << L::kTileBits);
         float* const flipped[4] = {exchange + base, exchange + (base ^ 4), exchange + (base ^ 8),
                                    exchange + (base ^ 12)};
 #pragma unroll
@@ -259,34 +267,30 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
       continue;
     }
     if (Shared::kStaged && L::kExchange && p.shared_stage) order_before_copies();
-    if constexpr (Source::kNorm == Norm::kRms) state.squares = warp_sum(state.squares);
     if (p.tensor_amax != nullptr) {
       amax = __ldg(p.tensor_amax);
       if constexpr (L::kExchange) group.barrier();
     } else {
       amax = __reduce_max_sync(0xffffffffu, amax);
       if (p.warps > 1) {
-        if (lane == 0) {
-          warp_amax[parity][block_warp] = amax;
-          if constexpr (Source::kNorm == Norm::kRms) warp_sums[parity][block_warp] = state.squares;
-        }
+        if (lane == 0) warp_amax[parity][block_warp] = amax;
         group.barrier();
         amax = __reduce_max_sync(0xffffffffu, lane < p.warps ? warp_amax[parity][first_warp + lane] : 0);
         if constexpr (Source::kNorm == Norm::kRms) {
-          state.squares = warp_sum(lane < p.warps ? warp_sums[parity][first_warp + lane] : 0.0f);
+          squares = warp_sum(lane < p.warps ? warp_sums[parity][first_warp + lane] : 0.0f);
         }
       }
     }
     if (Shared::kStaged && p.shared_stage) start(stage, row + row_stages * step);
     float norm = p.norm;
     if constexpr (Source::kNorm == Norm::kRms) {
-      state.rstd = rsqrtf(state.squares / p.cols + p.source.eps);
+      state.rstd = rsqrtf(squares * p.inverse_cols + p.source.eps);
       norm *= state.rstd;
     }
     amax = magnitude(__uint_as_float(amax) * norm);
     const float factor = norm * (p.int8 ? inverse_of<QType::kInt8>(amax) : inverse_of<QType::kE4M3>(amax));
 
-    uint8_t* q = p.q + row * p.cols;
+    uint8_t* q = p.q + static_cast<int64_t>(row) * p.cols;
     if constexpr (kRotated) {
       butterfly_registers_scaled<kLast>(v, factor);
     } else {

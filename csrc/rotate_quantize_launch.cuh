@@ -17,7 +17,7 @@ constexpr int kRotateTile = 2048;  // elements of a warp; half of it for rows th
 template <typename Shared, typename Source>
 bool fit_rows(RotateParams<Source>& p, size_t limit) {
   p.stages = Shared::kStaged ? kMaxStages : 1;
-  p.rows_at_once = Shared::kStaged ? kMaxRowWarps / p.warps : 1;
+  p.rows_at_once = Shared::kGrouped ? kMaxRowWarps / p.warps : 1;
   const auto fits = [&] { return Shared::bytes(p.warps, p.rows_at_once, p.stages, p.shared_stage) <= limit; };
   if (fits()) return true;
   p.stages = 1;
@@ -33,11 +33,12 @@ cudaError_t launch_rotate(RotateParams<Source>& p, int device, cudaStream_t stre
   using Shared = RotateShared<Source, RotateLayout<kLogValues, kLogWarps>, kBlockBits != kNotRotated>;
   if (!fit_rows<Shared>(p, shared_limit(device))) return cudaErrorNotSupported;
   const size_t shared = Shared::bytes(p.warps, p.rows_at_once, p.stages, p.shared_stage);
-  const int threads = 32 * p.warps * p.rows_at_once;
+  const dim3 threads(32 * p.warps, p.rows_at_once);
   int blocks = 0;
-  const cudaError_t error = resident_blocks<kKernel>(device, p.warps, threads, shared, blocks);
+  const cudaError_t error =
+      resident_blocks<kKernel>(device, p.warps, static_cast<int>(threads.x * threads.y), shared, blocks);
   if (error != cudaSuccess) return error;
-  const int64_t grid = std::min<int64_t>((p.rows + p.rows_at_once - 1) / p.rows_at_once, blocks);
+  const int grid = std::min((p.rows + p.rows_at_once - 1) / p.rows_at_once, blocks);
   kKernel<<<static_cast<unsigned>(grid), threads, shared, stream>>>(p);
   return cudaGetLastError();
 }
@@ -83,19 +84,20 @@ inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 1
 template <typename Source>
 cudaError_t rotate_rows(const Source& source, const RowsOutput& out, int block, uint32_t* tensor_amax,
                         cudaStream_t stream) {
-  if (out.qtype == QType::kE5M2 || out.cols > kMaxRowWarps * kRotateTile || out.cols % 8 != 0 ||
-      (block > 1 && block < 16) || !aligned16(out.q)) {
+  if (out.qtype == QType::kE5M2 || out.rows > 1 << 30 || out.cols > kMaxRowWarps * kRotateTile ||
+      out.cols % 8 != 0 || (block > 1 && block < 16) || !aligned16(out.q)) {
     return cudaErrorNotSupported;
   }
   RotateParams<Source> p{};
   p.source = source;
-  p.rows = out.rows;
+  p.rows = static_cast<int>(out.rows);
   p.cols = static_cast<int>(out.cols);
   while (1 << p.log_block < block) ++p.log_block;
   p.q = static_cast<uint8_t*>(out.q);
   p.scale = out.scale;
   p.tensor_amax = tensor_amax;
   p.norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
+  p.inverse_cols = 1.0f / static_cast<float>(p.cols);
   p.int8 = out.qtype == QType::kInt8;
   return rotate_sized(p, out.device, stream);
 }

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "hadamard_tile.cuh"
 
 namespace halo_train {
@@ -47,8 +49,9 @@ namespace detail {
 // A fragment of the +-1 matrix for bits 0, 4, 5 and 6. k (column): bits 0, 4, 5, 6 of the index, as the loads
 // bring them. m (row): bits 4, 5, 6, 0. Bits beyond the block are left alone: zeros, which can carry inf and
 // NaN from one block into another, but only within a row, of which none is finite then.
-__device__ __forceinline__ void rotate_matrix(uint32_t (&a)[4], int log_block) {
+__device__ __forceinline__ uint4 rotate_matrix(int log_block) {
   const int lane = threadIdx.x & 31, beyond = -1 << log_block;
+  uint32_t a[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint32_t pair = 0;
@@ -60,6 +63,17 @@ __device__ __forceinline__ void rotate_matrix(uint32_t (&a)[4], int log_block) {
       if (!((row ^ column) & beyond)) pair |= (Pair<__nv_bfloat16>::kOne | negative << 15) << (16 * h);
     }
     a[i] = pair;
+  }
+  return make_uint4(a[0], a[1], a[2], a[3]);
+}
+
+// Two neighbouring 16-bit values in float32; of bfloat16 an operation each instead of three for both.
+template <typename T>
+__device__ __forceinline__ float2 widen_pair(uint32_t u) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return make_float2(__uint_as_float(u << 16), __uint_as_float(u & 0xffff0000u));
+  } else {
+    return Pair<T>::unpack(u);
   }
 }
 
@@ -78,18 +92,19 @@ struct Terms {
       for (int t = 0; t < kCount; ++t) {
         pair[t][i] = P::pack(rest.x, rest.y);
         if (t + 1 == kCount) break;
-        const float2 taken = P::unpack(pair[t][i]);
+        const float2 taken = widen_pair<__nv_bfloat16>(pair[t][i]);
         rest.x -= taken.x, rest.y -= taken.y;
       }
     }
   }
 };
 
-// The matrix and its negative: one of 4 registers more instead of flipped signs of every operand.
+// The matrix and its negative: one of 4 registers more instead of flipped signs of every operand. From shared
+// memory for every row, since the registers are wanted in between.
 struct Signs {
   uint32_t plus[4], minus[4];
-  __device__ __forceinline__ explicit Signs(int log_block) {
-    rotate_matrix(plus, log_block);
+  __device__ __forceinline__ explicit Signs(const uint4& matrix)
+      : plus{matrix.x, matrix.y, matrix.z, matrix.w} {
 #pragma unroll
     for (int i = 0; i < 4; ++i) minus[i] = plus[i] ^ 0x80008000u;  // -0 for 0
   }

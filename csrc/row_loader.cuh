@@ -10,6 +10,13 @@ namespace halo_train::detail {
 
 constexpr int kMaxRowWarps = 16, kMaxStages = 2;
 
+// threadIdx.x, read anew with every call, so that what is made of it need not stay in a register.
+__device__ __forceinline__ int read_thread() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // Column, within its warp's tile, of the elements of a lane.
 template <typename L>
 __device__ __forceinline__ int lane_column(int lane) {
@@ -34,11 +41,12 @@ class RegisterLoader {
   __device__ RegisterLoader(uint4*, uint64_t*, int lane, int columns, int)
       : in_(lane_column<L>(lane)), columns_(columns) {}
   __device__ __forceinline__ void start(int, const T* const (&tile)[1]) {
+    const T* const from = tile[0] + lane_column<L>(read_thread() & 31);
 #pragma unroll
     for (int j = 0; j < L::kLoads; ++j) {
 #pragma unroll
       for (int k = 0; k < kQuads; ++k) {
-        raw_[j][k] = inside(j) ? load16(tile[0] + in_ + (j << 6) + 4 * k) : make_uint4(0, 0, 0, 0);
+        raw_[j][k] = inside(j) ? load16(from + (j << 6) + 4 * k) : make_uint4(0, 0, 0, 0);
       }
     }
   }
@@ -102,10 +110,10 @@ class SharedLoader {
         if (!inside(j)) continue;
 #pragma unroll
         for (int k = 0; k < kQuads; ++k) {
-          asm volatile(
-              "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(buffer(stage, i) + quad(j) + k)),
-              "l"(tile[i] + in_ + (j << 6) + 16 / sizeof(T) * k)
-              : "memory");
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                           address(buffer(stage, i) + quad_ + quads(j) + k)),
+                       "l"(tile[i] + in_ + (j << 6) + 16 / sizeof(T) * k)
+                       : "memory");
         }
       }
     }
@@ -136,7 +144,7 @@ class SharedLoader {
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) {
 #pragma unroll
-      for (int k = 0; k < kQuads; ++k) raw[i][k] = buffer(stage, i)[quad(j) + k];
+      for (int k = 0; k < kQuads; ++k) raw[i][k] = buffer(stage, i)[quad_ + quads(j) + k];
     }
   }
 
@@ -147,14 +155,15 @@ class SharedLoader {
   __device__ __forceinline__ uint4* buffer(int stage, int input) const {
     return buffers_ + (stage * kInputs + input) * kTileQuads;
   }
-  __device__ __forceinline__ int quad(int j) const {
-    return (in_ + (j << 6)) * static_cast<int>(sizeof(T)) / 16;
+  static __device__ __forceinline__ constexpr int quads(int j) {
+    return 64 * j * static_cast<int>(sizeof(T)) / 16;
   }
 
   uint4* buffers_;
   uint64_t* full_;
   uint32_t phases_ = 0;
   int lane_, in_, columns_;
+  int quad_ = in_ * static_cast<int>(sizeof(T)) / 16;  // of the first load
 };
 
 }  // namespace halo_train::detail

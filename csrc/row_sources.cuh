@@ -22,7 +22,7 @@ __device__ __forceinline__ void unpack8(float (&v)[8], const uint4 (&raw)[sizeof
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 2) {
-      const float2 f = Pair<T>::unpack(words[i]);
+      const float2 f = widen_pair<T>(words[i]);
       v[2 * i] = f.x, v[2 * i + 1] = f.y;
     } else {
       v[2 * i] = __uint_as_float(words[2 * i]), v[2 * i + 1] = __uint_as_float(words[2 * i + 1]);
@@ -109,7 +109,7 @@ struct PowerFactors {
     const uint32_t pair[4] = {p.x, p.y, p.z, p.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 f = Pair<__nv_bfloat16>::unpack(pair[i]);
+      const float2 f = widen_pair<__nv_bfloat16>(pair[i]);
       v[2 * i] *= f.x, v[2 * i + 1] *= f.y;
     }
   }
@@ -137,21 +137,23 @@ struct FloatFactors {
   }
 };
 
-// Any factors as sums of two bfloat16, exact to 2^-17.
-struct SplitFactors {
+// Factors as bfloat16, the same negated, and where they are not exact what is left to 2^-17.
+template <bool kExact>
+struct SignedFactors {
   using Word = uint4;
-  static constexpr int kWords = 2;
-  Word word[2];
+  static constexpr int kWords = kExact ? 2 : 3;
+  Word word[3];
 
-  __device__ __forceinline__ explicit SplitFactors(const float (&f)[8]) {
+  __device__ __forceinline__ explicit SignedFactors(const float (&f)[8]) {
     Terms<2> terms;
     terms.split(f);
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      word[t] = make_uint4(terms.pair[t][0], terms.pair[t][1], terms.pair[t][2], terms.pair[t][3]);
-    }
+    const auto quad = [&](int t, uint32_t flip) {
+      const uint32_t (&p)[4] = terms.pair[t];
+      return make_uint4(p[0] ^ flip, p[1] ^ flip, p[2] ^ flip, p[3] ^ flip);
+    };
+    word[0] = quad(0, 0), word[1] = quad(0, 0x80008000u), word[2] = quad(1, 0);
   }
-  SplitFactors() = default;
+  SignedFactors() = default;
 };
 
 // Factors and what is added after them.
@@ -174,18 +176,16 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// The warps that share a row. kAlone: it is the only one of the thread block.
+// The warps that share a row, threadIdx.y of the thread block. kAlone: it is the only one.
 template <bool kAlone>
 struct RowGroup {
   int lane, warp, warps, group;  // of the lane, the warp in the row, the row in the thread block
 
   __device__ __forceinline__ explicit RowGroup(int warps_of_row)
-      : lane(threadIdx.x & 31), warp(threadIdx.x >> 5), warps(warps_of_row), group(0) {
-    if constexpr (!kAlone) {
-      group = warp / warps;
-      warp -= group * warps;
-    }
-  }
+      : lane(threadIdx.x & 31),
+        warp(threadIdx.x >> 5),
+        warps(warps_of_row),
+        group(kAlone ? 0 : threadIdx.y) {}
   __device__ __forceinline__ void barrier() const {
     if constexpr (kAlone) {
       __syncthreads();
@@ -208,9 +208,36 @@ struct RowGroup {
 
 }  // namespace detail
 
+// Sum of the squares of bfloat16 values that a warp has seen, by tensor cores: the diagonals of X X^T, half
+// an operation an element. Exact products, float32 sums.
+class SquareSum {
+ public:
+  // Eight values of each lane.
+  __device__ __forceinline__ void add(const uint4& q) {
+    add(low_, q.x, q.y, q.x);
+    add(high_, q.x, q.y, q.y);
+    add(low_, q.z, q.w, q.z);
+    add(high_, q.z, q.w, q.w);
+  }
+  // A lane's share of the sum.
+  __device__ __forceinline__ float share() const {
+    const int row = (threadIdx.x & 31) >> 2, column = 2 * (threadIdx.x & 3);
+    return row == column ? low_[0] + high_[2] : row == column + 1 ? low_[1] + high_[3] : 0.0f;
+  }
+
+ private:
+  // Rows 0 to 7 of the product hold upper b^T, rows 8 to 15 lower b^T.
+  static __device__ __forceinline__ void add(float (&d)[4], uint32_t upper, uint32_t lower, uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(upper), "r"(lower), "r"(b));
+  }
+  float low_[4] = {}, high_[4] = {};
+};
+
 // What a source knows of a row.
 struct RowState {
-  float squares = 0.0f;  // sum of those that this thread has seen, with kNorm
+  SquareSum squares;  // of what this warp has seen, with Norm::kRms
   float mean = 0.0f, rstd = 1.0f;
 };
 
@@ -228,7 +255,7 @@ struct PlainRows {
   using Loader =
       std::conditional_t<sizeof(T) == 2, detail::RegisterLoader<T, L>, detail::SharedLoader<T, L, 1>>;
   template <bool kRotated, bool kExchange>
-  using Factors = std::conditional_t<kScaled, detail::PowerFactors<kExchange>, detail::NoFactors>;
+  using Factors = std::conditional_t<kScaled, detail::PowerFactors<false>, detail::NoFactors>;
 
   const T* x;
   int64_t stride;
@@ -261,8 +288,9 @@ struct PlainRows {
   }
 };
 
-// x weight: the row's rstd, which is known once the row has been read, multiplies the result.
-template <typename T_>
+// x weight: the row's rstd, which is known once the row has been read, multiplies the result. kExact: weight
+// diag(col_scale) is of bfloat16.
+template <typename T_, bool kExact>
 struct RmsNormRows {
   using T = T_;
   static constexpr int kInputs = 1, kTerms = 2;
@@ -271,7 +299,7 @@ struct RmsNormRows {
   template <typename L>
   using Loader = detail::SharedLoader<T, L, 1>;
   template <bool kRotated, bool kExchange>
-  using Factors = detail::SplitFactors;
+  using Factors = detail::SignedFactors<kExact>;
 
   const T* x;
   int64_t stride;
@@ -295,42 +323,38 @@ struct RmsNormRows {
   // Products of two bfloat16 values are exact in two terms, the second an exact remainder. The first is
   // negative, because a remainder wants it so.
   __device__ __forceinline__ void terms(detail::Terms<2>& t, const uint4 (&raw)[1][1],
-                                        const detail::SplitFactors& f, RowState& row) const {
+                                        const detail::SignedFactors<kExact>& f, RowState& row) const {
     static_assert(std::is_same_v<T, __nv_bfloat16>, "the remainder of other types is not exact");
-    float v[8];
-    detail::unpack8<T>(v, raw[0]);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) row.squares = fmaf(v[i], v[i], row.squares);
-    const auto pair = [](const uint4& quad, int i, uint32_t flip) {
-      const uint32_t words[4] = {quad.x ^ flip, quad.y ^ flip, quad.z ^ flip, quad.w ^ flip};
+    row.squares.add(raw[0][0]);
+    const auto pair = [](const uint4& quad, int i) {
+      const uint32_t words[4] = {quad.x, quad.y, quad.z, quad.w};
       return reinterpret_cast<const __nv_bfloat162&>(words[i]);
     };
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const __nv_bfloat162 x2 = pair(raw[0][0], i, 0), w2 = pair(f.word[0], i, 0);
-      const __nv_bfloat162 first = __hmul2_rn(x2, pair(f.word[0], i, 0x80008000u));
-      const __nv_bfloat162 rest = __hfma2(x2, pair(f.word[1], i, 0), __hfma2(x2, w2, first));
+      const __nv_bfloat162 x2 = pair(raw[0][0], i);
+      const __nv_bfloat162 first = __hmul2_rn(x2, pair(f.word[1], i));
+      __nv_bfloat162 rest = __hfma2(x2, pair(f.word[0], i), first);
+      if constexpr (!kExact) rest = __hfma2(x2, pair(f.word[2], i), rest);
       t.pair[0][i] = reinterpret_cast<const uint32_t&>(first);
       t.pair[1][i] = reinterpret_cast<const uint32_t&>(rest);
     }
   }
   __device__ __forceinline__ void values(float (&v)[8], const uint4 (&raw)[1][1],
-                                         const detail::SplitFactors& f, RowState& row) const {
+                                         const detail::SignedFactors<kExact>& f, RowState& row) const {
+    row.squares.add(raw[0][0]);
     detail::unpack8<T>(v, raw[0]);
     float high[8], low[8];
     detail::unpack8<__nv_bfloat16>(high, {f.word[0]});
-    detail::unpack8<__nv_bfloat16>(low, {f.word[1]});
+    if constexpr (!kExact) detail::unpack8<__nv_bfloat16>(low, {f.word[2]});
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      row.squares = fmaf(v[i], v[i], row.squares);
-      v[i] *= high[i] + low[i];
-    }
+    for (int i = 0; i < 8; ++i) v[i] *= kExact ? high[i] : high[i] + low[i];
   }
 };
 
 // (x - mean) rstd weight + bias; the statistics need passes over the row of their own, in shared memory.
 template <typename T_>
-struct LayerNormRows : RmsNormRows<T_> {
+struct LayerNormRows : RmsNormRows<T_, false> {
   using T = T_;
   static constexpr Norm kNorm = Norm::kLayer;
   static constexpr bool kNegated = false;
