@@ -104,6 +104,46 @@ struct GradParams {
   float* partial_sums;  // of the columns: [thread blocks down, cols]
 };
 
+// A kernel that is launched early (Hopper and later) begins while the one before it ends: from when all
+// thread blocks of that one have called start_next_kernel() to when this one calls wait_for_last_kernel().
+__device__ __forceinline__ void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_last_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+inline bool launches_early() {
+  static std::atomic<int> known[kCachedDevices];
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (device < kCachedDevices) major = known[device].load(std::memory_order_relaxed);
+  if (major == 0) {
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess)
+      return false;
+    if (device < kCachedDevices) known[device].store(major, std::memory_order_relaxed);
+  }
+  return major >= 9;
+}
+template <typename P>
+cudaError_t launch_early(void (*kernel)(P), dim3 grid, int threads, size_t shared, cudaStream_t stream,
+                         const P& params) {
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = launches_early() ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
 constexpr int kAmaxWarps = 4, kAmaxColumns = 256;
 
 // A warp takes 32 rows of 256 columns, a lane eight neighbouring columns.
@@ -123,6 +163,7 @@ __global__ void __launch_bounds__(32 * kAmaxWarps) grad_amax_kernel(const GradPa
     load_factors<kVector>(t[o], column < p.cols ? p.col_scale[o] : nullptr, column, p.cols);
   }
   uint32_t mine[kOutputs] = {};  // of row `lane`
+  start_next_kernel();
   typename Source::Raw next[kBatch];
   const auto load = [&](int r0) {
 #pragma unroll
@@ -253,6 +294,7 @@ __global__ void __launch_bounds__(Tile<kGradRows>::kThreads, Source::kMinBlocks)
   const GradStage<Source, L::kThreads> stage{stage_memory + threadIdx.x};
 #pragma unroll
   for (int r = 0; r < 4; ++r) stage.start(p, r, first + 4 * word + r, column);
+  wait_for_last_kernel();
   for (int i = threadIdx.x; i < kTiles * kGradRows; i += L::kThreads) {
     const int64_t row = first + i;
     const bool inside = row < p.rows;
@@ -260,7 +302,7 @@ __global__ void __launch_bounds__(Tile<kGradRows>::kThreads, Source::kMinBlocks)
     if constexpr (kRows) {
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) {
-        const uint32_t amax = inside ? __ldg(p.row_amax + o * p.rows + row) : 0;
+        const uint32_t amax = inside ? __ldcg(p.row_amax + o * p.rows + row) : 0;
         row_inverses[o][i] = inverse_of<kType>(amax);
         if (inside && blockIdx.x == 0) p.forms[o].row_scales[row] = scale_of<kType>(amax);
       }
@@ -271,7 +313,7 @@ __global__ void __launch_bounds__(Tile<kGradRows>::kThreads, Source::kMinBlocks)
     const bool inside = col0 + c < p.cols;
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
-      const uint32_t amax = inside ? __ldg(p.col_amax + o * p.cols + col0 + c) : 0;
+      const uint32_t amax = inside ? __ldcg(p.col_amax + o * p.cols + col0 + c) : 0;
       reinterpret_cast<float*>(col_inverses[o])[c] = inverse_of<kType>(amax);
       if constexpr (kRows) {
         const float* scales = p.col_scale[o];
@@ -381,8 +423,7 @@ cudaError_t round_grad(const GradParams<Source>& p, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   const dim3 grid = tile_grid(ceil_div(p.cols, 8 * kGroups), ceil_div(p.rows, kGradRows * kTiles));
-  kKernel<<<grid, kThreads, kShared, stream>>>(p);
-  return cudaGetLastError();
+  return launch_early(kKernel, grid, kThreads, kShared, stream, p);
 }
 
 // Whether the kernels take a matrix as vectors. Rows are a multiple of 16 wherever speed matters: HaloLinear
