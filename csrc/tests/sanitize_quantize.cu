@@ -2,8 +2,13 @@
 // minutes with it.
 //     nvcc -std=c++17 -O3 -lineinfo -arch=sm_90 -Icsrc csrc/tests/sanitize_quantize.cu csrc/*quantize*.cu
 //     csrc/gated_grad.cu csrc/producers.cu csrc/transpose.cu -o build/sanitize_quantize
-//     for tool in memcheck racecheck synccheck; do compute-sanitizer --tool $tool --error-exitcode 1
+//     for tool in memcheck synccheck; do compute-sanitizer --tool $tool --error-exitcode 1
 //     build/sanitize_quantize; done
+//     for part in 0 1 2 3 4 5 6 7; do compute-sanitizer --tool racecheck --error-exitcode 1
+//     build/sanitize_quantize $part 8 & done
+
+#include <iterator>
+#include <vector>
 
 #include "quantize.h"
 #include "sanitize.h"
@@ -76,12 +81,14 @@ void run_fused(DType dtype, size_t size, QType qtype, int64_t rows, int64_t cols
       statistics(2 * sizeof(float) * rows), q(rows * cols), scale(sizeof(float) * rows),
       wide(sizeof(float) * rows * cols);
   const halo_train::RowsOutput out{rows, cols, qtype, q.get(), scale.as<float>(), 0};
-  for (const bool center : {false, true}) {
+  for (int kind = 0; kind < 3; ++kind) {  // RMSNorm with a weight of float32 and of the type of x, LayerNorm
+    const bool center = kind == 2;
     halo_train::NormArgs norm{};
     norm.x = x.get();
     norm.dtype = dtype;
     norm.row_stride = stride;
-    norm.weight = {vector.get(), dtype};
+    norm.weight =
+        kind == 0 ? halo_train::Vector{d.get(), DType::kFloat32} : halo_train::Vector{vector.get(), dtype};
     if (center) norm.bias = norm.weight;
     norm.col_scale = d.as<float>();
     norm.eps = 1e-5f;
@@ -125,8 +132,12 @@ void run_fused(DType dtype, size_t size, QType qtype, int64_t rows, int64_t cols
 
 }  // namespace
 
-// With an argument bfloat16 to e4m3 alone, for racecheck, which is slow.
-int main(int argc, char**) {
+// With `part` and `parts` that share of the shapes, bfloat16 to e4m3 alone, few rows before many: for
+// racecheck, which is slow.
+int main(int argc, char** argv) {
+  const bool shared = argc == 3;
+  const size_t part = shared ? std::strtoul(argv[1], nullptr, 10) : 0;
+  const size_t parts = shared ? std::strtoul(argv[2], nullptr, 10) : 1;
   const struct {
     DType dtype;
     size_t size;
@@ -141,17 +152,24 @@ int main(int argc, char**) {
                 {8192, 8192}, {24576, 8192}, {16384, 16384}, {32768, 16384}, {32768, 32768}};
   for (const auto& type : types) {
     for (const QType qtype : {QType::kE4M3, QType::kInt8}) {
-      if (argc > 1 && (type.dtype != DType::kBFloat16 || qtype != QType::kE4M3)) continue;
-      for (const auto& shape : shapes) {
-        // The last of these is more than the rows that the thread blocks hold, so that some take a second
-        // one.
-        const int64_t many = shape.cols >= 12288                     ? 270
-                             : shape.block == 8192                   ? 534
-                             : shape.block > 1 && shape.cols <= 2048 ? 2200
-                                                                     : 1060;
-        for (const int64_t rows : {int64_t{1}, int64_t{37}, many}) {
-          run(type.dtype, type.size, qtype, rows, shape.cols, shape.block);
-          run_fused(type.dtype, type.size, qtype, rows, shape.cols, shape.block);
+      if (shared && (type.dtype != DType::kBFloat16 || qtype != QType::kE4M3)) continue;
+      for (const bool few : {true, false}) {
+        for (size_t i = part; i < std::size(shapes); i += parts) {
+          const auto& shape = shapes[i];
+          // More rows than the thread blocks hold, so that some take a second one.
+          const int64_t many = shape.cols >= 12288                     ? 270
+                               : shape.block == 8192                   ? 534
+                               : shape.block > 1 && shape.cols <= 2048 ? 2200
+                                                                       : 1060;
+          for (const int64_t rows : few ? std::vector<int64_t>{1, 37} : std::vector<int64_t>{many}) {
+            run(type.dtype, type.size, qtype, rows, shape.cols, shape.block);
+            run_fused(type.dtype, type.size, qtype, rows, shape.cols, shape.block);
+          }
+          if (!shared) continue;
+          CHECK(cudaDeviceSynchronize());
+          std::printf("%lld columns, block %d, %s rows\n", static_cast<long long>(shape.cols), shape.block,
+                      few ? "few" : "many");
+          std::fflush(stdout);
         }
       }
       CHECK(cudaDeviceSynchronize());
