@@ -118,7 +118,7 @@ cudaError_t launch_sized(const HadamardParams<T>& p, int device, cudaStream_t st
       case 7:
         return launch_warps<HadamardLayout<T, 7, 3>>(p, stream);
       case 8:
-        return launch_warps<HadamardLayout<T, 8, 4>>(p, stream);
+        return launch_warps<HadamardLayout<T, 8, 4, 2, true>>(p, stream);
       case 9:
         return launch_blocks<HadamardLayout<T, 9, 4, 0, true>, 4, 10, 0>(p, device, stream);
       case 10:
@@ -126,9 +126,9 @@ cudaError_t launch_sized(const HadamardParams<T>& p, int device, cudaStream_t st
       case 11:
         return launch_blocks<HadamardLayout<T, 11, 4, 0>, 1, 16, 80>(p, device, stream);
       case 12:
-        return launch_blocks<HadamardLayout<T, 12, 5, 0, true>, 1, 7, 45>(p, device, stream);
+        return launch_blocks<HadamardLayout<T, 12, 5, 0, true>, 1, 8, 45>(p, device, stream);
       case 13:
-        return launch_blocks<HadamardLayout<T, 13, 6, 0, true>, 1, 4, 30>(p, device, stream);
+        return launch_blocks<HadamardLayout<T, 13, 5, 0, true>, 1, 4, 30>(p, device, stream);
       case 14:
         return launch_blocks<HadamardLayout<T, 14, 6, 0, true>, 1, 3, 20>(p, device, stream);
       case 15:
