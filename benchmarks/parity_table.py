@@ -130,8 +130,8 @@ def draw(results: list[dict[str, Any]], outliers: list[int], path: Path) -> None
         axis.set_xlabel("fine-tuning step")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("validation loss over bf16")
-    if axes[0, -1].get_legend_handles_labels()[0]:
-        axes[0, -1].legend(fontsize=6, frameon=False, loc="upper right")
+    if axes[0, 0].get_legend_handles_labels()[0]:
+        axes[0, 0].legend(fontsize=6, frameon=False, loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
