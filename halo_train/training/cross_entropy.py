@@ -49,7 +49,8 @@ def loss_and_slope(
     """
     if runs_kernel(z):
         losses = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
-        launch(z, targets, losses, logit_map, needs_slope)
+        with torch.cuda.device(z.device):
+            launch(z, targets, losses, logit_map, needs_slope)
         return losses.sum(), z if needs_slope else None
     z.requires_grad_(needs_slope)
     with torch.set_grad_enabled(needs_slope):
