@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,7 @@ import transformers
 from torch import Tensor
 from training_fixtures import write_run
 
-from halo_train import convert_to_halo_training, functional, gemm, products
-from halo_train.fused import functions
+from halo_train import convert_to_halo_training, ops
 from halo_train.recipes import finetune
 from halo_train.training.blocks import checkpoint_activations, compile_blocks
 from halo_train.training.config import load_config
@@ -43,18 +43,36 @@ def locate(loss: TokenLoss) -> str:
 
 def spoil_product(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """The ``number``-th 8-bit product from now has one NaN; 14 layers, forward and then backward with two products each."""
-    matmul, calls = gemm.matmul, 0
+    calls = 0
 
-    def spoiled(*args: object) -> Tensor:
+    def spoil(product: Tensor) -> None:
         nonlocal calls
-        product = matmul(*args)  # type: ignore[arg-type]
         calls += 1
         if calls == number:
             product[1, 2] = torch.nan
-        return product
 
-    for module in (functional, products, functions):
-        monkeypatch.setattr(module, "matmul", spoiled)
+    after_products(monkeypatch, spoil)
+
+
+def after_products(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], None]) -> None:
+    """Every 8-bit product is handed to ``spoil`` before anything reads it."""
+
+    def spoiled(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapped(*args: object) -> Tensor:
+            product = multiply(*args)
+            spoil(product)
+            return product
+
+        return wrapped
+
+    for name in (
+        "scaled_matmul",
+        "matmul_rows",
+        "matmul_weight_rows",
+        "matmul_weight_columns",
+        "matmul_rotated",
+    ):
+        monkeypatch.setattr(ops, name, spoiled(getattr(ops, name)))
 
 
 @pytest.mark.parametrize(
@@ -119,19 +137,15 @@ def test_a_run_names_the_product_and_keeps_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An infinite weight gradient in every step from the third on."""
-    matmul = gemm.matmul
     run = tmp_path / "runs" / "tiny"
 
-    def spoiled(*args: object) -> Tensor:
-        product = matmul(*args)  # type: ignore[arg-type]
+    def spoil(product: Tensor) -> None:
         if (
             run / "checkpoints" / "step-2"
         ).exists() and product.dtype == torch.float32:  # dW of float32 weights; the others are bfloat16
             product[0, 0] = torch.inf
-        return product
 
-    for module in (functional, products, functions):
-        monkeypatch.setattr(module, "matmul", spoiled)
+    after_products(monkeypatch, spoil)
     message = (
         r"step 3: .*gradient norm (nan|inf) is not finite; first: wgrad of model\.layers\.1\.mlp\.down_proj; the weights "
         r"were not updated.*step-2, is kept"
