@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import RESULTS, environment
@@ -32,6 +31,12 @@ LEAN = Case(
 """Norms' outputs and h are rounded again in backward."""
 
 
+OUTPUT_LAYER = Case(
+    "fp8, output layer too",
+    lambda model: convert_to_halo_training(model, recipe="fp8", output_layer=True),
+)
+
+
 def torchao_cases() -> list[Case]:
     if importlib.util.find_spec("torchao") is None:
         return []
@@ -39,17 +44,17 @@ def torchao_cases() -> list[Case]:
 
     torch._dynamo.config.recompile_limit = 64
 
-    def convert(recipe: str) -> Any:
+    def case(recipe: str, output_layer: bool) -> Case:
         config = Float8LinearConfig.from_recipe_name(recipe)
 
-        def inner(model: nn.Module) -> None:
+        def convert(model: nn.Module) -> None:
             convert_to_float8_training(
-                model, config=config, module_filter_fn=lambda module, name: name != "lm_head"
+                model, config=config, module_filter_fn=lambda module, name: output_layer or name != "lm_head"
             )
 
-        return inner
+        return Case(f"torchao {recipe}{', output layer too' if output_layer else ''}", convert)
 
-    return [Case(f"torchao {recipe}", convert(recipe)) for recipe in ("tensorwise", "rowwise")]
+    return [case("tensorwise", False), case("tensorwise", True), case("rowwise", False)]
 
 
 def main() -> None:
@@ -62,7 +67,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
     require_gpu(parser)
-    cases = [*(recipe_case(recipe) for recipe in recipes(args)), UNFUSED, LEAN, *torchao_cases()]
+    cases = [
+        *(recipe_case(recipe) for recipe in recipes(args)),
+        UNFUSED,
+        LEAN,
+        OUTPUT_LAYER,
+        *torchao_cases(),
+    ]
     if args.only:
         cases = [case for case in cases if case.name in args.only]
     rows = measure(size_of(args), cases, args)

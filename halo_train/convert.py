@@ -82,6 +82,7 @@ def convert_to_halo_training(
     *,
     recipe: str | HaloConfig | LayerRecipes = "fp8",
     module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    output_layer: bool = False,
     tokens: int | None = None,
     share_inputs: bool = False,
     fuse: bool = True,
@@ -97,6 +98,7 @@ def convert_to_halo_training(
             the first that matches decides; a layer that none matches is left alone. ``load_recipe`` reads one from a file.
         module_filter_fn: (layer, name) -> True to convert; replaces the default choice. It is asked only about layers
             that can be converted.
+        output_layer: True converts that too, tied to an embedding or not. What it costs in accuracy: docs/numerics.md, section 8.
         tokens: how many a layer sees at once (micro-batch times length). With it, layers that would be slower in 8 bits than
             in bfloat16 are left alone, on GPUs whose rates are known (:mod:`halo_train.cost`).
         share_inputs: for models whose blocks are not fused: layers that read the same tensor, as q, k and v do, rotate, round
@@ -119,6 +121,11 @@ def convert_to_halo_training(
     if not isinstance(module, nn.Module):
         raise TypeError(f"convert_to_halo_training: module must be an nn.Module; got {type(module).__name__}")
     recipes = recipe if isinstance(recipe, Mapping) else {"*": resolve_recipe(recipe)}
+    if output_layer and module_filter_fn is not None:
+        raise ValueError(
+            "convert_to_halo_training: output_layer=True is part of the default choice, which module_filter_fn replaces; let "
+            "module_filter_fn return True for the output layer instead"
+        )
     if isinstance(module, nn.Linear):
         raise ValueError(
             "convert_to_halo_training: module must contain linear layers, but it is one itself, which cannot be replaced "
@@ -135,7 +142,7 @@ def convert_to_halo_training(
         if not reason and module_filter_fn is not None:
             reason = "" if module_filter_fn(child, name) else "module_filter_fn returned False"
         elif not reason:
-            reason = exclusion.why_not_by_default(child, name)
+            reason = exclusion.why_not_by_default(child, name, output_layer)
         if reason:
             skipped.append(SkippedLayer(name, max(shapes), reason))
         else:
@@ -143,6 +150,8 @@ def convert_to_halo_training(
             chosen.append((name, child))
     if not chosen:
         raise ValueError(_nothing_to_convert(module, skipped))
+    if output_layer and not any(exclusion.is_output(layer, name) for name, layer in chosen):
+        raise ValueError(_no_output_layer(module, skipped))
     check_patterns(recipes, (name for name, _ in chosen))
     shared_inputs = SharedInputs() if share_inputs else None
     converted: list[ConvertedLayer] = []
@@ -158,6 +167,7 @@ def convert_to_halo_training(
             converted.append(ConvertedLayer(name, shape, config.name))
             replacements[id(layer)] = new = HaloLinear.from_linear(layer, config)
             new.fqn = name
+            new.tied = exclusion.embedding_of(layer) is not None
             new.shared_inputs = shared_inputs
     if not converted:
         raise ValueError(_nothing_to_convert(module, skipped))
@@ -193,6 +203,14 @@ class _Exclusion:
             if callable(get_output):
                 self._outputs.add(id(get_output()))
 
+    def is_output(self, module: nn.Module, name: str) -> bool:
+        """Whether it produces the logits."""
+        return id(module) in self._outputs or name.rpartition(".")[2] in _OUTPUT_NAMES
+
+    def embedding_of(self, module: nn.Linear) -> str | None:
+        """Name of the embedding that has the same weight."""
+        return self._embeddings.get(id(module.weight))
+
     def why_not(self, module: nn.Module) -> str:
         """Reasons that no filter overrides."""
         kind = type(module).__name__
@@ -210,12 +228,14 @@ class _Exclusion:
             return "its forward is overridden on the instance, which would bypass HaloLinear"
         return ""
 
-    def why_not_by_default(self, module: nn.Module, name: str) -> str:
+    def why_not_by_default(self, module: nn.Module, name: str, output_layer: bool) -> str:
         """Reasons of the default filter."""
         assert isinstance(module, nn.Linear)
-        if id(module.weight) in self._embeddings:
-            return f"weight tied to the embedding {self._embeddings[id(module.weight)]!r}"
-        if id(module) in self._outputs or name.rpartition(".")[2] in _OUTPUT_NAMES:
+        if output_layer and self.is_output(module, name):
+            return ""
+        if (embedding := self.embedding_of(module)) is not None:
+            return f"weight tied to the embedding {embedding!r}"
+        if self.is_output(module, name):
             return "output layer: its rounding errors enter the loss directly"
         if _ADAPTER_PARTS & set(name.split(".")):
             return "low-rank adapter: what it learns is small beside the layer it adapts, and so is its share of the time"
@@ -256,6 +276,14 @@ def _nothing_to_convert(module: nn.Module, skipped: list[SkippedLayer]) -> str:
         "module_filter_fn, or leave out tokens, to choose layers yourself. Skipped:\n"
         + "\n".join(lines)
         + more
+    )
+
+
+def _no_output_layer(module: nn.Module, skipped: list[SkippedLayer]) -> str:
+    found = "; ".join(f"{s.name}: {s.reason}" for s in skipped if s.name.rpartition(".")[2] in _OUTPUT_NAMES)
+    return (
+        f"convert_to_halo_training: output_layer=True needs an output layer of {type(module).__name__} that can be converted; "
+        f"{found or 'none was found'}; leave output_layer out"
     )
 
 

@@ -44,6 +44,7 @@ class Layer(Protocol):
     in_features: int
     fqn: str
     ranks_agree: bool
+    tied: bool
 
     def equalizer(self) -> Tensor | None: ...
 
@@ -208,7 +209,7 @@ def attach(layer: Layer, weight: Any) -> None:
         if shard.layer is not layer:  # shared: each layer has its own equalizer
             weight._local_tensor = shard.plain()
         return
-    if layer.config.format not in _WIRE_FORMATS or layer.config.scaling is not Scaling.ROWWISE:
+    if layer.tied or layer.config.format not in _WIRE_FORMATS or layer.config.scaling is not Scaling.ROWWISE:
         return
     if all(placement.is_replicate() for placement in placements):
         return

@@ -36,6 +36,7 @@ _OWN_STATE = {
     "_sharded_weight",
     "fqn",
     "ranks_agree",
+    "tied",
     "shared_inputs",
     "input_group",
     "joint",
@@ -64,6 +65,8 @@ class HaloLinear(nn.Linear):
     """Name in the model that it was converted in, for messages."""
     ranks_agree: bool
     """Whether FSDP2's ranks have compared how they converted this layer."""
+    tied: bool
+    """Whether an embedding has the same weight: FSDP2 then gathers it as it is."""
     shared_inputs: SharedInputs | None
     """That of the model, if its layers share inputs."""
     input_group: InputGroup | None
@@ -87,7 +90,7 @@ class HaloLinear(nn.Linear):
         self.config = resolve_recipe(recipe)
         self.equalizer_taken = False
         self.fqn = ""
-        self.ranks_agree = False
+        self.ranks_agree = self.tied = False
         self.shared_inputs = None
         self.input_group = None
         self.joint = None
@@ -109,19 +112,10 @@ class HaloLinear(nn.Linear):
         """:meth:`forward` of a tensor, of which nobody is told."""
         weight, config = self.weight, self.config
         gathered = isinstance(weight, GatheredWeight)
-        # A plain parameter to which nothing was attached needs no look.
-        if not (
-            gathered
-            or torch.compiler.is_compiling()
-            or (type(weight) is nn.Parameter and not weight.__dict__)
-        ):
-            self._check_placement(weight)
         shared = self.shared_inputs if self._can_share(x) else None
         if shared is not None:
             shared.meet(self, x)
-        if config.equalize and not self.equalizer_taken:
-            self._take_equalizer(x)
-        equalizer = self.factors()
+        equalizer = self.prepare(x)
         # A rank without tokens has a gradient too, of zeros: FSDP2 reduces it with those of the others.
         empty = gathered and x.numel() == 0
         tokens = F.pad(x.reshape(-1, self.in_features), (0, 0, 0, 1)) if empty else x
@@ -135,6 +129,24 @@ class HaloLinear(nn.Linear):
             rounded_input=None if shared is None else shared.rounded(self, x, equalizer),
         )
         return y[:0].reshape(*x.shape[:-1], self.out_features) if empty else y
+
+    def prepare(self, x: Tensor) -> Equalizer | None:
+        """:meth:`factors`, taken from x [..., in_features] if the layer has none yet: what every use of its operands begins with.
+
+        Raises:
+            ValueError: the weight is not whole.
+        """
+        weight = self.weight
+        # A plain parameter to which nothing was attached needs no look.
+        if not (
+            isinstance(weight, GatheredWeight)
+            or torch.compiler.is_compiling()
+            or (type(weight) is nn.Parameter and not weight.__dict__)
+        ):
+            self._check_placement(weight)
+        if self.config.equalize and not self.equalizer_taken:
+            self._take_equalizer(x)
+        return self.factors()
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 swaps the sharded and the gathered parameter through here, fully_shard first of all.

@@ -120,6 +120,15 @@ def wgrad(
     return crop(dw, *shape)
 
 
+def undo_wgrad(total: Tensor, block: int, d: Tensor | None, factor: Tensor) -> Tensor:
+    """factor * total H^T D, padded: dW of a sum of E^T X, rotated and equalised as x is; factor: one number, on its device."""
+    k = total.shape[1]
+    if block == 1 and d is None:
+        return total * factor
+    factors = factor.expand(k).contiguous() if d is None else pad_vector(d, k) * factor
+    return ops.hadamard(total, block, 1.0 / math.sqrt(block), None, factors)
+
+
 def _undo_k(grad: Tensor, block: int, col_scale: Tensor | None) -> Tensor:
     """grad H^T diag(col_scale) for a product [rows, K'] that nothing else uses: in place, rounded once."""
     if block > 1 or col_scale is not None:

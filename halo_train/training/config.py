@@ -72,6 +72,8 @@ class QuantSection(_Section):
 
     recipe: str = "fp8"
     """A named precision recipe (``halo-train ls`` lists them), or a file of recipes by layer from ``halo-train calibrate``."""
+    output_layer: bool = False
+    """The output layer too: a faster step; docs/numerics.md, section 8, has what it costs in accuracy."""
     fuse: bool = True
     """Norms and gated MLPs of known transformer blocks write 8 bits once for all layers that read them; docs/blocks.md."""
 

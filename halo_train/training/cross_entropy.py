@@ -70,13 +70,14 @@ def _has_triton() -> bool:
 
 
 def launch(z: Tensor, targets: Tensor, losses: Tensor, logit_map: LogitMap, needs_slope: bool) -> None:
-    """Writes the losses [M] of the rows of z [M, V] and, where needed, the slopes over z. z is contiguous."""
+    """Writes the losses [M] of the rows of z [M, V] and, where needed, the slopes over z. The rows of z are contiguous."""
     rows, size = z.shape
     _kernel()[(rows,)](
         z,
         targets,
         losses,
         size,
+        z.stride(0),
         logit_map.scale,
         logit_map.cap or 1.0,
         CAPPED=logit_map.cap is not None,
@@ -101,6 +102,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     targets,
     losses,
     size,
+    stride,
     scale,
     cap,
     CAPPED: tl.constexpr,
@@ -108,7 +110,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    z += row * size
+    z += row * stride
     columns = tl.arange(0, BLOCK)
     # Sum of exp(x - top) over the blocks so far, top the largest logit so far.
     top = -float("inf")

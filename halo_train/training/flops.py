@@ -69,9 +69,10 @@ class FlopCounter:
                 if weight.dim() == 3:
                     ops *= _active_share(config, weight.shape[0])
                 self._per_token += ops
-                if isinstance(module, HaloLinear) and module.config.format is not Format.HIGH_PRECISION:
+                if _in_8_bits(module):
                     self._eight_bit_per_token += ops
         self._per_trained_token = 0.0 if head is None else _products(head.weight) * 2.0 * head.weight.numel()
+        self._eight_bit_per_trained_token = self._per_trained_token if _in_8_bits(head) else 0.0
         heads = getattr(config, "num_attention_heads", 0)
         width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
         # Scores and values, each one product forward and two backward.
@@ -82,9 +83,14 @@ class FlopCounter:
         total = eight_bit = 0.0
         for batch in batches:
             eight_bit += self._eight_bit_per_token * batch.tokens
+            eight_bit += self._eight_bit_per_trained_token * batch.trained
             total += self._per_token * batch.tokens + self._per_trained_token * batch.trained
             total += self._per_pair * _attended_pairs(batch)
         return Flops(total, eight_bit)
+
+
+def _in_8_bits(module: nn.Module | None) -> bool:
+    return isinstance(module, HaloLinear) and module.config.format is not Format.HIGH_PRECISION
 
 
 def _products(weight: torch.Tensor) -> int:

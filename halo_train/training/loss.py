@@ -14,8 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halo_train import HaloLinear
+from halo_train.products import without_autocast
+
 from .cross_entropy import LogitMap, loss_and_slope, runs_kernel
 from .data import IGNORE
+from .output_layer import PlainProducts, Products, RoundedProducts, Rounding, finish_wgrad, rounding_of, show
 
 MAX_LOGITS = 1 << 29
 """Logits that exist at a time where the kernel forms the loss: 1 GiB in bfloat16. The sum of the weight's gradients is read and
@@ -23,10 +27,6 @@ written once a chunk, which with chunks of a quarter of this took longer than al
 
 MAX_LOGITS_PLAIN = 1 << 27
 """Where PyTorch's operators do: 0.5 GiB in float32, and four times that for the steps of log-softmax and gradient."""
-
-
-_ADDS_TO_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
-"""Whether ``torch.addmm`` adds a product of 16-bit matrices to a float32 one; earlier ones want a single dtype."""
 
 _TILE = 128
 """Rows of a tile of the matrix products."""
@@ -41,8 +41,8 @@ def chunk_rows(most: int, vocabulary: int) -> int:
 class LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of ``logit_map(h W^T + b)`` summed over the rows of h: a scalar, float32 or wider.
 
-    h [M, K]; weight [V, K]; bias [V] or None; targets [M], int64 in [0, V). Products are in the dtype of h, the logits
-    and the sums of dW [V, K] and db [V] over chunks in float32 or wider. Saved for backward: the gradients.
+    h [M, K]; weight [V, K]; bias [V] or None; targets [M], int64 in [0, V). Products are in the dtype of h, or with a
+    Rounding in 8 bits; logits in the dtype of h, the loss and the sum of db [V] over chunks in float32 or wider. Saved for backward: the gradients.
     """
 
     @staticmethod
@@ -54,52 +54,52 @@ class LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         logit_map: LogitMap,
         chunk: int,
+        rounding: Rounding | None = None,
     ) -> Tensor:
         needs_dh, needs_dw, needs_db = ctx.needs_input_grad[:3]
         wide = torch.promote_types(h.dtype, torch.float32)
-        w, b = weight.to(h.dtype), None if bias is None else bias.to(h.dtype)
+        products: Products = (
+            PlainProducts(weight, bias, h.dtype, needs_dw)
+            if rounding is None
+            else RoundedProducts(weight, bias, h.dtype, rounding, needs_dh, needs_dw)
+        )
         total = torch.zeros((), dtype=wide, device=h.device)
         dh = torch.empty_like(h) if needs_dh else None
-        dw = torch.zeros_like(weight, dtype=wide) if needs_dw else None
         db = torch.zeros_like(bias, dtype=wide) if needs_db else None  # type: ignore[arg-type]
         for start in range(0, h.shape[0], chunk):
             rows = slice(start, start + chunk)
-            z = F.linear(h[rows], w, b)
+            z = products.logits(h[rows])
             loss, dz = loss_and_slope(z, targets[rows], logit_map, needs_dh or needs_dw or needs_db)
             total += loss
             if dz is None:
                 continue
-            if dh is not None:
-                dh[rows] = dz @ w
-            if dw is not None:
-                _add_product(dw, dz.t(), h[rows])
             if db is not None:
                 db += dz.sum(0, dtype=wide)
-        ctx.save_for_backward(dh, dw, db)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+            if not (needs_dh or needs_dw):
+                continue
+            gradient = products.gradient(dz)
+            del z, dz  # rounded, it is there once more
+            if dh is not None:
+                dh[rows] = products.dgrad(gradient)
+            if needs_dw:
+                products.add_wgrad(gradient)
+        equalizer = None if rounding is None else rounding.equalizer
+        d = None if equalizer is None or not needs_dw else equalizer.d
+        ctx.save_for_backward(dh, products.wgrad_sum() if needs_dw else None, db, d)
+        ctx.weight_form, ctx.bias_dtype = (weight.shape, weight.dtype), None if bias is None else bias.dtype
+        ctx.config = None if rounding is None else rounding.config
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dh, dw, db = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
+        dh, dw, db, d = ctx.saved_tensors
         return (
             None if dh is None else dh * grad.to(dh.dtype),
-            None if dw is None else (dw * grad).to(weight_dtype),
-            None if db is None else (db * grad).to(bias_dtype),
-            None,
-            None,
-            None,
+            None if dw is None else finish_wgrad(dw, grad, d, *ctx.weight_form, ctx.config),
+            None if db is None else (db * grad).to(ctx.bias_dtype),
+            *(None,) * 4,
         )
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; of 16-bit a and b on a GPU by the product itself, in float32, without an [M, N] tensor in between."""
-    if total.is_cuda and total.dtype == torch.float32 and a.element_size() == 2 and _ADDS_TO_FLOAT32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += a @ b
 
 
 class TokenLoss(nn.Module):
@@ -151,9 +151,19 @@ class TokenLoss(nn.Module):
         head = self.model.get_output_embeddings()
         if hidden.dtype == torch.float32:
             hidden = hidden.to(torch.bfloat16)  # as the autocast of the output layer would
+        with without_autocast(hidden.device.type):
+            return self._of(hidden, head, goals)
+
+    def _of(self, hidden: Tensor, head: Any, goals: Tensor) -> Tensor:
+        assert self.logit_map is not None
+        rounding = rounding_of(head, hidden)
+        if rounding is not None:
+            show(head, hidden, goals, self.logit_map)
         most = self.max_logits or (MAX_LOGITS if runs_kernel(hidden) else MAX_LOGITS_PLAIN)
         chunk = chunk_rows(most, head.weight.shape[0])
-        return LinearCrossEntropy.apply(hidden, head.weight, head.bias, goals, self.logit_map, chunk)
+        return LinearCrossEntropy.apply(
+            hidden, head.weight, head.bias, goals, self.logit_map, chunk, rounding
+        )
 
 
 @torch.no_grad()
@@ -167,7 +177,7 @@ def measure_logit_map(model: nn.Module) -> LogitMap:
         ValueError: why the logits are not a LogitMap of the output layer's products.
     """
     base, head = getattr(model, "base_model", model), model.get_output_embeddings()  # type: ignore[operator]
-    if base is model or type(head) is not nn.Linear:
+    if base is model or type(head) not in (nn.Linear, HaloLinear):
         raise ValueError("it has no separate base model and nn.Linear output layer")
     hidden = torch.linspace(-1, 1, 2 * head.in_features).view(1, 2, -1)
     products = torch.linspace(-1000, 1000, 2 * head.out_features).view(1, 2, -1)

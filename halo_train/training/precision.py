@@ -75,7 +75,9 @@ def convert(
     """
     label = config.quant.label
     try:
-        report = convert_to_halo_training(model, recipe=recipes, fuse=config.quant.fuse)
+        report = convert_to_halo_training(
+            model, recipe=recipes, output_layer=config.quant.output_layer, fuse=config.quant.fuse
+        )
     except ValueError as error:
         raise UserError(f"quant.recipe={label} cannot be applied to {config.model.path}: {error}") from error
     path = folder / "conversion.json"
