@@ -31,7 +31,7 @@ def operands(
         + 4 * F.normalize(head.weight[targets].float()) * width**0.5 / 8
     )
     h[:, 5] *= 30
-    return h.bfloat16().requires_grad_(), head, targets
+    return h.bfloat16().detach().requires_grad_(), head, targets
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "int8", "fp8_plain", "halo2_int8"])
@@ -50,13 +50,13 @@ def test_one_chunk_is_the_layer_by_itself(vocabulary: int, dtype: torch.dtype, r
 
     with torch.autocast("cuda", torch.bfloat16):
         y = head(h)
-    expected = gradients(F.cross_entropy(logit_map(y.float()), targets, reduction="sum") / 300)
+    expected = gradients(F.cross_entropy(logit_map(y.float()), targets, reduction="sum") / 256)
     rounding = rounding_of(head, h)
     loss = LinearCrossEntropy.apply(h, head.weight, head.bias, targets, logit_map, 4096, rounding)
-    for found, exact in zip(gradients(loss / 300), expected, strict=True):
+    for found, exact in zip(gradients(loss / 256), expected, strict=True):
         assert found.dtype == exact.dtype or found.dim() == 0
-        # The gradient of the loss multiplies before or after the rounding to 8 bits.
-        assert sqnr_db(exact.double(), found) > 30, found.shape
+        # A power of two multiplies before or after the rounding to 8 bits, which gives the same codes.
+        assert sqnr_db(exact.double(), found) > 40, found.shape
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "int8"])
@@ -74,4 +74,4 @@ def test_chunks_against_float64(recipe: str, chunk: int) -> None:
     found = torch.autograd.grad(loss, (h, head.weight, head.bias))
     assert loss.item() == pytest.approx(exact.item(), rel=2e-3)
     for ours, theirs in zip(found, expected, strict=True):
-        assert sqnr_db(theirs, ours) > 20
+        assert sqnr_db(theirs, ours) > 24

@@ -71,6 +71,12 @@ def test_share_in_8_bits() -> None:
     assert flops.eight_bit == 2 * 64 * 6 * 2 * (3 * 64 * 96 + 64 * 64)
 
 
+def test_share_of_the_output_layer() -> None:
+    loss = build("llama")
+    convert_to_halo_training(loss.model, recipe={"lm_head": "fp8"}, output_layer=True)
+    assert FlopCounter(loss.model).step([BATCH]).eight_bit == BATCH.trained * 6 * 128 * 64
+
+
 def test_packed_documents_attend_to_themselves() -> None:
     counter = FlopCounter(build("llama").model)
     halves = torch.arange(32).remainder(16).expand(2, -1)

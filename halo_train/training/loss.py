@@ -83,6 +83,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dh[rows] = products.dgrad(gradient)
             if needs_dw:
                 products.add_wgrad(gradient)
+            del gradient  # before the logits of the next chunk
         equalizer = None if rounding is None else rounding.equalizer
         d = None if equalizer is None or not needs_dw else equalizer.d
         ctx.save_for_backward(dh, products.wgrad_sum() if needs_dw else None, db, d)
