@@ -97,7 +97,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dh, dw, db, d = ctx.saved_tensors
         return (
             None if dh is None else dh * grad.to(dh.dtype),
-            None if dw is None else finish_wgrad(dw, grad, d, *ctx.weight_form, ctx.config),
+            None if dw is None else finish_wgrad(dw, grad, d, ctx.weight_form, ctx.config),
             None if db is None else (db * grad).to(ctx.bias_dtype),
             *(None,) * 4,
         )

@@ -97,7 +97,8 @@ class RoundedProducts:
         needs_dw: bool,
     ) -> None:
         self._config, equalizer, rounded = rounding
-        d, self._inverse = equalizer or (None, None)
+        d = None if equalizer is None else equalizer.d
+        self._inverse = None if equalizer is None else equalizer.inverse
         if rounded is None and needs_dh:
             rounded = round_weight(weight, d, self._config)
         self._rows, columns = rounded or (quantize_weight(weight, d, self._config), None)
@@ -151,11 +152,12 @@ def finish_wgrad(
     total: Tensor,
     grad: Tensor,
     d: Tensor | None,
-    shape: torch.Size,
-    dtype: torch.dtype,
+    weight: tuple[torch.Size, torch.dtype],
     config: HaloConfig | None,
 ) -> Tensor:
-    """dW [V, K] from the sum over the chunks and the gradient of the loss; config: that of RoundedProducts, with its d."""
+    """dW [V, K] from the sum over the chunks and the gradient of the loss; weight: shape and dtype, config: that of RoundedProducts,
+    with its d."""
+    shape, dtype = weight
     if config is not None:
         return crop(undo_wgrad(total, rotation_block(shape[1], config), d, grad), *shape).to(dtype)
     return torch.mul(total, grad, out=torch.empty(shape, dtype=dtype, device=total.device))
