@@ -125,6 +125,11 @@ class HaloConfig:
         """The same with a dgrad that takes the W of fprop, for a weight of which only that rounded form exists."""
         return dataclasses.replace(self, requantize_w_dgrad=False) if self.requantize_w_dgrad else self
 
+    @functools.cached_property
+    def with_recomputed_inputs(self) -> HaloConfig:
+        """The same with X rounded once more in backward, for an X that is kept anyway."""
+        return self if self.recompute_inputs else dataclasses.replace(self, recompute_inputs=True)
+
     @property
     def name(self) -> str:
         """Recipe name, or the fields of a config that is no named recipe."""

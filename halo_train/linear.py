@@ -37,6 +37,7 @@ _OWN_STATE = {
     "fqn",
     "ranks_agree",
     "tied",
+    "input_is_kept",
     "shared_inputs",
     "input_group",
     "joint",
@@ -67,6 +68,8 @@ class HaloLinear(nn.Linear):
     """Whether FSDP2's ranks have compared how they converted this layer."""
     tied: bool
     """Whether an embedding has the same weight: FSDP2 then gathers it as it is."""
+    input_is_kept: bool
+    """Whether what computes its input keeps that for backward, as attention does: it is then rounded once more, not kept twice."""
     shared_inputs: SharedInputs | None
     """That of the model, if its layers share inputs."""
     input_group: InputGroup | None
@@ -90,7 +93,7 @@ class HaloLinear(nn.Linear):
         self.config = resolve_recipe(recipe)
         self.equalizer_taken = False
         self.fqn = ""
-        self.ranks_agree = self.tied = False
+        self.ranks_agree = self.tied = self.input_is_kept = False
         self.shared_inputs = None
         self.input_group = None
         self.joint = None
@@ -110,7 +113,7 @@ class HaloLinear(nn.Linear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """:meth:`forward` of a tensor, of which nobody is told."""
-        weight, config = self.weight, self.config
+        weight, config = self.weight, self.running_config
         gathered = isinstance(weight, GatheredWeight)
         shared = self.shared_inputs if self._can_share(x) else None
         if shared is not None:
@@ -123,7 +126,7 @@ class HaloLinear(nn.Linear):
             tokens,
             weight,
             self.bias,
-            config=config.with_folded_dgrad if gathered else config,
+            config=config.with_recomputed_inputs if self.input_is_kept else config,
             equalizer=equalizer,
             rounded_weight=self._rounded_weight(weight, equalizer),
             rounded_input=None if shared is None else shared.rounded(self, x, equalizer),

@@ -434,7 +434,7 @@ def test_training_goes_as_with_the_layers_one_by_one() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-@pytest.mark.parametrize(("recompute", "share"), [(False, 0.62), (True, 0.5)])
+@pytest.mark.parametrize(("recompute", "share"), [(False, 0.595), (True, 0.5)])
 def test_bytes_that_a_block_keeps(recompute: bool, share: float) -> None:
     """A Llama-3-8B block at a 16th of its width, bfloat16, eager, beside what the plain block keeps."""
     fields = {

@@ -64,6 +64,8 @@ class _Block:
     """The layers of gate and up in a gated MLP, whose third is down_proj; none if it is no gated one."""
     activation: str = "act_fn"
     """Its name in the MLP."""
+    attention_reader: str = "o_proj"
+    """The layer of the attention that reads what scaled_dot_product_attention returns."""
 
     def class_path(self, kind: str) -> str:
         """Full name of its DecoderLayer, Attention, MLP or norm."""
@@ -84,9 +86,12 @@ _BLOCKS = (
     _Block("gemma2", "Gemma2", _GEMMA_2, eps_name="eps", unit_offset=True),
     _Block("gemma3", "Gemma3", _GEMMA_2, eps_name="eps", unit_offset=True),
     _Block("phi3", "Phi3", _PHI_3, gated=("gate_up_proj",), activation="activation_fn"),
-    _Block("phi", "Phi", {"input_layernorm": (*_QKV, "mlp.fc1")}, norm="", eps_name="eps", gated=()),
+    _Block("phi", "Phi", {"input_layernorm": (*_QKV, "mlp.fc1")}, norm="", eps_name="eps", gated=(), attention_reader="dense"),
 )
 _BY_CLASS = {block.class_path("DecoderLayer"): block for block in _BLOCKS}
+
+_KEEPING_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
+"""transformers' names of attention that is one operator."""
 
 _GATED_LAYERS = ("gate_proj", "up_proj", "down_proj")
 
@@ -138,6 +143,7 @@ def unfuse(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, HaloLinear):
             layer.joint = None
+            layer.input_is_kept = False
 
 
 def _fuse_block(layer: nn.Module, block: _Block) -> Iterator[tuple[str, str, str]]:
@@ -154,9 +160,17 @@ def _fuse_block(layer: nn.Module, block: _Block) -> Iterator[tuple[str, str, str
             activation = _activation_of(getattr(mlp, block.activation))
             become(mlp, HaloGatedMLP, fusion=MLPFusion(block.gated, "down_proj", activation))
         yield "mlp", f"{', '.join(block.gated)} -> activation -> down_proj", reason
+    _keep_once(layer.get_submodule("self_attn"), block)
     for name, readers in block.readers.items():
         what, reason = _fuse_norm(layer, block, name, readers)
         yield name, f"norm -> {what}", reason
+
+
+def _keep_once(attention: nn.Module, block: _Block) -> None:
+    """What fused attention returns it keeps for its own backward; the layer that reads it then need not keep it in 8 bits too."""
+    reader, kind = getattr(attention, block.attention_reader, None), attention.config._attn_implementation
+    if isinstance(reader, HaloLinear) and kind in _KEEPING_ATTENTION:
+        reader.input_is_kept = not _why_not_class(attention, block.class_path("Attention"))
 
 
 def _fuse_norm(layer: nn.Module, block: _Block, name: str, names: tuple[str, ...]) -> tuple[str, str]:

@@ -12,6 +12,8 @@ from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from halo_train.linear import halo_linears
+
 from .errors import UserError
 
 KEPT_OPS = frozenset(
@@ -46,6 +48,8 @@ def checkpoint_activations(model: nn.Module, mode: Literal["selective", "full"])
         UserError: a model without blocks.
     """
     for block in blocks(model, f"train.activation_checkpointing={mode}"):
+        for _, layer in halo_linears(block):
+            layer.input_is_kept = False  # but recomputed, or kept rounded
         # The forward and not the call, so that hooks, those of FSDP2 among them, run once.
         block.forward = _checkpointed(block.forward, mode)
 
