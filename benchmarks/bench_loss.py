@@ -1,9 +1,10 @@
-"""Output layer and loss, forward and backward: transformers' way and TokenLoss, time and memory beside the products alone.
+"""Output layer and loss, forward and backward: transformers' way and TokenLoss, in bfloat16 and 8 bits, time and memory beside the
+products alone.
 
     python benchmarks/bench_loss.py                                # 16384 tokens of Llama-8B's width and vocabulary
     python benchmarks/bench_loss.py --vocab 151936 --hidden 2048   # Qwen's
 
-The weight is float32 and the products bfloat16, as under autocast.
+The weight is float32 (or --weights bfloat16) and the products bfloat16, as under autocast, or those of a recipe.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import torch.nn.functional as F
 from common import RESULTS, environment, save_json
 from torch import Tensor
 
+from halo_train import RECIPES
 from halo_train.bench.linear import require_gpu, settled_us
+from halo_train.quantize import Equalizer, equalizer_exponents
 from halo_train.training import cross_entropy
 from halo_train.training.loss import MAX_LOGITS, MAX_LOGITS_PLAIN, LinearCrossEntropy, LogitMap, chunk_rows
+from halo_train.training.output_layer import Rounding
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -32,10 +36,10 @@ def transformers_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def chunked(most: int) -> Loss:
+def chunked(most: int, rounding: Rounding | None = None) -> Loss:
     def loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         rows = chunk_rows(most, weight.shape[0])
-        return LinearCrossEntropy.apply(h, weight, None, targets, LogitMap(), rows)
+        return LinearCrossEntropy.apply(h, weight, None, targets, LogitMap(), rows, rounding)
 
     return loss
 
@@ -60,18 +64,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="where the sources are no git checkout")
     args = parser.parse_args()
     require_gpu(parser)
     torch.manual_seed(0)
     h = torch.randn(args.tokens, args.hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(args.vocab, args.hidden, device="cuda").mul_(0.02).requires_grad_()
+    weight = torch.randn(args.vocab, args.hidden, device="cuda").mul_(0.02)
+    weight = weight.to(getattr(torch, args.weights)).requires_grad_()
     targets = torch.randint(args.vocab, (args.tokens,), device="cuda")
+    equalizer = Equalizer.of_exponents(equalizer_exponents(h.detach(), weight.detach()))
     cases: dict[str, Loss] = {
         "transformers": transformers_loss,
         "TokenLoss, PyTorch's operators": without_kernel(chunked(MAX_LOGITS_PLAIN)),
         "TokenLoss": chunked(MAX_LOGITS),
+        "TokenLoss, fp8": chunked(MAX_LOGITS, Rounding(RECIPES["fp8"], equalizer, None)),
+        "TokenLoss, int8": chunked(MAX_LOGITS, Rounding(RECIPES["int8"], equalizer, None)),
         "TokenLoss, half the logits at a time": chunked(MAX_LOGITS // 2),
         "TokenLoss, a quarter": chunked(MAX_LOGITS // 4),
     }
@@ -108,7 +117,13 @@ def main() -> None:
             f"gradients, loss {value:.6f}",
             flush=True,
         )
-    settings = {"tokens": args.tokens, "vocab": args.vocab, "hidden": args.hidden, "products_ms": products}
+    settings = {
+        "tokens": args.tokens,
+        "vocab": args.vocab,
+        "hidden": args.hidden,
+        "weights": args.weights,
+        "products_ms": products,
+    }
     record = {"environment": environment(args.commit), "settings": settings, "results": rows}
     print(save_json(f"loss-{args.vocab}", record, args.out))
 

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_step.py
     python benchmarks/bench_step.py --mode compiled --recipes fp8 int8 --no-save
+    python benchmarks/bench_step.py --mode compiled --loss chunked --layers 32 --steps 4      # all of the model: fills an H200
 
 Measured as ``halo-train bench step`` does it. Writes a dated JSON file, a table and a picture.
 """
@@ -35,6 +36,7 @@ OUTPUT_LAYER = Case(
     "fp8, output layer too",
     lambda model: convert_to_halo_training(model, recipe="fp8", output_layer=True),
 )
+"""Its three products in 8 bits, with either loss."""
 
 
 def torchao_cases() -> list[Case]:

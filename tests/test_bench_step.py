@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from halo_train.bench.step import LOSSES, Size, Training, build, recipe_case
+from halo_train.bench.step import LOSSES, Case, Size, Training, build, recipe_case
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from bench_step import OUTPUT_LAYER
 from step_table import CATEGORIES, table
 
 SIZE = Size(
@@ -19,11 +20,13 @@ SIZE = Size(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
-def test_both_losses_are_the_same_training(recipe: str) -> None:
+@pytest.mark.parametrize(
+    "case", [recipe_case("bf16"), recipe_case("fp8"), OUTPUT_LAYER], ids=lambda case: case.name
+)
+def test_both_losses_are_the_same_training(case: Case) -> None:
     losses = []
     for loss in LOSSES:
-        model = build(SIZE, recipe_case(recipe), compiled=False, checkpointing="none", device="cpu")
+        model = build(SIZE, case, compiled=False, checkpointing="none", device="cpu")
         torch.manual_seed(0)
         training = Training(model, SIZE, loss)
         for _ in range(3):

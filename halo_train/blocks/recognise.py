@@ -86,7 +86,15 @@ _BLOCKS = (
     _Block("gemma2", "Gemma2", _GEMMA_2, eps_name="eps", unit_offset=True),
     _Block("gemma3", "Gemma3", _GEMMA_2, eps_name="eps", unit_offset=True),
     _Block("phi3", "Phi3", _PHI_3, gated=("gate_up_proj",), activation="activation_fn"),
-    _Block("phi", "Phi", {"input_layernorm": (*_QKV, "mlp.fc1")}, norm="", eps_name="eps", gated=(), attention_reader="dense"),
+    _Block(
+        "phi",
+        "Phi",
+        {"input_layernorm": (*_QKV, "mlp.fc1")},
+        norm="",
+        eps_name="eps",
+        gated=(),
+        attention_reader="dense",
+    ),
 )
 _BY_CLASS = {block.class_path("DecoderLayer"): block for block in _BLOCKS}
 
