@@ -176,7 +176,8 @@ def _fuse_block(layer: nn.Module, block: _Block) -> Iterator[tuple[str, str, str
 
 def _keep_once(attention: nn.Module, block: _Block) -> None:
     """What fused attention returns it keeps for its own backward; the layer that reads it then need not keep it in 8 bits too."""
-    reader, kind = getattr(attention, block.attention_reader, None), attention.config._attn_implementation
+    reader, config = getattr(attention, block.attention_reader, None), getattr(attention, "config", None)
+    kind = getattr(config, "_attn_implementation", None)
     if isinstance(reader, HaloLinear) and kind in _KEEPING_ATTENTION:
         reader.input_is_kept = not _why_not_class(attention, block.class_path("Attention"))
 
