@@ -11,7 +11,7 @@
 //    columns of each slab and does the butterflies on bits 1, 2 and from 7 on.
 // 3. Scale, factors, one rounding, whole lines to memory.
 //
-// Thread blocks stay and stride over the blocks. Whichever warp is the last to have read a raw slab sends for
+// Thread blocks stay and stride over the blocks. When the warps of a slab have read it, one of them sends for
 // that of the next block, and for the L2 cache to call in the one after. What a warp reads in step 2 are as
 // many words as it writes in step 1, so it writes the next block where it has just read: one barrier a block
 // is enough.
@@ -51,8 +51,9 @@ struct StayingMatrixLayout {
   static constexpr int kMajor = kSlabs * kMinor + (kUnitRows == 2 ? 16 : 0);
   static constexpr int kTileWords = kSlabs * kMajor;
 
-  // Barriers and counters, raw slabs, results.
-  static constexpr int kHeader = 16 * kSlabs;
+  // Barriers, raw slabs, results.
+  static constexpr int kHeader = 8 * kSlabs;
+  static_assert(kHeader % 16 == 0, "raw slabs take 16-byte stores");
   static constexpr size_t kSharedBytes = kHeader + kSlabs * kRawSlab + sizeof(float) * kTiles * kTileWords;
 };
 
@@ -72,6 +73,18 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t phase) {
   } while (done == 0);
 }
 
+// Barrier of the warps of a slab, one for each tile. Numbers follow those of the tiles. With the number in a
+// register the compiler reserves all sixteen, which leaves a multiprocessor four thread blocks: as many as
+// there are.
+template <int kTiles>
+__device__ __forceinline__ void slab_barrier(int slab) {
+  if constexpr (kTiles == 1) {
+    __syncwarp();
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"r"(kTiles + 1 + slab), "n"(32 * kTiles) : "memory");
+  }
+}
+
 }  // namespace detail
 
 // kColumnwise: with signs, factors or both.
@@ -86,7 +99,6 @@ __global__ void __launch_bounds__(L::kThreads, kMinBlocks)
   char* const raw_bytes = shared_bytes + L::kHeader + slab * L::kRawSlab;
   const uint32_t raw = detail::shared_address(raw_bytes);
   const uint32_t arrived = detail::shared_address(shared_bytes) + 8 * slab;
-  unsigned* const readers = reinterpret_cast<unsigned*>(shared_bytes + 8 * L::kSlabs) + slab;
   float* const results =
       reinterpret_cast<float*>(shared_bytes + L::kHeader + L::kSlabs * L::kRawSlab) + tile * L::kTileWords;
 
@@ -133,7 +145,6 @@ __global__ void __launch_bounds__(L::kThreads, kMinBlocks)
       *reinterpret_cast<uint4*>(raw_bytes + i) = make_uint4(0, 0, 0, 0);
     }
     if (lane == 0) {
-      *readers = 0;
       asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(arrived) : "memory");
     }
     __syncwarp();
@@ -219,15 +230,8 @@ __global__ void __launch_bounds__(L::kThreads, kMinBlocks)
         }
       }
     }
-    __syncwarp();
-    unsigned before = 0;
-    if (lane == 0) {
-      __threadfence_block();
-      before = atomicAdd(readers, 1u);
-      __threadfence_block();
-    }
-    before = __shfl_sync(0xffffffffu, before, 0);
-    if (before % kTiles == kTiles - 1) {
+    detail::slab_barrier<kTiles>(slab);
+    if (tile == 0) {
       if (block + stride < p.blocks) fetch(block + stride);
       call_ahead(block + 2 * stride);
     }
