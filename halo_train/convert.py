@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .blocks.recognise import FusedPart, UnfusedPart, fuse_blocks, unfuse
-from .config import HaloConfig, resolve_recipe
+from .config import Format, HaloConfig, resolve_recipe
 from .cost import measured_rates, predicted_speedup
 from .linear import HaloLinear
 from .recipe_file import LayerRecipes, check_patterns, recipe_of_layer
@@ -20,6 +20,9 @@ MIN_FEATURES = 16
 
 _OUTPUT_NAMES = ("lm_head", "embed_out", "output_projection", "classifier", "score")
 """Last components of the names under which models keep their output layer."""
+
+_INT8_STEPS = 254
+"""Of the largest magnitude of a row: what is below one half of a step is zero."""
 
 _ADAPTER_PARTS = {"lora_A", "lora_B"}
 """Components of the names under which the peft library keeps the two factors of an adapter."""
@@ -98,7 +101,8 @@ def convert_to_halo_training(
             the first that matches decides; a layer that none matches is left alone. ``load_recipe`` reads one from a file.
         module_filter_fn: (layer, name) -> True to convert; replaces the default choice. It is asked only about layers
             that can be converted.
-        output_layer: True converts that too, tied to an embedding or not. What it costs in accuracy: docs/numerics.md, section 8.
+        output_layer: True converts that too, tied to an embedding or not; where its recipe is one in int8, in e4m3 in its place. What
+            it costs in accuracy: docs/numerics.md, section 8.
         tokens: how many a layer sees at once (micro-batch times length). With it, layers that would be slower in 8 bits than
             in bfloat16 are left alone, on GPUs whose rates are known (:mod:`halo_train.cost`).
         share_inputs: for models whose blocks are not fused: layers that read the same tensor, as q, k and v do, rotate, round
@@ -115,7 +119,7 @@ def convert_to_halo_training(
 
     Raises:
         ValueError: unknown recipe; a bare nn.Linear; no linear layer; every linear layer was filtered out; a pattern that
-            matches no layer. The module is unchanged then.
+            matches no layer; an output layer that was asked for and cannot be converted. The module is unchanged then.
         TypeError: module is no nn.Module.
     """
     if not isinstance(module, nn.Module):
@@ -159,6 +163,8 @@ def convert_to_halo_training(
     for name, layer in chosen:
         shape = (layer.out_features, layer.in_features)
         config = recipe_of_layer(recipes, name)
+        if config is not None and config.grad_format is Format.INT8 and exclusion.is_output(layer, name):
+            config = _of_output_layer(layer, name, config, output_layer)
         if config is None:
             skipped.append(SkippedLayer(name, shape, "no pattern of the recipe matches its name"))
         elif slower := _why_slower(layer, config, tokens):
@@ -242,6 +248,20 @@ class _Exclusion:
         if min(module.in_features, module.out_features) < MIN_FEATURES:
             return f"fewer than {MIN_FEATURES} in or out features: it would be mostly padding"
         return ""
+
+
+def _of_output_layer(layer: nn.Linear, name: str, config: HaloConfig, chosen_by_default: bool) -> HaloConfig:
+    """An int8 recipe as an output layer runs it: int8 rounds all probabilities below 1/254 of a token's largest to zero, and training
+    stands still."""
+    if layer.out_features <= _INT8_STEPS:
+        return config
+    if not chosen_by_default:
+        raise ValueError(
+            f"convert_to_halo_training: {name} is an output layer of {layer.out_features} words, and {config.name} would round their "
+            f"probabilities below 1/{_INT8_STEPS} to zero in backward; give it another recipe, {{{name!r}: 'fp8', '*': "
+            f"{config.name!r}}}, or take output_layer=True instead of module_filter_fn"
+        )
+    return dataclasses.replace(config, format=Format.E4M3, grad_format=Format.E4M3)
 
 
 def _why_slower(layer: nn.Linear, config: HaloConfig, tokens: int | None) -> str:

@@ -184,6 +184,21 @@ def test_the_report_says_so() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_int8_would_lose_probabilities() -> None:
+    """Of 512 words; 96 are told apart."""
+    for words, name in ((512, "fp8"), (96, "int8")):
+        config = transformers.LlamaConfig(**{**SMALL, "vocab_size": words})
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        report = convert_to_halo_training(model, recipe="int8", output_layer=True)
+        assert {layer.recipe for layer in report.converted[:-1]} == {"int8"}
+        assert report.converted[-1].recipe == name
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**{**SMALL, "vocab_size": 512})
+    )
+    with pytest.raises(ValueError, match="lm_head is an output layer of 512 words"):
+        convert_to_halo_training(model, recipe="int8", module_filter_fn=lambda *_: True)
+
+
 def test_what_cannot_be_converted_is_an_error() -> None:
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL))
     with pytest.raises(ValueError, match=r"let module_filter_fn return True"):
