@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from halo_train import QuantMetrics, convert_to_halo_training, ops
+from halo_train import QuantMetrics, convert_to_halo_training, ops, quantize
 from halo_train.linear import halo_linears
 from halo_train.ops import reference
 
@@ -102,6 +102,59 @@ def test_moments_of_views_nan_and_inf():
     assert columns[:, 9].isnan().all()
     assert rows.isfinite().all(0).sum() == 198
     assert columns.isfinite().all(0).sum() == 126
+
+
+def agrees_with_the_reference(x, data, scale, largest):
+    for ours, expected in zip(
+        ops.rounding_moments(x, data, scale, largest),
+        reference.rounding_moments(x, data, scale, largest),
+        strict=True,
+    ):
+        assert ours.shape == expected.shape
+        assert ours.dtype == torch.float64
+        # Sums of values of both signs are as small as they like; the others lose nothing.
+        size = x.double().abs().sum().nan_to_num(0, 0, 0).item()
+        assert torch.allclose(ours[:, 0], expected[:, 0], rtol=1e-10, atol=1e-13 * size, equal_nan=True)
+        assert torch.allclose(ours[:, 1:], expected[:, 1:], rtol=1e-12, atol=0, equal_nan=True)
+    return ours
+
+
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 5, 7), (2, 32, 2048), (5, 33, 2056), (7, 256, 4099), (40, 300, 72), (300, 2, 16), (2, 0, 8), (2, 3, 0)],
+)  # fmt: skip
+def test_rounding_moments(fmt, dtype, shape):
+    """Against float64, with tiny values whose squares leave float32 and rows of zeros."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(shape, device="cuda", generator=generator)
+    x = (x * torch.exp(3 * torch.randn(shape[:2], device="cuda", generator=generator))[..., None]).to(dtype)
+    if dtype is not torch.float16:
+        x[1:] *= 1e-25
+    if shape[1] > 2:
+        x[:, 2] = 0
+    q = quantize(x, fmt)
+    agrees_with_the_reference(x, q.data, q.scale, {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}[fmt])
+
+
+def test_rounding_moments_of_views_nan_and_inf():
+    x = torch.randn(6, 40, 128, device="cuda").bfloat16()
+    x[1, 3, 7], x[2, 5, 9] = math.nan, math.inf
+    q = quantize(x, "e4m3")
+    for view in (
+        lambda t: t[:, 3:30],
+        lambda t: t[1:4, ::3],
+        lambda t: t.transpose(0, 1),
+        lambda t: t[:1].expand(5, *t.shape[1:]),
+    ):
+        for columns in (slice(8, 72), slice(3, 100)):
+            x_view, data, scale = view(x)[..., columns], view(q.data)[..., columns], view(q.scale)
+            agrees_with_the_reference(x_view, data, scale, 448.0)
+    of_rows, of_columns = ops.rounding_moments(x, q.data, q.scale, 448.0)
+    assert of_rows[1, :4, 3].isnan().all()
+    assert of_rows[1, 4, 3] == 128
+    assert of_columns[1, :, 7].isnan().all()
+    assert of_rows[0].isfinite().all()
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "int8", "halo2_fp8"])

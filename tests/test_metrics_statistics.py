@@ -128,15 +128,28 @@ def test_zero_tensor_gives_no_ratio_and_no_error():
     assert ours["amax"] == ours["rms"] == ours["nonfinite"] == 0
 
 
+def rounded(before: torch.Tensor, data: torch.Tensor, largest: float) -> Reduced:
+    """Rounding of tensors [T, R, Q], named a, b, ...; data: what is stored of them, with scale 1."""
+    of_rows, _ = ops.rounding_moments(before, data, torch.ones(before.shape[:2]), largest)
+    names = tuple((name,) for name in "abcd"[: len(before)])
+    return rounding_reduced(names, of_rows[None], before.shape[-1])
+
+
+def test_rounding_moments_name_what_does_not_fit():
+    x, scale = torch.ones(2, 3, 4), torch.ones(2, 3)
+    with pytest.raises(
+        ValueError, match=r"scale \[B, R\]; got \(2, 3, 4\), \(2, 3, 4\) and \(3, 2\); pass what quantize"
+    ):
+        ops.rounding_moments(x, x, scale.t(), 1.0)
+
+
 def test_rounding_of_a_batch():
     before = torch.randn(2, 60, 100, generator=generator(), dtype=torch.float64)
     before[0] *= torch.exp(3 * torch.randn(60, 1, generator=generator(1), dtype=torch.float64))
     before[1, 40:] = 0  # padding tokens
     after = torch.round(before * 8) / 8
     limit = after.abs() >= 2
-    reduced = rounding_reduced(
-        (("a",), ("b", "same")), *(t[None] for t in (before, before**2, after, after)), 2.0
-    )
+    reduced = rounded(before, after, 2.0)._replace(names=(("a",), ("b", "same")))
     stats = by_name([(["layer"], reduced)])
     assert stats["layer", "same"] == stats["layer", "b"]
     ours = [list(stats["layer", key].values()) for key in "ab"]
@@ -156,9 +169,7 @@ def test_a_gradient_that_underflows():
     before = torch.full((10, 64), 1e-9, dtype=torch.float64)
     before[:, 0] = 1.0
     after = torch.where(before < 1e-3, 0.0, before)
-    stats = finished(
-        rounding_reduced((("e",),), *(t[None, None] for t in (before, before**2, after, after)), 1.0)
-    )
+    stats = finished(rounded(before[None], after[None], 1.0))
     assert stats["underflow"] == pytest.approx(63 / 64)
     assert stats["saturation"] == pytest.approx(1 / 64)
     assert stats["sqnr_db"] > 100  # the norm hides it
@@ -230,7 +241,8 @@ def test_exponent_histogram(scale):
 def test_outliers_of_a_sampled_matrix():
     x = torch.randn(64, 48, generator=generator(), dtype=torch.float64)
     x[:, 5] *= 30
-    ours = finished(*sample_outliers((("x",),), x[None, None], x[None, None].square()))
+    sums = ops.rounding_moments(x[None], x[None], torch.ones(1, 64), 1.0)
+    ours = finished(*sample_outliers((("x",),), *(s[None] for s in sums)))
     assert ours["row_outliers"] == pytest.approx(adahop(x.numpy().var(1, ddof=1), 48))
     assert ours["column_outliers"] == pytest.approx(adahop(x.numpy().var(0, ddof=1), 64))
     assert ours["column_outliers"] > 2 * ours["row_outliers"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from ..gemm import MULTIPLE, matmul
 from ..hadamard import hadamard_transform, largest_block
 from ..quantize import Quantized, quantize
 from .sample import SampleSize
+
+
+class Block(NamedTuple):
+    """Indices of what is sampled of a layer's axes."""
+
+    tokens: Tensor
+    outputs: Tensor
+    inputs: Tensor
 
 
 class Draws:
@@ -38,6 +47,10 @@ class Draws:
             order = torch.rand(n, generator=self._generator, device=device).argsort() if size < n else None
             self._drawn[axis, n] = torch.arange(n, device=device) if order is None else order[:size]
         return self._drawn[axis, n]
+
+    def block(self, tokens: int, outputs: int, inputs: int) -> Block:
+        """The sample of a layer with axes of these lengths."""
+        return Block(self.take("tokens", tokens), self.take("outputs", outputs), self.take("inputs", inputs))
 
     def rotation(self, n: int, dtype: torch.dtype) -> tuple[Quantized, Tensor]:
         """Columns of the rotation of n input features, those drawn, and the 1 that raw data is scaled by to meet them.
@@ -69,19 +82,27 @@ def operand_columns(
 
     Args:
         q: data [R', K'], X or W padded as its layer rounds it; its scale is not applied.
-        undo: what takes the equalisation of the drawn features back, [C], or None.
+        undo: what takes the equalisation back, [K], or None.
         out: [R, C], receives the values.
     """
+    chosen = draws.take("inputs", features)
     if rotated:
         columns, one = draws.rotation(features, q.data.dtype)
         values = matmul(Quantized(q.data, one), columns, q.scale.dtype)[: len(out), : out.shape[1]]
     else:
-        chosen = draws.take("inputs", features)
         values = bytes_of(q.data)[: len(out), chosen].view(q.data.dtype).to(q.scale.dtype)
     if undo is None:
         out.copy_(values)
     else:
-        torch.mul(values, undo, out=out)
+        torch.mul(values, undo[chosen], out=out)
+
+
+def gather_rows(x: Tensor, rows: Tensor, out: Tensor) -> None:
+    """The given rows of x, into ``out`` of the same or a wider dtype."""
+    if x.dtype == out.dtype:
+        torch.index_select(x, 0, rows, out=out)
+    else:
+        out.copy_(x[rows])
 
 
 def take_rows(q: Quantized, rows: Tensor) -> Quantized:
@@ -119,14 +140,9 @@ def scale_of_amax(amax: Tensor, dtype: torch.dtype, fmt: Format) -> Tensor:
     return quantize(amax.to(dtype)[:, None], fmt).scale
 
 
-def arithmetic(data: Tensor) -> Tensor:
-    """Rounded data in a dtype that multiplies and compares: bfloat16, which holds all values of float8, or its own."""
-    return data.bfloat16() if data.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else data
-
-
 def values_of(q: Quantized) -> Tensor:
     """What a rounded tensor with row scales stands for, float64."""
-    return arithmetic(q.data) * q.scale.double()[..., None]
+    return q.data.double() * q.scale.double()[..., None]
 
 
 def bytes_of(data: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..config import HaloConfig, Scaling
+from ..config import Scaling
 from ..gemm import MULTIPLE
 from ..hadamard import hadamard_transform
 from ..linear import HaloLinear
@@ -26,9 +26,50 @@ from ..operands import pad_matrix, pad_tokens, quantize_grad_for_dgrad, quantize
 from ..ops.reference import QMAX
 from ..quantize import Equalizer, Quantized, equalizer_exponents
 from .batches import Batches, Sample
-from .operands import Draws, below, of_rows, operand_columns, scale_of_amax, take_rows
+from .operands import Block, Draws, below, gather_rows, of_rows, operand_columns, scale_of_amax, take_rows
 from .plan import Plan, folds
 from .reduce import reduce_dgrad, reduce_fprop, reduce_gradients, reduce_inputs, reduce_wgrad
+
+
+class InputProbe:
+    """X as the recipes of a plan round it, for every layer that reads it with the same equalisation.
+
+    Args:
+        x: [M, K], what the layers multiply, M at least 1.
+        equalizer: of the recipes that equalise.
+
+    Attributes:
+        rows, columns: moments of x.
+        wgrad: what :func:`reduce_wgrad` takes of it.
+        sampled: where a config rounds it changed and with one scale for all, the rows that are sampled, by config.
+    """
+
+    def __init__(self, x: Tensor, equalizer: Equalizer | None, plan: Plan, draws: Draws) -> None:
+        self.equalizer = equalizer
+        features = x.shape[1]
+        self.rows, self.columns = ops.moments(x)
+        self.wgrad: Sample = {}
+        self.sampled: dict[int, Quantized] = {}
+        if not plan.configs:
+            return
+        self.wgrad = {"x": x[:, draws.take("inputs", features)], "x_amax": self.rows[0]}
+        wide = torch.promote_types(x.dtype, torch.float32)
+        values = x.new_empty((len(plan.changed), *self.wgrad["x"].shape), dtype=wide)
+        for i, out in zip(plan.changed, values, strict=True):
+            config = plan.configs[i]
+            factors = equalizer if config.equalize else None
+            operand = quantize_input(x, None if factors is None else factors.inverse, config)
+            undo = None if factors is None else factors.d
+            operand_columns(operand, undo, draws, features, out, rotated=config.rotate_k)
+            self.wgrad[f"scale{i}"] = of_rows(operand.scale, len(x))
+            if config.scaling is Scaling.TENSORWISE:
+                self.sampled[i] = take_rows(operand, draws.take("tokens", len(x)))
+        if plan.changed:
+            values.mul_(torch.stack([self.wgrad[f"scale{i}"] for i in plan.changed])[..., None])
+            # Of the error alone 8 bits of mantissa are plenty.
+            errors = torch.empty_like(values, dtype=torch.bfloat16)
+            torch.sub(values, self.wgrad["x"], out=errors)
+            self.wgrad |= {f"error{i}": error for i, error in zip(plan.changed, errors, strict=True)}
 
 
 class LayerProbe:
@@ -36,30 +77,33 @@ class LayerProbe:
 
     Args:
         name: of the layer, for ``batches``.
-        layer: its parameters unsharded.
-        x: [M, K], what the layer multiplies, M at least 1.
+        x: [M, K] and weight: [N, K], whole.
+        read: of x, with the same plan and sample.
         plan: recipes to measure.
-        draws: the sample.
+        draws, block: the sample, and what it is of this layer.
         batches: reduces samples of equal shape, of whatever layers.
     """
 
     def __init__(
-        self, name: str, layer: HaloLinear, x: Tensor, plan: Plan, draws: Draws, batches: Batches
+        self,
+        name: str,
+        x: Tensor,
+        weight: Tensor,
+        read: InputProbe,
+        plan: Plan,
+        draws: Draws,
+        block: Block,
+        batches: Batches,
     ) -> None:
         self._name, self._plan, self._draws, self._batches = name, plan, draws, batches
-        weight = layer.whole_weight()
-        self._features = weight.shape[1]
-        self._tokens = draws.take("tokens", x.shape[0])
-        self._outputs = draws.take("outputs", weight.shape[0])
-        self._inputs = draws.take("inputs", self._features)
+        self._tokens, self._outputs = block.tokens, block.outputs
         self._dgrad: Sample = {}
-        self._wgrad: Sample = {}
-        (x_rows, x_columns), (w_rows, w_columns) = ops.moments(x), ops.moments(weight)
-        inputs = {"x_rows": x_rows, "x_columns": x_columns, "w_rows": w_rows, "w_columns": w_columns}
+        self._wgrad = dict(read.wgrad)
+        rows, columns = ops.moments(weight)
+        inputs = {"x_rows": read.rows, "x_columns": read.columns, "w_rows": rows, "w_columns": columns}
         if plan.configs:
-            self._dgrad = {"w": weight[:, self._inputs], "w_amax": w_rows[0]}
-            self._wgrad = {"x": x[:, self._inputs], "x_amax": x_rows[0]}
-            inputs |= self._round(x, weight, _equalizer(layer, x, weight, plan))
+            self._dgrad = {"w": weight[:, block.inputs], "w_amax": rows[0]}
+            inputs |= self._round(x, weight, read)
         batches.add(name, reduce_inputs, plan, inputs)
 
     def backward(self, e: Tensor) -> None:
@@ -76,38 +120,33 @@ class LayerProbe:
             self._batches.add(self._name, reduce_wgrad, self._plan, self._wgrad)
         self._batches.add(self._name, reduce_gradients, self._plan, gradients)
 
-    def _round(self, x: Tensor, weight: Tensor, equalizer: Equalizer | None) -> Sample:
-        """X and W as the recipes round them that change them first: their sampled rows and columns.
+    def _round(self, x: Tensor, weight: Tensor, read: InputProbe) -> Sample:
+        """The sampled rows of X and W, and W as the recipes round it that change it first.
 
         Returns:
             What :func:`reduce_inputs` takes besides moments.
         """
-        plan = self._plan
+        plan, equalizer = self._plan, read.equalizer
+        count = len(self._tokens)
+        rows = x.new_empty(
+            (count + len(self._outputs), x.shape[1]), dtype=torch.promote_types(x.dtype, weight.dtype)
+        )
+        gather_rows(x, self._tokens, rows[:count])
+        gather_rows(weight, self._outputs, rows[count:])
         found: Sample = {}
-        fprop = {"x": x[self._tokens], "w": weight[self._outputs]}
+        fprop = {"rows": rows, "tokens": self._tokens}
         if equalizer is not None:
             fprop |= {"d": equalizer.d, "inverse": equalizer.inverse}
         if plan.tensorwise:
             fprop |= {"x_amax": self._wgrad["x_amax"], "w_amax": self._dgrad["w_amax"]}
-        wide = torch.promote_types(x.dtype, torch.float32)
-        values = x.new_empty((len(plan.changed), *self._wgrad["x"].shape), dtype=wide)
-        for i, out in zip(plan.changed, values, strict=True):
+        for i in plan.changed:
             config = plan.configs[i]
             factors = equalizer if config.equalize else None
-            operand = quantize_input(x, None if factors is None else factors.inverse, config)
-            self._columns(operand, None if factors is None else factors.d, config, out)
-            self._wgrad[f"scale{i}"] = of_rows(operand.scale, len(x))
             if config == plan.own:
                 found["x_scale"] = self._wgrad[f"scale{i}"]
                 if factors is not None:
                     found |= {"x_factor": factors.inverse, "w_factor": factors.d}
-            self._round_weight(i, weight, factors, operand, fprop, found)
-        if plan.changed:
-            values.mul_(torch.stack([self._wgrad[f"scale{i}"] for i in plan.changed])[..., None])
-            # Of the error alone 8 bits of mantissa are plenty.
-            errors = torch.empty_like(values, dtype=torch.bfloat16)
-            torch.sub(values, self._wgrad["x"], out=errors)
-            self._wgrad |= {f"error{i}": error for i, error in zip(plan.changed, errors, strict=True)}
+            self._round_weight(i, weight, factors, read, fprop, found)
         self._batches.add(self._name, reduce_fprop, plan, fprop)
         return found
 
@@ -116,7 +155,7 @@ class LayerProbe:
         i: int,
         weight: Tensor,
         factors: Equalizer | None,
-        x_operand: Quantized,
+        read: InputProbe,
         fprop: Sample,
         found: Sample,
     ) -> None:
@@ -131,21 +170,13 @@ class LayerProbe:
             found["w_scale"] = scale  # the largest of all rows is asked for
         if not rowwise:
             # One scale for all of an operand: every row has a part in it.
-            q = below(take_rows(x_operand, self._tokens), take_rows(operand, self._outputs))
+            q = below(read.sampled[i], take_rows(operand, self._outputs))
             fprop |= {f"data{i}": q.data, f"scale{i}": q.scale}
         if not config.requantize_w_dgrad:
             columns = weight.new_empty(self._dgrad["w"].shape, dtype=operand.scale.dtype)
-            self._columns(operand, None if factors is None else factors.inverse, config, columns)
+            undo = None if factors is None else factors.inverse
+            operand_columns(operand, undo, self._draws, weight.shape[1], columns, rotated=config.rotate_k)
             self._dgrad |= {f"values{i}": columns, f"scale{i}": scale}
-
-    def _columns(self, q: Quantized, undo: Tensor | None, config: HaloConfig, out: Tensor) -> None:
-        """The sampled columns of what the data of a rounded X or W stands for, into ``out`` [R, C].
-
-        Args:
-            undo: what takes the equalisation back, [K], or None.
-        """
-        taken = None if undo is None else undo[self._inputs]
-        operand_columns(q, taken, self._draws, self._features, out, rotated=config.rotate_k)
 
     def _round_gradient(self, e: Tensor) -> Sample:
         """E as it is rounded for dgrad where that is no matter of single rows.
@@ -185,7 +216,7 @@ class LayerProbe:
         return scale_of_amax(sample[f"{name}_amax"], sample[name].dtype, self._plan.configs[i].format)
 
 
-def _equalizer(layer: HaloLinear, x: Tensor, weight: Tensor, plan: Plan) -> Equalizer | None:
+def equalizer_of(layer: HaloLinear, x: Tensor, weight: Tensor, plan: Plan) -> Equalizer | None:
     """That of the layer, or that which an equalising what-if recipe would take from this batch."""
     if not plan.equalizes:
         return None

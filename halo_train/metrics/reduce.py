@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..config import Format, HaloConfig, Scaling, storage_dtype
 from ..gemm import MULTIPLE
 from ..hadamard import hadamard_transform
@@ -20,7 +21,7 @@ from ..operands import rotation_block
 from ..ops.reference import QMAX
 from ..quantize import Quantized, quantize
 from .batches import Sample
-from .operands import arithmetic, round_parts, values_of
+from .operands import round_parts, values_of
 from .plan import Plan, changes, folds
 from .statistics import (
     Names,
@@ -91,48 +92,52 @@ def reduce_fprop(plan: Plan, t: Sample) -> list[Reduced]:
     """The product fprop; rounding, histogram and outliers of the rows of X and W.
 
     Args:
-        t: ``x`` [L, S, K], ``w`` [L, P, K]; for configs that equalise ``d`` and ``inverse`` [L, K]; for those with one scale a
-            tensor ``x_amax`` [L, M] and ``w_amax`` [L, N], of the rows. Where they also change X and W ``data<i>``
-            [L, S + P, K'], rows of X and below them of W, and ``scale<i>`` [L, S + P].
+        t: ``rows`` [L, S + P, K], of X and below them of W; ``tokens`` [L, S], which those of X are; for configs that equalise
+            ``d`` and ``inverse`` [L, K]; for those with one scale a tensor ``x_amax`` [L, M] and ``w_amax`` [L, N], of the rows.
+            Where they also change X and W ``data<i>`` [L, S + P, K'] and ``scale<i>`` [L, S + P], the rows rounded.
     """
-    x, w, own = t["x"], t["w"], plan.own
-    count, columns = x.shape[1], x.shape[2]
-    # Of X and below them of W: one kernel does for both.
-    plain = equalized = _padded(torch.cat([x, w], 1))
+    rows, own = t["rows"], plan.own
+    (_, both, columns), count = rows.shape, t["tokens"].shape[1]
+    plain = equalized = _padded(rows)
     if "d" in t:
-        equalized = _padded(torch.cat([x * t["inverse"][:, None], w * t["d"][:, None]], 1))
-    exact = plain.double()
+        scaled = torch.empty_like(rows, dtype=torch.promote_types(rows.dtype, t["d"].dtype))
+        torch.mul(rows[:, :count], t["inverse"][:, None], out=scaled[:, :count])
+        torch.mul(rows[:, count:], t["d"][:, None], out=scaled[:, count:])
+        equalized = _padded(scaled)
 
     def rounded(config: HaloConfig) -> Quantized:
         if config.scaling is Scaling.ROWWISE:
             rows = equalized if config.equalize else plain
             return quantize(rows, config.format, block=rotation_block(rows.shape[-1], config))
-        amax = [t[f"{name}_amax"].amax(-1, keepdim=True).expand(-1, t[name].shape[1]) for name in ("x", "w")]
+        lengths = {"x": count, "w": both - count}
+        amax = [t[f"{name}_amax"].amax(-1, keepdim=True).expand(-1, n) for name, n in lengths.items()]
         return round_parts(plain, torch.cat(amax, 1), config.format)
 
     found, products = [], []
     for i, config in enumerate(plan.configs):
         q = Quantized(t[f"data{i}"], t[f"scale{i}"]) if f"data{i}" in t else rounded(config)
-        values = values_of(q)
-        products.append(values[:, :count] @ values[:, count:].mT)
+        data, scale = q.data.double(), q.scale.double()
+        product = data[:, :count] @ data[:, count:].mT
+        products.append(product.mul_(scale[:, :count, None]).mul_(scale[:, None, count:]))
         if config == own and changes(config):
-            rows = equalized if config.equalize else plain
+            before = equalized if config.equalize else plain
             if config.rotate_k:
-                rows = hadamard_transform(rows.to(torch.promote_types(rows.dtype, torch.float32)))
-            names = ("x_operand", "w_operand")
-            for part in _Rows.of_both(names, count, _width(columns, config), rows.double(), values, q):
+                before = hadamard_transform(before.to(torch.promote_types(before.dtype, torch.float32)))
+            width = _width(columns, config)
+            for part in _Rows.of_both(("x_operand", "w_operand"), count, width, before, q):
                 found += part.reduced(config.format, outliers=part.names)
+    exact = plain.double()
     product = exact[:, :count] @ exact[:, count:].mT
     found.append(product_reduced(plan.names("fprop"), product[:, None], torch.stack(products, 1)))
     if own is not None:
         q = rounded(dataclasses.replace(own, rotate_k=False, equalize=False))
-        for part in _Rows.of_both(("x", "w"), count, columns, exact, values_of(q), q):
+        for part in _Rows.of_both(("x", "w"), count, columns, plain, q):
             if changes(own):
                 found += part.reduced(own.format)
             else:
                 operands = tuple((f"{name}_operand",) for (name,) in part.names)
-                both = tuple((*a, *b) for a, b in zip(part.names, operands, strict=True))
-                found += part._replace(names=both).reduced(own.format, outliers=operands)
+                names = tuple((*a, *b) for a, b in zip(part.names, operands, strict=True))
+                found += part._replace(names=names).reduced(own.format, outliers=operands)
     return found
 
 
@@ -145,31 +150,27 @@ def reduce_dgrad(plan: Plan, t: Sample) -> list[Reduced]:
             and ``scale<i>`` [L, N]. Where E is rotated ``e_values<i>`` [L, S, N], rotated back, and of the own config ``e_exact`` and
             ``e_data`` [L, S, N] and ``e_scale`` [L, S].
     """
-    e, own = t["e"], plan.own
-    exact, found, products = e.double(), [], []
+    e, own, found, products = t["e"], plan.own, [], []
     for i, config in enumerate(plan.configs):
         multiplied, fold = _dgrad_weight(t, i, config)
+        folded = e if fold is None else e * fold[:, None]
         if config.rotate_m_dgrad:
             products.append(t[f"e_values{i}"].double() @ multiplied)
         else:
-            folded = e if fold is None else e * fold[:, None]
             q = _round_gradient(folded, t, config)
-            values = values_of(q)
-            products.append(values @ multiplied)
+            products.append(_product(q, multiplied))
         if config != own:
             continue
         if config.rotate_m_dgrad:
             folded, q = t["e_exact"], Quantized(t["e_data"], t["e_scale"])
-            values = values_of(q)
-        operand = _Rows.of("e_dgrad_operand", exact if folded is e else folded.double(), values, q)
+        operand = _Rows.of("e_dgrad_operand", folded, q)
         if folded is e:
             both = operand._replace(names=(("e", "e_dgrad_operand"),))
             found += both.reduced(config.grad_format, outliers=operand.names)
         else:
             found += operand.reduced(config.grad_format, outliers=operand.names)
-            q = _round_gradient(e, t, config)
-            found += _Rows.of("e", exact, values_of(q), q).reduced(config.grad_format)
-    product = exact @ t["w"].double()
+            found += _Rows.of("e", e, _round_gradient(e, t, config)).reduced(config.grad_format)
+    product = e.double() @ t["w"].double()
     found.append(product_reduced(plan.names("dgrad"), product[:, None], torch.stack(products, 1)))
     return found
 
@@ -182,7 +183,7 @@ def reduce_wgrad(plan: Plan, t: Sample) -> list[Reduced]:
             [L, M], of the rows. Where X is changed ``error<i>`` [L, M, C], rounded minus exact, and ``scale<i>`` [L, M].
     """
     e = t["e"]
-    exact, x, found, products = e.double(), t["x"].double(), [], []
+    x, found, products = t["x"].double(), [], []
     for i, config in enumerate(plan.configs):
         rowwise = config.scaling is Scaling.ROWWISE
         # Row scales of X are in E: what it meets is the data alone.
@@ -191,57 +192,63 @@ def reduce_wgrad(plan: Plan, t: Sample) -> list[Reduced]:
             multiplied = multiplied / scale[..., None] if rowwise else multiplied
         else:
             q = _round_with(t["x"], t["x_amax"], config)
-            multiplied, scale = arithmetic(q.data).double() if rowwise else values_of(q), q.scale
+            multiplied, scale = q.data.double() if rowwise else values_of(q), q.scale
         rows = e * scale[:, None] if rowwise else e
         q = _round_gradient(rows, t, config)
-        values = values_of(q)
-        products.append(values @ multiplied)
+        products.append(_product(q, multiplied))
         if config == plan.own:
-            operand = _Rows.of("e_wgrad_operand", rows.double(), values, q)
+            operand = _Rows.of("e_wgrad_operand", rows, q)
             found += operand.reduced(config.grad_format, outliers=operand.names)
     # Columns of dW stand where the other products have tokens.
-    product, rounded = (exact @ x).mT, torch.stack(products, 1).mT
+    product, rounded = (e.double() @ x).mT, torch.stack(products, 1).mT
     found.append(product_reduced(plan.names("wgrad"), product[:, None], rounded))
     return found
 
 
 class _Rows(NamedTuple):
-    """Sampled rows of T tensors of each layer, [L, T, R, Q]."""
+    """Sampled rows of T tensors of each layer."""
 
     names: Names
     before: Tensor
-    """Values before rounding, float64, as those after it."""
-    after: Tensor
+    """Values before rounding, [L, T, R, Q]."""
     data: Tensor
-    """What is stored of them."""
+    """What is stored of them, likewise."""
+    scale: Tensor
+    """Of the rows, [L, T, R]."""
 
     @staticmethod
-    def of(name: str, before: Tensor, after: Tensor, q: Quantized) -> _Rows:
+    def of(name: str, before: Tensor, q: Quantized) -> _Rows:
         """Of one tensor, [L, R, Q]."""
-        return _Rows(((name,),), *(rows[:, None] for rows in (before, after, arithmetic(q.data))))
+        return _Rows(((name,),), *(t[:, None] for t in (before, q.data, q.scale)))
 
     @staticmethod
-    def of_both(
-        names: tuple[str, str], count: int, width: int, before: Tensor, after: Tensor, q: Quantized
-    ) -> list[_Rows]:
+    def of_both(names: tuple[str, str], count: int, width: int, before: Tensor, q: Quantized) -> list[_Rows]:
         """Of two that stand one below the other, [L, count + R, >= width]: together where they have equally many rows."""
-        rows = [r[..., :width] for r in (before, after, arithmetic(q.data))]
+        parts = (before[..., :width], q.data[..., :width], q.scale)
         first, second = ((name,) for name in names)
         if before.shape[1] == 2 * count:
-            return [_Rows((first, second), *(r.unflatten(1, (2, count)) for r in rows))]
+            return [_Rows((first, second), *(t.unflatten(1, (2, count)) for t in parts))]
         return [
-            _Rows((first,), *(r[:, None, :count] for r in rows)),
-            _Rows((second,), *(r[:, None, count:] for r in rows)),
+            _Rows((first,), *(t[:, None, :count] for t in parts)),
+            _Rows((second,), *(t[:, None, count:] for t in parts)),
         ]
 
     def reduced(self, fmt: Format, outliers: Names = ()) -> list[Reduced]:
         """Rounding and histogram, and under the names of ``outliers`` those."""
-        square = self.before.square()
+        shape = self.before.shape
+        before, data, scale = (t.flatten(0, 1) for t in (self.before, self.data, self.scale))
+        sums = ops.rounding_moments(before, data, scale, _largest(fmt))
+        of_rows, of_columns = (s.unflatten(0, shape[:2]) for s in sums)
         found = [
-            rounding_reduced(self.names, self.before, square, self.after, self.data, _largest(fmt)),
+            rounding_reduced(self.names, of_rows, shape[-1]),
             exponents_reduced(self.names, self.before),
         ]
-        return found + sample_outliers(outliers, self.before, square) if outliers else found
+        return found + sample_outliers(outliers, of_rows, of_columns) if outliers else found
+
+
+def _product(rows: Quantized, multiplied: Tensor) -> Tensor:
+    """Rounded rows [L, R, Q], of which only the data is multiplied, times float64 [L, Q, C]."""
+    return (rows.data.double() @ multiplied).mul_(rows.scale.double()[..., None])
 
 
 def _whole(names: tuple[str, ...], rows: Tensor, columns: Tensor) -> list[Reduced]:
@@ -260,7 +267,7 @@ def _dgrad_weight(t: Sample, i: int, config: HaloConfig) -> tuple[Tensor, Tensor
         values, scale = t[f"values{i}"].double(), t[f"scale{i}"]
     else:
         q = _round_with(t["w"], t["w_amax"], config)
-        values, scale = arithmetic(q.data).double(), q.scale
+        values, scale = q.data.double(), q.scale
     return (values, scale) if folds(config) else (values * scale.double()[..., None], None)
 
 

@@ -43,7 +43,7 @@ class Reduced(NamedTuple):
     """Key of :data:`STATS_OF`."""
     names: Names
     sums: tuple[Tensor, ...]
-    """Each [L, T] or [L, T, rows]."""
+    """Each [L, T] or [L, T, ...]."""
     length: int = 0
     """Elements that a sum is over, where the kind needs it."""
 
@@ -72,9 +72,11 @@ def outliers_reduced(
     ]
 
 
-def sample_outliers(names: Names, rows: Tensor, square: Tensor) -> list[Reduced]:
-    """:func:`outliers_reduced` of sampled rows and their squares [L, T, R, Q], float64."""
-    return outliers_reduced(names, (square.sum(-1), rows.sum(-1)), (square.sum(-2), rows.sum(-2)))
+def sample_outliers(names: Names, of_rows: Tensor, of_columns: Tensor) -> list[Reduced]:
+    """:func:`outliers_reduced` from ops.rounding_moments of sampled rows, [L, T, 7, R] and [L, T, 2, Q]."""
+    return outliers_reduced(
+        names, (of_rows[:, :, 1], of_rows[:, :, 0]), (of_columns[:, :, 1], of_columns[:, :, 0])
+    )
 
 
 def exponents_reduced(names: Names, rows: Tensor) -> Reduced:
@@ -90,24 +92,13 @@ def exponents_reduced(names: Names, rows: Tensor) -> Reduced:
     return Reduced("exponents", names, (counts.view(layers, tensors, bins),))
 
 
-def rounding_reduced(
-    names: Names, before: Tensor, square: Tensor, after: Tensor, data: Tensor, largest: float
-) -> Reduced:
+def rounding_reduced(names: Names, of_rows: Tensor, columns: int) -> Reduced:
     """For the statistics of rounding.
 
     Args:
-        before, after: [L, T, R, Q] float64, values of sampled rows before and after rounding. square: of before.
-        data: [L, T, R, Q], what was stored of them, in a dtype that has arithmetic. largest: value of its format.
+        of_rows: [L, T, 7, R], ops.rounding_moments of sampled rows. columns: elements of a row.
     """
-    sums = (
-        square.sum(-1).sqrt(),
-        torch.linalg.vector_norm(after - before, dim=-1),
-        torch.linalg.vector_norm(square, dim=-1),
-        torch.linalg.vector_norm(before, 0, dim=-1),  # the number of elements that are not zero
-        torch.linalg.vector_norm(after, 0, dim=-1),
-        (data.abs() >= largest).sum(-1, dtype=before.dtype),
-    )
-    return Reduced("rounding", names, sums, before[0, 0].numel())
+    return Reduced("rounding", names, (of_rows,), of_rows.shape[-1] * columns)
 
 
 def product_reduced(names: Names, exact: Tensor, approximate: Tensor) -> Reduced:
@@ -175,20 +166,13 @@ def _finish_columns(rows: int, square: Tensor, total: Tensor) -> Tensor:
     return _outliers(_variance(square, total, rows), rows)[:, None]
 
 
-def _finish_rounding(
-    count: int,
-    signal: Tensor,
-    noise: Tensor,
-    fourth: Tensor,
-    nonzero: Tensor,
-    kept: Tensor,
-    saturated: Tensor,
-) -> Tensor:
-    kurtosis = count * (torch.linalg.vector_norm(fourth, dim=-1) / signal.square().sum(-1)).square()
+def _finish_rounding(count: int, of_rows: Tensor) -> Tensor:
+    _, square, fourth, error, nonzero, kept, saturated = of_rows.unbind(1)
+    kurtosis = count * fourth.sum(-1) / square.sum(-1).square()
     # Zeros (padding) have nothing to lose: shares are of the nonzero elements.
     some = nonzero.sum(-1).clamp(min=1)
     underflow, saturation = (nonzero - kept).sum(-1) / some, saturated.sum(-1) / some
-    return torch.stack([kurtosis, underflow, saturation, *_sqnr(signal, noise)], -1)
+    return torch.stack([kurtosis, underflow, saturation, *_sqnr(square.sqrt(), error.sqrt())], -1)
 
 
 def _finish_product(_: int, signal: Tensor, noise: Tensor, overlap: Tensor, own: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +16,17 @@ from ..linear import HaloLinear, OperandHook
 from .batches import Batches
 from .operands import Draws
 from .plan import Plan
-from .probe import LayerProbe
+from .probe import InputProbe, LayerProbe, equalizer_of
 from .sample import SampleSize
+
+
+class _Read(NamedTuple):
+    """A tensor that layers read; the probe dies with the next, or with the step."""
+
+    x: weakref.ref[Tensor]
+    state: tuple[object, ...]
+    """Of the tensor, and what else the probe depends on."""
+    probe: InputProbe
 
 
 class SampledStep:
@@ -37,6 +48,7 @@ class SampledStep:
         self._size, self._seed, self._plan_of = size, seed, plan_of
         self._pending: dict[str, LayerProbe] = {}
         self._draws: dict[torch.device, Draws] = {}
+        self._read: _Read | None = None
 
     def hook(self, name: str) -> OperandHook:
         """For the layer of this name."""
@@ -52,14 +64,32 @@ class SampledStep:
             # The first forward with gradients; activation checkpointing runs it again.
             if name in self._pending or name in self.measured or not y.requires_grad or y.numel() == 0:
                 return
-            x = x.detach().reshape(-1, layer.in_features).to(y.dtype)
             # Selective activation checkpointing is a mode that would take our ops for those of the layer.
             with _disable_current_modes(), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 plan, draws = self._plan_of(layer.running_config), self._draws_on(x.device)
-                self._pending[name] = LayerProbe(name, layer, x, plan, draws, self.batches)
+                tokens = x.detach().reshape(-1, layer.in_features).to(y.dtype)
+                weight = layer.whole_weight()
+                block = draws.block(len(tokens), *weight.shape)
+                read = self._input_of(layer, x, tokens, weight, plan, draws)
+                self._pending[name] = LayerProbe(name, tokens, weight, read, plan, draws, block, self.batches)
             y.register_hook(on_grad)
 
         return on_forward
+
+    def _input_of(
+        self, layer: HaloLinear, x: Tensor, tokens: Tensor, weight: Tensor, plan: Plan, draws: Draws
+    ) -> InputProbe:
+        """That of the layer before where both read x and take the same factors; tokens: x as the layer multiplies it."""
+        # Layers of one group take their factors together.
+        factors = layer.joint if layer.config.equalize and layer.equalizer_taken else None
+        state = (None if x.is_inference() else x._version, tokens.dtype, plan, factors)
+        known = self._read
+        shareable = factors is not None or not plan.equalizes
+        if known is not None and shareable and known.x() is x and known.state == state:
+            return known.probe
+        probe = InputProbe(tokens, equalizer_of(layer, tokens, weight, plan), plan, draws)
+        self._read = _Read(weakref.ref(x), state, probe)
+        return probe
 
     def _draws_on(self, device: torch.device) -> Draws:
         if device not in self._draws:

@@ -22,6 +22,7 @@ from .checks import (
     check_matrix,
     check_norm,
     check_norm_backward,
+    check_rounding,
     check_rounds,
     check_vector,
 )
@@ -290,6 +291,14 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Largest magnitudes, sums and sums of squares along both axes of a matrix; see :func:`reference.moments`."""
     check_matrix("moments", x, 1, None)
     return reference.moments(x) if x.dtype == torch.float64 else overloads.moments(x)
+
+
+def rounding_moments(x: Tensor, data: Tensor, scale: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Sums of stacked matrices and of what rounding left of them, in one pass; see :func:`reference.rounding_moments`."""
+    check_rounding("rounding_moments", x, data, scale)
+    if not _has_kernel_types(x, data.dtype):
+        return reference.rounding_moments(x, data, scale, largest)
+    return overloads.rounding_moments(x, data, scale, largest)
 
 
 def _has_kernel_types(x: Tensor, dtype: torch.dtype) -> bool:

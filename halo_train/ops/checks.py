@@ -40,6 +40,19 @@ def check_matrix(op: str, x: Tensor, block: int, col_scale: Tensor | None) -> No
         check_vector(op, "col_scale", col_scale, columns, x)
 
 
+def check_rounding(op: str, x: Tensor, data: Tensor, scale: Tensor) -> None:
+    check_input(op, x)
+    if x.dim() != 3 or data.shape != x.shape or scale.shape != x.shape[:2]:
+        raise ValueError(
+            f"{op}: x must be [B, R, Q], data [B, R, Q] and scale [B, R]; got {tuple(x.shape)}, {tuple(data.shape)} and "
+            f"{tuple(scale.shape)}; pass what quantize() returned for x"
+        )
+    if not x.device == data.device == scale.device:
+        raise ValueError(
+            f"{op}: x, data and scale must be on one device; got {x.device}, {data.device} and {scale.device}"
+        )
+
+
 def check_norm(
     op: str,
     x: Tensor,

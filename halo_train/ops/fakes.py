@@ -90,6 +90,12 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty((3, x.shape[0]), dtype=wide), x.new_empty((2, x.shape[1]), dtype=wide)
 
 
+def _rounding_moments(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, rows, columns = x.shape
+    wide = torch.float64
+    return x.new_empty((batch, 7, rows), dtype=wide), x.new_empty((batch, 2, columns), dtype=wide)
+
+
 def _norm_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -137,6 +143,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "gated_quantize": _gated_quantize,
     "gated_grad_quantize": _gated_grad_quantize,
     "moments": _moments,
+    "rounding_moments": _rounding_moments,
     "int8_matmul": _matmul,
     "scaled_matmul": _matmul,
     "matmul_rows": _matmul_rows,

@@ -197,6 +197,34 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([largest, y.sum(1), square.sum(1)]), torch.stack([y.sum(0), square.sum(0)])
 
 
+def rounding_moments(x: Tensor, data: Tensor, scale: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """What the statistics of rounded matrices need of them, in float64.
+
+    Args:
+        x: [B, R, Q], floating point, before rounding. data: [B, R, Q], what was stored of it. scale: [B, R], of the rows.
+        largest: magnitude from which on data counts as saturated.
+
+    Returns:
+        [B, 7, R], of each row: the sum, the sums of squares and of fourth powers, the sum of squared errors of ``data * scale``,
+        and how many elements are not zero in x and in ``data * scale``, and saturated; [B, 2, Q]: the sum and the sum of
+        squares of each column.
+    """
+    before = x.double()
+    # Not every device can multiply or compare float8.
+    stored = data.double()
+    after, square = stored * scale.double()[..., None], before.square()
+    of_rows = (
+        before.sum(-1),
+        square.sum(-1),
+        square.square().sum(-1),
+        (after - before).square().sum(-1),
+        (before != 0).sum(-1, dtype=torch.float64),
+        (after != 0).sum(-1, dtype=torch.float64),
+        (stored.abs() >= largest).sum(-1, dtype=torch.float64),
+    )
+    return torch.stack(of_rows, 1), torch.stack([before.sum(-2), square.sum(-2)], 1)
+
+
 def quantize_tensor(
     x: Tensor, dtype: torch.dtype, block: int = 1, col_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ KERNEL_OPS = {
     "gated_grad_quantize": "gated_grad.cu",
     "equalizer_factors": "equalizer.cu",
     "moments": "moments.cu",
+    "rounding_moments": "moments.cu",
     "scaled_matmul": "product_bindings.cpp",
     "matmul_rows": "product_bindings.cpp",
     "matmul_weight_rows": "product_bindings.cpp",
@@ -100,6 +101,10 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         fused_reference.gated_grad_quantize,
     ),
     "moments": ("(Tensor x) -> (Tensor, Tensor)", reference.moments),
+    "rounding_moments": (
+        "(Tensor x, Tensor data, Tensor scale, float largest) -> (Tensor, Tensor)",
+        reference.rounding_moments,
+    ),
     "int8_matmul": (
         "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype) -> Tensor",
         reference.int8_matmul,
