@@ -122,7 +122,7 @@ def agrees_with_the_reference(x, data, scale, largest):
 @pytest.mark.parametrize("fmt", ["e4m3", "e5m2", "int8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (3, 5, 7), (2, 32, 2048), (5, 33, 2056), (7, 256, 4099), (40, 300, 72), (300, 2, 16), (2, 0, 8), (2, 3, 0)],
+    "shape", [(1, 1, 1), (3, 5, 7), (2, 32, 2048), (5, 33, 2056), (7, 256, 4099), (40, 300, 72), (300, 2, 16), (2, 0, 8)],
 )  # fmt: skip
 def test_rounding_moments(fmt, dtype, shape):
     """Against float64, with tiny values whose squares leave float32 and rows of zeros."""
