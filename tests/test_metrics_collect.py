@@ -14,6 +14,7 @@ from halo_train import RECIPES, HaloLinear, QuantMetrics, convert_to_halo_traini
 from halo_train.fused import Projected
 from halo_train.linear import halo_linears
 from halo_train.metrics import PRODUCTS
+from halo_train.metrics import step as step_module
 from halo_train.metrics.statistics import STATS_OF
 
 FUSED = ["llama", "gemma2", "phi3", "phi"]
@@ -98,6 +99,71 @@ def test_fused_blocks_under_activation_checkpointing(mode):
         found.append((metrics.last.values, [p.grad for p in model.parameters()]))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "fp8_plain", "halo1_int8"])
+def test_what_several_layers_read_is_rounded_once(recipe, monkeypatch):
+    """And gives each of them what it would have measured alone."""
+    made = []
+    probe = step_module.InputProbe
+
+    def count(*args):
+        made.append(args)
+        return probe(*args)
+
+    monkeypatch.setattr(step_module, "InputProbe", count)
+    found = []
+    for alone in (False, True):
+        model = causal_lm("llama")
+        convert_to_halo_training(model, recipe=recipe)
+        if alone:
+            monkeypatch.setattr(step_module, "_Read", lambda *_: None)
+        made.clear()
+        with QuantMetrics(
+            model, what_if=["int8", "halo1_fp8"] if recipe == "fp8" else ["halo1_fp8"]
+        ) as metrics:
+            backward_of(model)
+            metrics.step()
+        # q, k and v; o; gate and up; down.
+        assert len(made) == (14 if alone else 8)
+        found.append(metrics.last)
+    assert found[0].values == found[1].values
+    assert found[0].histograms == found[1].histograms
+
+
+@pytest.mark.parametrize(("recipe", "written"), [("fp8", False), ("halo1_fp8", True)])
+def test_an_input_that_was_written_to_or_has_other_factors_is_rounded_again(recipe, written):
+    """In one storage, and in two layers that took their factors apart."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(64, 32), nn.Linear(64, 32)
+            self.b.weight.data.mul_(torch.exp(torch.randn(64)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.a(x)
+            if written:
+                with torch.no_grad():
+                    x.mul_(3)
+            return (first * self.b(x)).sum()
+
+    model, data, seen = Twice(), torch.randn(48, 64), {}
+    convert_to_halo_training(model, recipe=recipe)
+    handle = model.b.register_operand_hook(lambda _, x, y: seen.update(x=x.clone()))
+    with QuantMetrics(model, every=1) as metrics:
+        model(data.clone()).backward()
+        metrics.step()
+        together = metrics.last.values["b"]
+        handle.remove()
+    assert together["x"]["amax"] == pytest.approx((3 if written else 1) * data.abs().max().item())
+    with QuantMetrics(model, every=1) as metrics:
+        model.b(seen["x"]).sum().backward()
+        metrics.step()
+    apart = metrics.last.values["b"]
+    for part in ("x", "x_operand", "fprop", "fprop@int8"):
+        assert together[part] == apart[part], part
 
 
 def test_every_stat_of_every_layer_is_in_the_flat_dict():
