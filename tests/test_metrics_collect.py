@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -337,6 +338,26 @@ def test_refused():
         QuantMetrics(toy(), what_if=["fp9"])
     with pytest.raises(ValueError, match="every must be at least 1"):
         QuantMetrics(toy(), every=0)
+    with pytest.raises(
+        TypeError, match=r"layers must be a sequence of names; got the string '\*'; write \['\*'\]"
+    ):
+        QuantMetrics(toy(), layers="*")
+    with pytest.raises(TypeError, match=r"what_if must be a sequence of names; got the string 'int8'"):
+        QuantMetrics(toy(), what_if="int8")
+    with pytest.raises(TypeError, match=r"every must be an integer, a number of steps; got '50'"):
+        QuantMetrics(toy(), every="50")
+    for sinks in (print, [3]):
+        with pytest.raises(TypeError, match="sinks must be a sequence of callables"):
+            QuantMetrics(toy(), sinks=sinks)
+
+
+def test_one_token():
+    """Statistics that compare rows are undefined, without a warning of torch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        values = measure(toy("fp8"), torch.randn(1, 64))["0"]
+    assert math.isnan(values["x"]["row_outliers"])
+    assert math.isfinite(values["fprop"]["sqnr_db"])
 
 
 def test_a_step_without_backward_is_told():

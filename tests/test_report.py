@@ -222,6 +222,45 @@ def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: 
     assert message in capsys.readouterr().err
 
 
+def test_a_run_that_was_killed_while_it_wrote(run: Path, tmp_path: Path):
+    lines = (run / "quant.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "quant.jsonl").write_text("".join(lines[:-1]) + lines[-1][:60])
+    files, _ = write_report(tmp_path)
+    assert all(file.exists() for file in files)
+    assert len(read_samples(tmp_path / "quant.jsonl")[-1].values) == 13
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "quant.jsonl has no samples; record some with"),
+        (b'{"step": 1, "la', "quant.jsonl has no samples"),
+        (b'{"step": 1}\n', "quant.jsonl: line 1 is no sample of JsonlSink; remove it"),
+        (b"[1, 2]\n", "line 1 is no sample"),
+        (b"null\n[]\n", "line 1 is no sample"),
+        (b"\xad\x00\n\xff\n", "line 1 is no sample"),
+        (None, "a report is of the folder of a run; "),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, text: bytes | None, message: str):
+    folder = tmp_path / "run"
+    if text is not None:
+        folder.mkdir()
+        (folder / "quant.jsonl").write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        write_report(folder)
+
+
+def test_a_resumed_run_keeps_what_can_be_read(tmp_path: Path):
+    path = tmp_path / "quant.jsonl"
+    for step in (1, 2, 3):
+        JsonlSink(path, step - 1)(dataclasses.replace(sample(a={"": 30.0}), step=step))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:50], "[]", '{"step": "1"}', lines[1], lines[2]]))
+    JsonlSink(path, 2)
+    assert [found.step for found in read_samples(path)] == [1, 2]
+
+
 def test_null_in_the_file_is_a_gap_in_the_page(tmp_path: Path):
     sink = JsonlSink(tmp_path / "quant.jsonl")
     broken = sample(a={"": 30.0})

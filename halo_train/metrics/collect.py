@@ -46,6 +46,7 @@ class QuantMetrics:
 
     Raises:
         ValueError: no HaloLinear, a pattern that matches none, an unknown stat or recipe, every or sample_size too small.
+        TypeError: every is no integer, a string or single sink in place of several, a sink that cannot be called.
     """
 
     last: QuantSample | None = None
@@ -64,12 +65,19 @@ class QuantMetrics:
         seed: int = 0,
         start_step: int = 0,
     ) -> None:
+        for name, several in {"layers": layers, "stats": stats, "what_if": what_if}.items():
+            if isinstance(several, str):
+                raise TypeError(
+                    f"QuantMetrics: {name} must be a sequence of names; got the string {several!r}; write [{several!r}]"
+                )
+        if not isinstance(every, int):
+            raise TypeError(f"QuantMetrics: every must be an integer, a number of steps; got {every!r}")
         if every < 1 or sample_size < 4:
             raise ValueError(
                 f"QuantMetrics: every must be at least 1 and sample_size at least 4; got {every} and {sample_size}"
             )
         self.layers = _choose(model, layers)
-        self.every, self.sinks, self.step_number = every, tuple(sinks), start_step
+        self.every, self.sinks, self.step_number = every, _callables(sinks), start_step
         self.size = SampleSize(sample_size, sample_size, sample_size // 4)
         self._stats = _known_stats(stats)
         recipes = {config.name: config for config in map(resolve_recipe, what_if)}
@@ -168,6 +176,16 @@ def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, HaloLinear]:
                 f"{next(iter(layers))!r}{did_you_mean(pattern, layers)}"
             )
     return {name: m for name, m in layers.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+
+
+def _callables(sinks: Iterable[Sink]) -> tuple[Sink, ...]:
+    found = () if callable(sinks) else tuple(sinks)
+    if callable(sinks) or not all(map(callable, found)):
+        raise TypeError(
+            f"QuantMetrics: sinks must be a sequence of callables that take a QuantSample; got {sinks!r}; write "
+            "e.g. [JsonlSink(path)]"
+        )
+    return found
 
 
 def _known_stats(stats: Sequence[str] | None) -> frozenset[str]:

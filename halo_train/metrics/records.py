@@ -16,12 +16,12 @@ class JsonlSink:
 
     Args:
         path: of the file; its folder exists.
-        start_step: step at which the run goes on; lines of later steps are removed, 0 starts a new file.
+        start_step: step at which the run goes on; lines of later steps and what is no sample are removed, 0 starts a new file.
     """
 
     def __init__(self, path: str | Path, start_step: int = 0) -> None:
         self.path = Path(path)
-        kept = [line for line in _lines(self.path) if line["step"] <= start_step] if start_step else []
+        kept = [line for line in _lines(self.path) if _step_of(line) <= start_step] if start_step else []
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def __call__(self, sample: QuantSample) -> None:
@@ -45,29 +45,53 @@ class JsonlSink:
 
 
 def read_samples(path: str | Path) -> list[QuantSample]:
-    """The samples of a ``quant.jsonl`` in the order of their steps; a last line that was cut short is left out."""
+    """The samples of a ``quant.jsonl`` in the order of their steps; a last line that was cut short is left out.
+
+    Raises:
+        ValueError: another line is not one of :class:`JsonlSink`.
+    """
     samples: dict[int, QuantSample] = {}
-    for line in _lines(Path(path)):
-        sample = samples.setdefault(
-            line["step"], QuantSample(line["step"], SampleSize(**line["sample"]), {}, {}, {})
-        )
-        sample.recipes[line["layer"]] = line["recipe"]
-        sample.values[line["layer"]] = {
-            part: {k: math.nan if v is None else v for k, v in stats.items()}
-            for part, stats in line["values"].items()
-        }
-        sample.histograms[line["layer"]] = line["exponents"]
+    lines = _lines(Path(path))
+    for number, line in enumerate(lines, 1):
+        try:
+            _add(samples, line)
+        except (KeyError, TypeError, AttributeError) as error:
+            if line is None and number == len(lines):
+                break
+            raise ValueError(
+                f"{path}: line {number} is no sample of JsonlSink; remove it, or the file if it is something else"
+            ) from error
     return [samples[step] for step in sorted(samples)]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+def _add(samples: dict[int, QuantSample], line: Any) -> None:
+    sample = samples.setdefault(
+        line["step"], QuantSample(line["step"], SampleSize(**line["sample"]), {}, {}, {})
+    )
+    layer = line["layer"]
+    values = {
+        part: {k: math.nan if v is None else v for k, v in stats.items()}
+        for part, stats in line["values"].items()
+    }
+    sample.recipes[layer], sample.histograms[layer] = line["recipe"], line["exponents"]
+    sample.values[layer] = values
+
+
+def _step_of(line: Any) -> float:
+    step = line.get("step") if isinstance(line, dict) else None
+    return step if isinstance(step, int) else math.inf
+
+
+def _lines(path: Path) -> list[Any]:
+    """None for what is no JSON."""
+    return [_parsed(text) for text in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _json(value: float) -> float | None:

@@ -216,8 +216,9 @@ def _outliers(variance: Tensor, samples: int) -> Tensor:
 
     Standard deviation over mean, divided by sqrt(2 / (samples - 1)): 1 for independent Gaussians.
     """
-    cv = variance.std(-1) / variance.mean(-1)
-    return cv / math.sqrt(2 / (samples - 1)) if samples > 1 else cv * math.nan
+    if samples < 2 or variance.shape[-1] < 2:
+        return variance.new_full(variance.shape[:-1], math.nan)
+    return variance.std(-1) / variance.mean(-1) / math.sqrt(2 / (samples - 1))
 
 
 def _variance(square: Tensor, total: Tensor, count: int) -> Tensor:

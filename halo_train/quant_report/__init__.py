@@ -20,9 +20,14 @@ def write_report(folder: str | Path) -> tuple[list[Path], list[Advice]]:
         The files, the page first, and the recommendations.
 
     Raises:
-        ValueError: no samples in the folder.
+        ValueError: no folder, or no samples in it.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise ValueError(
+            f"a report is of the folder of a run; {folder} is {found}; name the folder that has quant.jsonl"
+        )
     samples = read_samples(folder / "quant.jsonl")
     if not samples:
         raise ValueError(
