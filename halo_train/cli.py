@@ -319,6 +319,8 @@ def calibrate(
     """
     if output.suffix != RECIPE_FILE:
         raise UserError(f"--output must end with {RECIPE_FILE}; got {output}")
+    if not output.parent.is_dir():  # not after minutes of measuring
+        raise UserError(f"--output must be in a folder that exists; got {output}; make {output.parent} first")
     result = calibrate_layers(load_config(file, overrides or ()), batches, prefer)
     print(result)
     result.save(output)

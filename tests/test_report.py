@@ -214,6 +214,10 @@ def test_calibrate_command_and_a_run_with_its_recipe(tmp_path: Path, capsys: pyt
             "'*.norm' matches none of the 14",
         ),
         (["calibrate", "{file}", "--output", "recipe.yaml"], "--output must end with .json"),
+        (
+            ["calibrate", "{file}", "--output", "nowhere/recipe.json"],
+            "--output must be in a folder that exists",
+        ),
     ],
 )
 def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str):
