@@ -221,7 +221,7 @@ def arguments() -> argparse.Namespace:
         "--mode", default="eager", choices=["eager", "compiled"], help="of the training steps"
     )
     parser.add_argument("--checkpointing", default="none", choices=list(CHECKPOINTING))
-    parser.add_argument("--layers", type=int, help="blocks, instead of 32")
+    parser.add_argument("--layers", type=int, help="blocks, instead of as many of 32 as memory holds")
     parser.add_argument("--batch", type=int, help="sequences of 8192 tokens, in a training step")
     parser.add_argument("--tokens", type=int, default=16384, help="of the linear layers alone")
     parser.add_argument("--every", type=int, default=50)
@@ -249,7 +249,8 @@ def main() -> None:
         "arguments": {name: str(value) for name, value in vars(args).items()},
     }
     whole = args.size.layers
-    fitting = blocks_that_fit(args) if {*args.parts} - {"linear"} else whole
+    measured = {*args.parts} - {"linear"} and not args.layers
+    fitting = blocks_that_fit(args) if measured else whole
     for part in args.parts:
         args.size = args.size._replace(layers=whole if part == "linear" else fitting)
         results[part] = PARTS[part](args)
