@@ -153,6 +153,14 @@ __device__ __forceinline__ void load_rounded(float (&v)[8], const uint8_t* p, in
   }
 }
 
+// Which of kExponents a value has; -1 for zero, inf and NaN.
+__device__ __forceinline__ int exponent_of(float v) {
+  const uint32_t bits = magnitude(v);
+  if (bits == 0 || bits >= 0x7f800000u) return -1;
+  const int exponent = static_cast<int>(bits >> 23);
+  return exponent > 0 ? exponent + 22 : 31 - __clz(static_cast<int>(bits));
+}
+
 constexpr int kRoundingRows = 32;  // of a thread block
 
 struct RoundingGrid {
@@ -169,6 +177,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kSums = 4;
   __shared__ double sums[kSums][kRoundingRows][kWarps];
   __shared__ uint32_t counts[kRoundingRows][kWarps];
+  __shared__ int exponents[kWarps][kExponents];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRoundingRows, batch = blockIdx.z;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kStripe + 8 * threadIdx.x;
@@ -177,6 +186,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const T* x_rows = static_cast<const T*>(p.x) + batch * p.x_batch_stride + column;
   const uint8_t* data_rows = static_cast<const uint8_t*>(p.data) + batch * p.data_batch_stride + column;
   const float* scales = p.scale + batch * p.rows;
+  for (int i = lane; i < kExponents; i += 32) exponents[warp][i] = 0;
+  __syncwarp();
   double col_sum[8] = {}, col_square[8] = {};
   for (int r = 0; r < count; r += kTogether) {
     double sum[kSums][kTogether] = {};
@@ -210,6 +221,13 @@ __global__ void __launch_bounds__(kThreads, 2)
                           (fabsf(rounded[j]) >= p.largest ? 1u << 20 : 0u);
           }
         }
+        if (row % p.counted == 0) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const int exponent = exponent_of(v[j]);  // of what is beyond the matrix, zero, none
+            if (exponent >= 0) atomicAdd(&exponents[warp][exponent], 1);
+          }
+        }
       }
       counted[i] = __reduce_add_sync(kAll, counted[i]);
     }
@@ -240,6 +258,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 #pragma unroll
     for (int c = 0; c < 3; ++c) out[(kSums + c) * p.rows] = total[c];
+  }
+  for (int i = threadIdx.x; i < kExponents; i += kThreads) {
+    int total = 0;
+    for (int w = 0; w < kWarps; ++w) total += exponents[w][i];
+    if (total > 0) atomicAdd(p.exponents + batch * kExponents + i, total);
   }
   double* out = of_columns + (blockIdx.x * p.batch + batch) * 2 * p.cols + column;
   for (int j = 0; j < 8 && j < valid; ++j) {

@@ -35,12 +35,15 @@ struct RoundingMomentsArgs {
   int64_t data_batch_stride, data_row_stride;
   const float* scale;  // [batch, rows]
   float largest;       // magnitude from which on data counts as saturated
+  int64_t counted;     // every so manieth row has its exponents counted
   int64_t batch, rows, cols;
   double* of_rows;     // [batch, kRoundingSums, rows]: see ops/reference.py
   double* of_columns;  // [batch, 2, cols]: sum, sum of squares
+  int32_t* exponents;  // [batch, kExponents], zeros before
   double* scratch;     // rounding_moments_scratch() values
 };
 constexpr int kRoundingSums = 7;
+constexpr int kExponents = 277;  // of the binary orders of float32, from that of the smallest value on
 cudaError_t rounding_moments(const RoundingMomentsArgs& args, cudaStream_t stream);
 
 int64_t rounding_moments_scratch(int64_t batch, int64_t rows, int64_t cols);

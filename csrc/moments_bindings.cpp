@@ -50,8 +50,8 @@ Tensor with_dense_columns(const Tensor& x) {
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
-std::tuple<Tensor, Tensor> rounding_moments(const Tensor& input, const Tensor& rounded, const Tensor& scale,
-                                            double largest) {
+std::tuple<Tensor, Tensor, Tensor> rounding_moments(const Tensor& input, const Tensor& rounded,
+                                                    const Tensor& scale, double largest, int64_t counted) {
   const int device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   STD_TORCH_CHECK(input.dim() == 3 && rounded.dim() == 3,
@@ -61,10 +61,12 @@ std::tuple<Tensor, Tensor> rounding_moments(const Tensor& input, const Tensor& r
   const int32_t wide = aoti_torch_dtype_float64();
   Tensor of_rows = halo_train::empty({batch, halo_train::kRoundingSums, rows}, x, wide);
   Tensor of_columns = halo_train::empty({batch, 2, cols}, x, wide);
+  Tensor exponents = halo_train::empty({batch, halo_train::kExponents}, x, aoti_torch_dtype_int32());
+  torch::stable::fill_(exponents, 0.0);
   if (x.numel() == 0) {
     torch::stable::fill_(of_rows, 0.0);
     torch::stable::fill_(of_columns, 0.0);
-    return {of_rows, of_columns};
+    return {of_rows, of_columns, exponents};
   }
   const Tensor scales = halo_train::factors_of(scale, batch * rows, x);
   const Tensor scratch =
@@ -80,6 +82,8 @@ std::tuple<Tensor, Tensor> rounding_moments(const Tensor& input, const Tensor& r
   args.data_row_stride = data.stride(1);
   args.scale = static_cast<const float*>(scales.data_ptr());
   args.largest = static_cast<float>(largest);
+  args.counted = counted;
+  args.exponents = static_cast<int32_t*>(exponents.data_ptr());
   args.batch = batch;
   args.rows = rows;
   args.cols = cols;
@@ -88,7 +92,7 @@ std::tuple<Tensor, Tensor> rounding_moments(const Tensor& input, const Tensor& r
   args.scratch = static_cast<double*>(scratch.data_ptr());
   halo_train::check_launch("rounding_moments",
                            halo_train::rounding_moments(args, halo_train::current_stream(device)), device);
-  return {of_rows, of_columns};
+  return {of_rows, of_columns, exponents};
 }
 
 }  // namespace

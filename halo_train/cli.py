@@ -315,11 +315,10 @@ def calibrate(
 ) -> None:
     """Choose a recipe for every layer of the model in FILE by its measured error; nothing is trained.
 
-    Use it with `halo-train run FILE quant.recipe=recipe.json`.
-    """
+    Use it with `halo-train run FILE quant.recipe=recipe.json`."""
     if output.suffix != RECIPE_FILE:
         raise UserError(f"--output must end with {RECIPE_FILE}; got {output}")
-    if not output.parent.is_dir():  # not after minutes of measuring
+    if not output.parent.is_dir():
         raise UserError(f"--output must be in a folder that exists; got {output}; make {output.parent} first")
     result = calibrate_layers(load_config(file, overrides or ()), batches, prefer)
     print(result)

@@ -104,18 +104,18 @@ def test_moments_of_views_nan_and_inf():
     assert columns.isfinite().all(0).sum() == 126
 
 
-def agrees_with_the_reference(x, data, scale, largest):
-    for ours, expected in zip(
-        ops.rounding_moments(x, data, scale, largest),
-        reference.rounding_moments(x, data, scale, largest),
-        strict=True,
-    ):
-        assert ours.shape == expected.shape
-        assert ours.dtype == torch.float64
-        # Sums of values of both signs are as small as they like; the others lose nothing.
-        size = x.double().abs().sum().nan_to_num(0, 0, 0).item()
-        assert torch.allclose(ours[:, 0], expected[:, 0], rtol=1e-10, atol=1e-13 * size, equal_nan=True)
-        assert torch.allclose(ours[:, 1:], expected[:, 1:], rtol=1e-12, atol=0, equal_nan=True)
+def agrees_with_the_reference(x, data, scale, largest, counted):
+    """Each sum with the terms that it has; exponents to the last element."""
+    ours = ops.rounding_moments(x, data, scale, largest, counted)
+    expected = reference.rounding_moments(x, data, scale, largest, counted)
+    # Sums of values of both signs are as small as they like; the others lose nothing.
+    size = x.double().abs().sum().nan_to_num(0, 0, 0).item()
+    for a, b in zip(ours[:2], expected[:2], strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == torch.float64
+        assert torch.allclose(a[:, 0], b[:, 0], rtol=1e-10, atol=1e-13 * size, equal_nan=True)
+        assert torch.allclose(a[:, 1:], b[:, 1:], rtol=1e-12, atol=0, equal_nan=True)
+    assert torch.equal(ours[2], expected[2])
     return ours
 
 
@@ -134,7 +134,9 @@ def test_rounding_moments(fmt, dtype, shape):
     if shape[1] > 2:
         x[:, 2] = 0
     q = quantize(x, fmt)
-    agrees_with_the_reference(x, q.data, q.scale, {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}[fmt])
+    agrees_with_the_reference(
+        x, q.data, q.scale, {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}[fmt], 1 + shape[1] // 32
+    )
 
 
 def test_rounding_moments_of_views_nan_and_inf():
@@ -149,12 +151,25 @@ def test_rounding_moments_of_views_nan_and_inf():
     ):
         for columns in (slice(8, 72), slice(3, 100)):
             x_view, data, scale = view(x)[..., columns], view(q.data)[..., columns], view(q.scale)
-            agrees_with_the_reference(x_view, data, scale, 448.0)
-    of_rows, of_columns = ops.rounding_moments(x, q.data, q.scale, 448.0)
+            agrees_with_the_reference(x_view, data, scale, 448.0, 3)
+    of_rows, of_columns, _ = ops.rounding_moments(x, q.data, q.scale, 448.0, 1)
     assert of_rows[1, :4, 3].isnan().all()
     assert of_rows[1, 4, 3] == 128
     assert of_columns[1, :, 7].isnan().all()
     assert of_rows[0].isfinite().all()
+
+
+def test_exponents_of_every_float():
+    """As their bits say, below the normal range of float32 too."""
+    orders = torch.arange(-149, 128, dtype=torch.float64)
+    x = (
+        torch.stack([2**orders, -(2**orders), torch.zeros(277), torch.full((277,), math.inf)])
+        .float()
+        .cuda()[None]
+    )
+    q = quantize(x, "int8")
+    counts = ops.rounding_moments(x, q.data, q.scale, 127.0, 1)[2]
+    assert counts.tolist() == [[2] * 277]
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "int8", "halo2_fp8"])

@@ -130,7 +130,7 @@ def test_zero_tensor_gives_no_ratio_and_no_error():
 
 def rounded(before: torch.Tensor, data: torch.Tensor, largest: float) -> Reduced:
     """Rounding of tensors [T, R, Q], named a, b, ...; data: what is stored of them, with scale 1."""
-    of_rows, _ = ops.rounding_moments(before, data, torch.ones(before.shape[:2]), largest)
+    of_rows, _, _ = ops.rounding_moments(before, data, torch.ones(before.shape[:2]), largest, 1)
     names = tuple((name,) for name in "abcd"[: len(before)])
     return rounding_reduced(names, of_rows[None], before.shape[-1])
 
@@ -140,7 +140,9 @@ def test_rounding_moments_name_what_does_not_fit():
     with pytest.raises(
         ValueError, match=r"scale \[B, R\]; got \(2, 3, 4\), \(2, 3, 4\) and \(3, 2\); pass what quantize"
     ):
-        ops.rounding_moments(x, x, scale.t(), 1.0)
+        ops.rounding_moments(x, x, scale.t(), 1.0, 1)
+    with pytest.raises(ValueError, match="counted must be at least 1, every row; got 0"):
+        ops.rounding_moments(x, x, scale, 1.0, 0)
 
 
 def test_rounding_of_a_batch():
@@ -224,7 +226,8 @@ def test_broken_rows():
 
 
 def exponents(x: torch.Tensor) -> list[float]:
-    (found,) = finish([(["layer"], exponents_reduced((("x",),), x.double()[None, None]))])
+    counts = ops.rounding_moments(x[None], x[None], torch.ones(1, len(x)), 1.0, 1)[2]
+    (found,) = finish([(["layer"], exponents_reduced((("x",),), counts[None]))])
     return found[3]
 
 
@@ -238,11 +241,21 @@ def test_exponent_histogram(scale):
     assert sum(exponents(x)) == pytest.approx(1)
 
 
+def test_exponents_of_every_float():
+    """The smallest and the largest of every binary order of float32, those below its normal range included."""
+    orders = np.arange(-149, 128)
+    lowest = np.ldexp(1.0, orders)
+    highest = np.where(orders < -126, 2 * lowest - 2.0**-149, 2 * lowest * (1 - 2.0**-24))
+    x = torch.tensor(np.stack([lowest, -highest]), dtype=torch.float32)
+    counts = ops.rounding_moments(x[None], x[None], torch.ones(1, 2), 1.0, 1)[2]
+    assert counts.tolist() == [[2] * 277]
+
+
 def test_outliers_of_a_sampled_matrix():
     x = torch.randn(64, 48, generator=generator(), dtype=torch.float64)
     x[:, 5] *= 30
-    sums = ops.rounding_moments(x[None], x[None], torch.ones(1, 64), 1.0)
-    ours = finished(*sample_outliers((("x",),), *(s[None] for s in sums)))
+    of_rows, of_columns, _ = ops.rounding_moments(x[None], x[None], torch.ones(1, 64), 1.0, 1)
+    ours = finished(*sample_outliers((("x",),), of_rows[None], of_columns[None]))
     assert ours["row_outliers"] == pytest.approx(adahop(x.numpy().var(1, ddof=1), 48))
     assert ours["column_outliers"] == pytest.approx(adahop(x.numpy().var(0, ddof=1), 64))
     assert ours["column_outliers"] > 2 * ours["row_outliers"]
@@ -251,8 +264,9 @@ def test_outliers_of_a_sampled_matrix():
 def test_exponents_of_several_tensors_stay_apart():
     tensors = [torch.randn(128, 40, generator=generator(i)) * 10.0 ** (9 * i - 18) for i in range(6)]
     tensors[2][:, 3] = 0
-    stacked = torch.stack(tensors).double().view(3, 2, 128, 40)
-    found = list(finish([(["a", "b", "c"], exponents_reduced((("x",), ("w",)), stacked))]))
+    stacked = torch.stack(tensors)
+    counts = ops.rounding_moments(stacked, stacked, torch.ones(6, 128), 1.0, 4)[2]
+    found = list(finish([(["a", "b", "c"], exponents_reduced((("x",), ("w",)), counts.view(3, 2, -1)))]))
     assert [each[:2] for each in found] == [(layer, part) for layer in "abc" for part in "xw"]
     for x, (*_, ours) in zip(tensors, found, strict=True):
         order = np.floor(np.log2(np.abs(x[::4][x[::4] != 0].double().numpy())))  # 32 of the 128 rows

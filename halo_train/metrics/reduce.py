@@ -24,6 +24,7 @@ from .batches import Sample
 from .operands import round_parts, values_of
 from .plan import Plan, changes, folds
 from .statistics import (
+    HISTOGRAM_ROWS,
     Names,
     Reduced,
     exponents_reduced,
@@ -237,11 +238,12 @@ class _Rows(NamedTuple):
         """Rounding and histogram, and under the names of ``outliers`` those."""
         shape = self.before.shape
         before, data, scale = (t.flatten(0, 1) for t in (self.before, self.data, self.scale))
-        sums = ops.rounding_moments(before, data, scale, _largest(fmt))
-        of_rows, of_columns = (s.unflatten(0, shape[:2]) for s in sums)
+        counted = max(1, shape[2] // HISTOGRAM_ROWS)
+        sums = ops.rounding_moments(before, data, scale, _largest(fmt), counted)
+        of_rows, of_columns, exponents = (s.unflatten(0, shape[:2]) for s in sums)
         found = [
             rounding_reduced(self.names, of_rows, shape[-1]),
-            exponents_reduced(self.names, self.before),
+            exponents_reduced(self.names, exponents),
         ]
         return found + sample_outliers(outliers, of_rows, of_columns) if outliers else found
 

@@ -27,9 +27,6 @@ HISTOGRAM_BINS = 32
 HISTOGRAM_ROWS = 32
 """Of the sampled rows."""
 
-_EXPONENTS = (-149, 128)
-"""Of the smallest and the largest float32: range of the histogram before it is shifted to the largest value."""
-
 _QUANTILES = (0.5, 0.1, 0.0)
 
 Names = tuple[tuple[str, ...], ...]
@@ -79,17 +76,9 @@ def sample_outliers(names: Names, of_rows: Tensor, of_columns: Tensor) -> list[R
     )
 
 
-def exponents_reduced(names: Names, rows: Tensor) -> Reduced:
-    """For the histograms of exponents of sampled rows [L, T, R, Q]: of about HISTOGRAM_ROWS of them."""
-    low, high = _EXPONENTS
-    (layers, tensors), bins = rows.shape[:2], high - low
-    few = rows[:, :, :: max(1, rows.shape[2] // HISTOGRAM_ROWS)]
-    exponents = few.float().abs().log2().floor()
-    # The bins of all tensors side by side; zeros (-inf), inf and NaN are in none.
-    total = bins * layers * tensors
-    middle = torch.arange(0.5 - low, total - low, bins, device=rows.device).view(layers, tensors, 1, 1)
-    counts = torch.histc(exponents + middle, total, 0, total)
-    return Reduced("exponents", names, (counts.view(layers, tensors, bins),))
+def exponents_reduced(names: Names, counts: Tensor) -> Reduced:
+    """For the histograms of exponents; counts: [L, T, EXPONENTS] of ops.rounding_moments."""
+    return Reduced("exponents", names, (counts,))
 
 
 def rounding_reduced(names: Names, of_rows: Tensor, columns: int) -> Reduced:

@@ -293,12 +293,14 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return reference.moments(x) if x.dtype == torch.float64 else overloads.moments(x)
 
 
-def rounding_moments(x: Tensor, data: Tensor, scale: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+def rounding_moments(
+    x: Tensor, data: Tensor, scale: Tensor, largest: float, counted: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of stacked matrices and of what rounding left of them, in one pass; see :func:`reference.rounding_moments`."""
-    check_rounding("rounding_moments", x, data, scale)
+    check_rounding("rounding_moments", x, data, scale, counted)
     if not _has_kernel_types(x, data.dtype):
-        return reference.rounding_moments(x, data, scale, largest)
-    return overloads.rounding_moments(x, data, scale, largest)
+        return reference.rounding_moments(x, data, scale, largest, counted)
+    return overloads.rounding_moments(x, data, scale, largest, counted)
 
 
 def _has_kernel_types(x: Tensor, dtype: torch.dtype) -> bool:

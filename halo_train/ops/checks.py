@@ -40,8 +40,10 @@ def check_matrix(op: str, x: Tensor, block: int, col_scale: Tensor | None) -> No
         check_vector(op, "col_scale", col_scale, columns, x)
 
 
-def check_rounding(op: str, x: Tensor, data: Tensor, scale: Tensor) -> None:
+def check_rounding(op: str, x: Tensor, data: Tensor, scale: Tensor, counted: int) -> None:
     check_input(op, x)
+    if counted < 1:
+        raise ValueError(f"{op}: counted must be at least 1, every row; got {counted}")
     if x.dim() != 3 or data.shape != x.shape or scale.shape != x.shape[:2]:
         raise ValueError(
             f"{op}: x must be [B, R, Q], data [B, R, Q] and scale [B, R]; got {tuple(x.shape)}, {tuple(data.shape)} and "

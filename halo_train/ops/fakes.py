@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference import EXPONENTS
+
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
@@ -90,10 +92,11 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty((3, x.shape[0]), dtype=wide), x.new_empty((2, x.shape[1]), dtype=wide)
 
 
-def _rounding_moments(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _rounding_moments(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, rows, columns = x.shape
     wide = torch.float64
-    return x.new_empty((batch, 7, rows), dtype=wide), x.new_empty((batch, 2, columns), dtype=wide)
+    exponents = x.new_empty((batch, EXPONENTS), dtype=torch.int32)
+    return x.new_empty((batch, 7, rows), dtype=wide), x.new_empty((batch, 2, columns), dtype=wide), exponents
 
 
 def _norm_quantize(

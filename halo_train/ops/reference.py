@@ -197,17 +197,24 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([largest, y.sum(1), square.sum(1)]), torch.stack([y.sum(0), square.sum(0)])
 
 
-def rounding_moments(x: Tensor, data: Tensor, scale: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+EXPONENTS = 277
+"""Binary orders that float32 has, from -149, that of its smallest value, to 127."""
+
+
+def rounding_moments(
+    x: Tensor, data: Tensor, scale: Tensor, largest: float, counted: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """What the statistics of rounded matrices need of them, in float64.
 
     Args:
         x: [B, R, Q], floating point, before rounding. data: [B, R, Q], what was stored of it. scale: [B, R], of the rows.
-        largest: magnitude from which on data counts as saturated.
+        largest: magnitude from which on data counts as saturated. counted: every so manieth row has its exponents counted.
 
     Returns:
         [B, 7, R], of each row: the sum, the sums of squares and of fourth powers, the sum of squared errors of ``data * scale``,
         and how many elements are not zero in x and in ``data * scale``, and saturated; [B, 2, Q]: the sum and the sum of
-        squares of each column.
+        squares of each column; [B, EXPONENTS] int32: how many elements of x have each binary order as float32, zeros, inf and NaN
+        none.
     """
     before = x.double()
     # Not every device can multiply or compare float8.
@@ -222,7 +229,13 @@ def rounding_moments(x: Tensor, data: Tensor, scale: Tensor, largest: float) -> 
         (after != 0).sum(-1, dtype=torch.float64),
         (stored.abs() >= largest).sum(-1, dtype=torch.float64),
     )
-    return torch.stack(of_rows, 1), torch.stack([before.sum(-2), square.sum(-2)], 1)
+    of_columns = torch.stack([before.sum(-2), square.sum(-2)], 1)
+    few = x[:, ::counted].float().flatten(1)
+    order = torch.frexp(few).exponent.long() + 148
+    order = torch.where(torch.isfinite(few) & (few != 0), order, EXPONENTS)
+    counts = few.new_zeros((len(x), EXPONENTS + 1), dtype=torch.int32)
+    counts.scatter_add_(1, order, torch.ones_like(order, dtype=torch.int32))
+    return torch.stack(of_rows, 1), of_columns, counts[:, :EXPONENTS]
 
 
 def quantize_tensor(

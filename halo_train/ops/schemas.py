@@ -102,7 +102,7 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "moments": ("(Tensor x) -> (Tensor, Tensor)", reference.moments),
     "rounding_moments": (
-        "(Tensor x, Tensor data, Tensor scale, float largest) -> (Tensor, Tensor)",
+        "(Tensor x, Tensor data, Tensor scale, float largest, int counted) -> (Tensor, Tensor, Tensor)",
         reference.rounding_moments,
     ),
     "int8_matmul": (
