@@ -60,14 +60,14 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def linear_run(blocks: int, tokens: int, args: argparse.Namespace) -> Run:
+def linear_run(blocks: int, args: argparse.Namespace) -> Run:
     """The linear layers of so many blocks, their gradients and that of the input."""
     hidden, intermediate = args.size.hidden, args.size.intermediate
     kv = args.size.kv_heads * hidden // args.size.heads
     torch.manual_seed(0)
     with torch.device(args.device):
         model = nn.Sequential(*(Block(hidden, kv, intermediate) for _ in range(blocks))).bfloat16()
-        x = torch.randn(tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
+        x = torch.randn(args.tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
     convert_to_halo_training(model, recipe=args.recipe)
 
     def step() -> None:
@@ -142,7 +142,7 @@ def blocks_that_fit(args: argparse.Namespace) -> int:
     return max(1, min(args.size.layers, 1 + int(room / (peaks[1] - peaks[0]))))
 
 
-def one_sample(run: Run, blocks: int, tokens: int, args: argparse.Namespace) -> Result:
+def one_sample(run: Run, tokens: int, args: argparse.Namespace) -> Result:
     """Plain steps and sampled ones, and what that is at the given rhythm."""
     seconds(run, 2, None)
     reset_peak()
@@ -156,7 +156,7 @@ def one_sample(run: Run, blocks: int, tokens: int, args: argparse.Namespace) -> 
     assert metrics.last is not None
     sampled = statistics.median(samples)
     return {
-        "blocks": blocks,
+        "blocks": args.size.layers,
         "layers": len(metrics.last.values),
         "tokens": tokens,
         "values": len(metrics.last.flat()),
@@ -170,19 +170,16 @@ def one_sample(run: Run, blocks: int, tokens: int, args: argparse.Namespace) -> 
     }
 
 
-def training(args: argparse.Namespace) -> Result:
-    blocks = args.size.layers
-    return one_sample(training_run(blocks, args), blocks, args.size.batch * args.size.length, args)
+def training(run: Run, args: argparse.Namespace) -> Result:
+    return one_sample(run, args.size.batch * args.size.length, args)
 
 
-def linear(args: argparse.Namespace) -> Result:
-    blocks = args.size.layers
-    return one_sample(linear_run(blocks, args.tokens, args), blocks, args.tokens, args)
+def linear(run: Run, args: argparse.Namespace) -> Result:
+    return one_sample(run, args.tokens, args)
 
 
-def training_200_steps(args: argparse.Namespace) -> Result:
+def training_200_steps(run: Run, args: argparse.Namespace) -> Result:
     """Alternating parts of ``every`` steps with and without, so that clocks and neighbours hit both alike."""
-    run = training_run(args.size.layers, args)
     metrics = QuantMetrics(run.model, every=args.every)
     seconds(run, 2, metrics)  # steps 1, sampled, and 2: warm-up of both paths
     with_metrics, without = [], []
@@ -208,9 +205,12 @@ def training_200_steps(args: argparse.Namespace) -> Result:
     }
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Result]] = {
-    part.__name__: part for part in (training, training_200_steps, linear)
+PARTS: dict[str, tuple[Callable[[Run, argparse.Namespace], Result], Callable[..., Run]]] = {
+    "training": (training, training_run),
+    "training_200_steps": (training_200_steps, training_run),
+    "linear": (linear, linear_run),
 }
+"""What is timed, and the model that it is timed on."""
 
 
 def arguments() -> argparse.Namespace:
@@ -251,10 +251,15 @@ def main() -> None:
     whole = args.size.layers
     measured = {*args.parts} - {"linear"} and not args.layers
     fitting = blocks_that_fit(args) if measured else whole
+    run = built = None
     for part in args.parts:
+        measure, build_run = PARTS[part]
         args.size = args.size._replace(layers=whole if part == "linear" else fitting)
-        results[part] = PARTS[part](args)
-        release()  # the next needs the memory
+        if run is None or build_run is not built:
+            run = None
+            release()  # the next needs the memory
+            run, built = build_run(args.size.layers, args), build_run
+        results[part] = measure(run, args)
         print(f"{part}, {args.mode}" if part.startswith("training") else part)
         for name, value in results[part].items():
             shown = ", ".join(f"{v:.2f}" for v in value) if isinstance(value, list) else f"{value:.2f}"
