@@ -20,7 +20,10 @@ def test_memory_held_between_forward_and_backward():
     convert_to_halo_training(model, recipe="fp8")
     metrics = QuantMetrics(model, what_if=["halo0_fp8", "fp8", "int8"], sample_size=128)
     loss = model(torch.randn(1024, 512)).square().mean()
-    assert held(1024, vars(metrics._sampled._pending["0"]), metrics) <= 1024 * (32 * (4 + 2 * 2) + 4 * 2 + 24)
+    read = metrics._sampled._read.probe  # what the next layer that reads the same x would take
+    assert held(1024, vars(metrics._sampled._pending["0"]), vars(read), metrics) <= 1024 * (
+        32 * (4 + 2 * 2) + 4 * 2 + 24
+    )
     loss.backward()
     assert not metrics._sampled._pending
     batches = metrics._sampled.batches
@@ -106,8 +109,8 @@ def test_few_operations_a_layer(monkeypatch):
     stacked, _ = operations(4, 4)
     a_layer = (many - few - many_plain + few_plain) / 4
     a_stack = (alone - stacked) / 3
-    assert a_layer <= 26  # at once
-    assert a_stack <= 240  # later, for all layers of a stack: 4 to 16 of a Llama-3-8B
+    assert a_layer <= 22  # at once
+    assert a_stack <= 140  # later, for all layers of a stack: 4 to 16 of a Llama-3-8B
 
 
 def tensors_of(value) -> list[torch.Tensor]:
