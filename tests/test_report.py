@@ -149,6 +149,22 @@ def test_page_in_a_browser(run: Path, size: str, dark: int):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_page_of_a_run_with_nan(tmp_path: Path):
+    """Is said, and not taken for what was not measured."""
+    broken = sample(a={"": 30.0, "int8": 40.0}, b={"": 28.0, "int8": 41.0})
+    for stats in broken.values["a"].values():
+        stats.update(dict.fromkeys(stats, math.nan))
+    JsonlSink(tmp_path / "quant.jsonl")(broken)
+    dom, console = browse(write_report(tmp_path)[0][0], "--window-size=1200,900")
+    assert console == ""
+    heat = re.search(r'<table class="heat".*?</table>', dom, re.DOTALL).group()
+    assert heat.count('<td class="low">NaN</td>') == 6
+    assert heat.count("background:") == 6
+    assert "Infinity" not in re.sub("<script.*?</script>", "", dom, flags=re.DOTALL)
+    assert "<b>NaN</b>" in dom
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_the_browser_test_would_see_an_error(tmp_path: Path):
     page = tmp_path / "page.html"
     page.write_text("<script>nowhere()</script>")
