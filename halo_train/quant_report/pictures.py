@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +17,7 @@ from .page import BEFORE_AFTER, drift_of
 matplotlib.use("Agg")  # before pyplot is imported; needs no display
 from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 MAX_LAYERS = 64
 """Rows of a picture: of larger models the worst layers."""
@@ -44,22 +45,24 @@ def _heatmap(samples: Sequence[QuantSample]) -> plt.Figure:
     norm = TwoSlopeNorm(TARGET_DB, 0, 45)
     for axis, label in zip(axes[0], labels, strict=True):
         suffix = f"@{label}" if label else ""
-        grid = [[lower_db(last.values[n].get(p + suffix, {})) for p in PRODUCTS] for n in layers]
+        of_products = [[last.values[n].get(p + suffix, {}) for p in PRODUCTS] for n in layers]
+        grid = [[lower_db(stats) for stats in row] for row in of_products]
         image = axis.imshow(grid, aspect="auto", cmap="RdBu", norm=norm)
         for row, values in enumerate(grid):
             for column, value in enumerate(values):
                 dark = not math.isnan(value) and abs(norm(value) - 0.5) > 0.33
                 axis.text(
-                    column, row, "-" if math.isnan(value) else f"{value:.0f}", ha="center", va="center", fontsize=7,
+                    column, row, _cell(value, of_products[row][column]), ha="center", va="center", fontsize=7,
                     color="white" if dark else "black",
                 )  # fmt: skip
         axis.set_title(f"if {label}" if label else "as run", fontsize=9)
         axis.set_xticks(range(len(PRODUCTS)), PRODUCTS)
     axes[0, 0].set_yticks(range(len(layers)), layers, fontsize=7)
-    figure.colorbar(
-        image, ax=axes[0, -1], label=f"SQNR, dB, the lower of norm-wise and median; white is {TARGET_DB:g}"
-    )
-    figure.suptitle(f"Signal over rounding noise at step {last.step}", x=0.01, ha="left")
+    figure.colorbar(image, ax=axes[0, -1], label="dB")
+    figure.suptitle(
+        f"Signal over rounding noise at step {last.step}, dB, the lower of norm-wise and median; white is {TARGET_DB:g}",
+        x=0.01, ha="left", fontsize=9,
+    )  # fmt: skip
     return figure
 
 
@@ -94,12 +97,21 @@ def _rotation(samples: Sequence[QuantSample]) -> plt.Figure:
             axis.plot(values[0], row, "o", mfc="white", mec="black", markersize=5)
             axis.plot(values[1], row, "o", color="tab:blue", markersize=5)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3, axis="x")
     axes[0].set_yticks(range(len(layers)), layers, fontsize=7)
     axes[0].invert_yaxis()
     figure.suptitle("Crest factor (amax / RMS): as it is (white), as it is rounded (blue)", x=0.01, ha="left")
     return figure
+
+
+def _cell(value: float, stats: Mapping[str, float]) -> str:
+    if math.isnan(value):
+        return "NaN" if stats else "-"  # "-": not measured
+    return f"{value:.0f}"
 
 
 def _shown(sample: QuantSample) -> list[str]:
