@@ -5,7 +5,7 @@
 
 The shape is that of Llama-3-8B, cut to 8 blocks (those of transformers), vocabulary 128256, one sequence of 8192 tokens a GPU,
 weights and AdamW in float32, bfloat16 parameters in forward and backward, gradients reduced in float32, blocks and model
-sharded and blocks compiled one by one; the output layer stays in bfloat16 everywhere. Every variant starts from the same
+sharded and blocks compiled one by one; the output layer stays in bfloat16 but where a name says otherwise. Every variant starts from the same
 weights and sees the same tokens. A step is timed after all ranks have waited for each other, which leaves each host no lead,
 and steps in a row, without waiting between them. Writes a dated JSON file.
 """
@@ -84,6 +84,10 @@ def in_block(module: nn.Module, name: str) -> bool:
     return "lm_head" not in name
 
 
+def every_layer(module: nn.Module, name: str) -> bool:
+    return True
+
+
 def variants(device: str) -> list[Variant]:
     """bf16 first: it is what the others are compared with."""
     found = [Variant("bf16", lambda model: None)]
@@ -96,25 +100,38 @@ def variants(device: str) -> list[Variant]:
 
         tensorwise = Float8LinearConfig(enable_fsdp_float8_all_gather=True)
         rowwise = Float8LinearConfig.from_recipe_name("rowwise")
-        for name, config, after in (
-            ("torchao tensorwise, float8 all-gather", tensorwise, precompute_float8_dynamic_scale_for_fsdp),
-            ("torchao rowwise", rowwise, None),
+        for name, config, layers, after in (
+            (
+                "torchao tensorwise, float8 all-gather",
+                tensorwise,
+                in_block,
+                precompute_float8_dynamic_scale_for_fsdp,
+            ),
+            ("torchao rowwise", rowwise, in_block, None),
+            (
+                "torchao tensorwise, output layer too",
+                tensorwise,
+                every_layer,
+                precompute_float8_dynamic_scale_for_fsdp,
+            ),
         ):
             found.append(
                 Variant(
                     name,
-                    lambda model, config=config: convert_to_float8_training(
-                        model, config=config, module_filter_fn=in_block
+                    lambda model, config=config, layers=layers: convert_to_float8_training(
+                        model, config=config, module_filter_fn=layers
                     ),
                     after_step=after,
                 )
             )
 
-    def halo(fuse: bool = True, **changes: bool) -> Callable[[nn.Module], None]:
+    def halo(
+        layers: Callable[[nn.Module, str], bool] = in_block, fuse: bool = True, **changes: bool
+    ) -> Callable[[nn.Module], None]:
         recipe = dataclasses.replace(RECIPES["fp8"], **changes)
 
         def convert(model: nn.Module) -> None:
-            convert_to_halo_training(model, recipe=recipe, module_filter_fn=in_block, fuse=fuse)
+            convert_to_halo_training(model, recipe=recipe, module_filter_fn=layers, fuse=fuse)
 
         return convert
 
@@ -122,6 +139,10 @@ def variants(device: str) -> list[Variant]:
         *found,
         Variant("halo_train fp8", halo()),
         Variant("halo_train fp8, inputs rounded again", halo(recompute_inputs=True)),
+        Variant("halo_train fp8, output layer too", halo(every_layer)),
+        Variant(
+            "halo_train fp8, output layer too, inputs rounded again", halo(every_layer, recompute_inputs=True)
+        ),
         Variant("halo_train fp8, not fused", halo(fuse=False)),
         Variant("halo_train fp8, eager", halo(), compiled=False),
         Variant("bf16, eager", lambda model: None, compiled=False),
