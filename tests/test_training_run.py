@@ -102,6 +102,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 ) -> None:
     file = write_run(tmp_path)
     run = tmp_path / "runs" / "tiny"
+    handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         stop_after(patch, 3, number)
         with pytest.raises(
@@ -110,7 +111,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
             finetune.run(load_config(file))
     assert stopped.value.exit_code == code
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-2", "step-3"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # the run put the handlers back
+    assert signal.getsignal(signal.SIGINT) is handler  # the run put it back
 
     finetune.run(load_config(file))
     assert metrics(run) == metrics(finished)
