@@ -1,7 +1,6 @@
 // The 8-bit matrix products, and what is done to an operand before or to the result after in the same call:
 // small layers wait for the host, which needs longer for a call from Python than the GPU for what is called.
-// The products themselves are PyTorch's (cuBLASLt) for float8 and the Triton kernel of
-// halo_train/ops/int8_gemm.py for int8.
+// The products themselves are PyTorch's (cuBLASLt) for float8 and our own kernel for int8.
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -10,7 +9,9 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 
+#include "int8_matmul.h"
 #include "operators.h"
 #include "quantize_binding_helpers.h"
 
@@ -90,14 +91,66 @@ Tensor float8_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, co
   return out_dtype == ScalarType::Float ? scaled : torch::stable::to(scaled, out_dtype);
 }
 
-// The Triton kernel, which PyTorch's dispatcher knows.
+// Of Hopper, and only in a build for it: other machine code of the kernel is empty.
+bool runs_int8_kernel(int device) {
+  constexpr int kCachedDevices = 64;
+  static std::atomic<int> known[kCachedDevices];  // 0: not asked yet, 1: no, 2: yes
+  const bool cached = device < kCachedDevices;
+  int found = cached ? known[device].load(std::memory_order_relaxed) : 0;
+  if (found == 0) {
+    int major = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    found = major == 9 && std::strstr(HALO_TRAIN_ARCHS, "sm_90a") != nullptr ? 2 : 1;
+    if (cached) known[device].store(found, std::memory_order_relaxed);
+  }
+  return found == 2;
+}
+
+// Rows that start at multiples of 16 bytes, as copies by the tensor memory accelerator want them.
+bool aligned_rows(const Tensor& x) {
+  return x.stride(1) == 1 && x.stride(0) % 16 == 0 && halo_train::aligned(x.data_ptr());
+}
+
 Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
                    ScalarType out_dtype) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 5> stack{from(a), from(b), from(scale_a), from(scale_b), from(out_dtype)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("halo_train::int8_matmul", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  const int64_t m = a.size(0), n = b.size(0), k = a.size(1);
+  const int device = a.get_device_index();
+  const auto dtype = halo_train::kernel_dtype(out_dtype);
+  const bool sizes = n % 16 == 0 && k % 16 == 0 && 0 < k && k <= halo_train::kInt8MaxContraction;
+  if (!sizes || !dtype || *dtype == halo_train::DType::kFloat64 || !runs_int8_kernel(device)) {
+    using torch::stable::detail::from;
+    std::array<StableIValue, 5> stack{from(a), from(b), from(scale_a), from(scale_b), from(out_dtype)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("halo_train::int8_matmul", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  const DeviceGuard guard(device);
+  Tensor c = halo_train::empty({m, n}, a, code_of(out_dtype));
+  if (m == 0 || n == 0) return c;
+  const auto rows_of = [](const Tensor& x) {
+    if (aligned_rows(x)) return x;
+    return x.is_contiguous() ? torch::stable::clone(x) : torch::stable::contiguous(x);
+  };
+  const Tensor left = rows_of(a), right = rows_of(b);
+  const Tensor by_row = halo_train::dense(scale_a), by_column = halo_train::dense(scale_b);
+  halo_train::Int8Product product{};
+  product.a = left.data_ptr();
+  product.b = right.data_ptr();
+  product.c = c.data_ptr();
+  product.a_stride = left.stride(0);
+  product.b_stride = right.stride(0);
+  product.m = m;
+  product.n = n;
+  product.k = k;
+  product.scale_a = static_cast<const float*>(by_row.data_ptr());
+  product.scale_b = static_cast<const float*>(by_column.data_ptr());
+  product.rows_a = scale_a.dim() == 1;
+  product.rows_b = scale_b.dim() == 1;
+  product.dtype = *dtype;
+  product.device = device;
+  halo_train::check_launch("scaled_matmul",
+                           halo_train::int8_matmul(product, halo_train::current_stream(device)), device);
+  return c;
 }
 
 Tensor scaled_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,

@@ -65,6 +65,9 @@ def test_int8_gemm_is_exact(m, k):
         (300, 208, 528),
         (129, 272, 4112),
         (4096, 6144, 512),
+        (4097, 4112, 1040),
+        (300, 30000, 272),
+        (30000, 304, 272),
         (0, 32, 64),
     ],
 )
@@ -81,11 +84,36 @@ def test_int8_gemm_equals_the_reference_bit_by_bit(m, n, k, dtype, row_scales):
 
 
 @pytest.mark.parametrize("offset", [16, 3])
-def test_int8_gemm_of_strided_operands(offset):
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_int8_gemm_of_strided_operands(offset, by_columns):
     wide = torch.randint(-127, 128, (2, 300, 1024), dtype=torch.int8, device="cuda")
     a, b = wide[0, :, offset : offset + 512], wide[1, :288, offset : offset + 512]
+    if by_columns:  # dense, but along columns
+        a, b = a.t().contiguous().t(), b.t().contiguous().t()
     one = torch.ones((), device="cuda")
     assert torch.equal(ops.scaled_matmul(a, b, one, one, torch.float32).double(), a.double() @ b.double().t())
+
+
+def test_int8_gemm_with_the_longest_contraction_and_largest_sums():
+    a = torch.full((130, reference.INT8_MAX_CONTRACTION), -127, dtype=torch.int8, device="cuda")
+    one = torch.ones((), device="cuda")
+    product = ops.scaled_matmul(a, a[:48], one, one, torch.float32)
+    assert torch.equal(product, torch.full_like(product, 127.0 * 127.0 * reference.INT8_MAX_CONTRACTION))
+
+
+def test_int8_gemm_in_a_cuda_graph_and_again():
+    a, b = (torch.randint(-127, 128, (rows, 4096), dtype=torch.int8, device="cuda") for rows in (4000, 2064))
+    scales = torch.rand(4000, device="cuda"), torch.rand(2064, device="cuda")
+    expected = ops.scaled_matmul(a, b, *scales, torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.scaled_matmul(a, b, *scales, torch.bfloat16)
+    for _ in range(20):  # any order of the thread blocks
+        graph.replay()
+        assert torch.equal(captured, expected)
+    a.copy_(a.flip(0))
+    graph.replay()
+    assert torch.equal(captured, ops.scaled_matmul(a, b, *scales, torch.bfloat16))
 
 
 @pytest.mark.parametrize("recipe", QUANTISED)

@@ -20,8 +20,6 @@ def scaled_matmul(
         RuntimeError: a float8 product on a GPU without float8 tensor cores.
     """
     check_product("scaled_matmul", a, b, scale_a, scale_b)
-    if a.dtype == torch.int8:
-        return overloads.int8_matmul(a, b, scale_a, scale_b, out_dtype)
     if not _has_kernel(a, out_dtype):
         return reference.scaled_matmul(a, b, scale_a, scale_b, out_dtype)
     return overloads.scaled_matmul(a, b, scale_a, scale_b, out_dtype, fast_accum)

@@ -24,7 +24,6 @@ def kernel_status() -> dict[str, Any]:
     """What the build left behind: ``{"loaded": bool, "reason": str, "build": dict, "ops": {op: implementation}}``."""
     kernel_ops = (name for name in SCHEMAS if name not in GENERIC_OPS)
     ops = {name: "Triton kernel" if name in TRITON_OPS else "CUDA kernel" for name in kernel_ops}
-    ops["int8_matmul"] = "Triton kernel on Hopper, torch._int_mm elsewhere"
     return {"loaded": not _why_not_loaded, "reason": _why_not_loaded, "build": _build_info(), "ops": ops}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import fused_reference, int8_gemm, norm_backward, reference, signs
+from . import fused_reference, norm_backward, reference, signs
 
 KERNEL_OPS = {
     "hadamard": "hadamard.cu",
@@ -33,13 +33,12 @@ KERNEL_OPS = {
 """Ops that have a CUDA kernel, and the file in ``csrc/`` that holds it."""
 
 TRITON_OPS: dict[str, Callable[..., Any]] = {
-    "int8_matmul": int8_gemm.int8_matmul,
     "rms_norm_backward": norm_backward.rms_norm_backward,
 }
 """Ops whose implementation on a GPU is in Python, with a Triton kernel where that can run."""
 
-GENERIC_OPS = frozenset({"copy_after", "random_signs", "random_bits"})
-"""Ops for compiled graphs only, whose reference serves every device."""
+GENERIC_OPS = frozenset({"copy_after", "random_signs", "random_bits", "int8_matmul"})
+"""Ops whose reference serves every device: for compiled graphs only, and the int8 product where its kernel does not run."""
 
 SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "hadamard": (

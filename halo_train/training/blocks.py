@@ -23,7 +23,6 @@ KEPT_OPS = frozenset(
         "halo_train::norm_quantize",
         "halo_train::matmul_weight_rows",
         "halo_train::scaled_matmul",
-        "halo_train::int8_matmul",
         "aten::mm",
         "aten::addmm",
         "aten::_scaled_dot_product_flash_attention",

@@ -1,0 +1,100 @@
+// Launches of int8_matmul_kernel.cuh.
+
+#include <algorithm>
+
+#include "int8_matmul.h"
+#include "int8_matmul_kernel.cuh"
+#include "occupancy.cuh"
+
+namespace halo_train {
+
+namespace {
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// Of the driver, which the library is not linked with.
+Encode encoder() {
+  static const Encode found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                               cudaEnableDefault, &result);
+    const bool there = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return there ? reinterpret_cast<Encode>(function) : nullptr;
+  }();
+  return found;
+}
+
+// Boxes of so many rows of 128 bytes of a row-major matrix.
+bool describe(CUtensorMap& map, CUtensorMapDataType type, int size, const void* data, int64_t rows,
+              int64_t columns, int64_t stride, int box_rows) {
+  const cuuint64_t shape[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / size), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  return encoder()(&map, type, 2, const_cast<void*>(data), shape, strides, box, steps,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+int64_t tiles_of(const Int8Product& p, int tile_n) {
+  constexpr int kRows = detail::kClusterBlocks * detail::kBlockRows;
+  return (p.m + kRows - 1) / kRows * ((p.n + tile_n - 1) / tile_n);
+}
+
+template <int kTileN, typename Out>
+cudaError_t launch(const Int8Product& p, CUtensorMapDataType type, cudaStream_t stream) {
+  using namespace detail;
+  constexpr auto kKernel = int8_matmul_kernel<kTileN, Out>;
+  constexpr size_t kShared = Int8Layout<kTileN>::kShared;
+  CUtensorMap a, b, c;
+  if (encoder() == nullptr) return cudaErrorNotSupported;
+  if (!describe(a, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.a_stride, kBlockRows) ||
+      !describe(b, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.b_stride, kTileN / kClusterBlocks) ||
+      !describe(c, type, sizeof(Out), p.c, p.m, p.n, p.n * sizeof(Out), kGroupRows)) {
+    return cudaErrorInvalidValue;
+  }
+  int blocks;
+  const cudaError_t error = resident_blocks<kKernel>(p.device, 0, kInt8Threads, kShared, blocks);
+  if (error != cudaSuccess) return error;
+  const int64_t clusters = std::min<int64_t>(tiles_of(p, kTileN), blocks / kClusterBlocks);
+  const Int8Scales scales{p.scale_a, p.scale_b, p.rows_a, p.rows_b};
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kClusterBlocks, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * kClusterBlocks));
+  config.blockDim = dim3(kInt8Threads);
+  config.dynamicSmemBytes = kShared;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kKernel, a, b, c, scales, static_cast<int>(p.m), static_cast<int>(p.n),
+                            static_cast<int>((p.k + kStageBytes - 1) / kStageBytes));
+}
+
+// Half as wide where wide tiles would leave multiprocessors idle.
+template <typename Out>
+cudaError_t launch(const Int8Product& p, CUtensorMapDataType type, cudaStream_t stream) {
+  const bool few = tiles_of(p, 256) * detail::kClusterBlocks < detail::multiprocessors(p.device);
+  return few ? launch<128, Out>(p, type, stream) : launch<256, Out>(p, type, stream);
+}
+
+}  // namespace
+
+cudaError_t int8_matmul(const Int8Product& p, cudaStream_t stream) {
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return launch<__nv_bfloat16>(p, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, stream);
+    case DType::kFloat16:
+      return launch<__half>(p, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, stream);
+    case DType::kFloat32:
+      return launch<float>(p, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace halo_train
