@@ -126,12 +126,15 @@ def variants(device: str) -> list[Variant]:
             )
 
     def halo(
-        layers: Callable[[nn.Module, str], bool] = in_block, fuse: bool = True, **changes: bool
+        layers: Callable[[nn.Module, str], bool] = in_block,
+        recipe: str = "fp8",
+        fuse: bool = True,
+        **changes: bool,
     ) -> Callable[[nn.Module], None]:
-        recipe = dataclasses.replace(RECIPES["fp8"], **changes)
+        config = dataclasses.replace(RECIPES[recipe], **changes)
 
         def convert(model: nn.Module) -> None:
-            convert_to_halo_training(model, recipe=recipe, module_filter_fn=layers, fuse=fuse)
+            convert_to_halo_training(model, recipe=config, module_filter_fn=layers, fuse=fuse)
 
         return convert
 
@@ -139,6 +142,8 @@ def variants(device: str) -> list[Variant]:
         *found,
         Variant("halo_train fp8", halo()),
         Variant("halo_train fp8, inputs rounded again", halo(recompute_inputs=True)),
+        Variant("halo_train int8", halo(recipe="int8")),
+        Variant("halo_train int8, inputs rounded again", halo(recipe="int8", recompute_inputs=True)),
         Variant("halo_train fp8, output layer too", halo(every_layer)),
         Variant(
             "halo_train fp8, output layer too, inputs rounded again", halo(every_layer, recompute_inputs=True)
