@@ -10,6 +10,7 @@ Measured as ``halo-train bench step`` does it. Writes a dated JSON file, a table
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -18,25 +19,25 @@ from common import RESULTS, environment
 from step_table import save
 from torch import nn
 
-from halo_train import HaloConfig, convert_to_halo_training
+from halo_train import RECIPES, HaloConfig, convert_to_halo_training
 from halo_train.bench.linear import require_gpu
 from halo_train.bench.step import CHECKPOINTING, Case, add_arguments, measure, recipe_case, recipes, size_of
 
-UNFUSED = Case("fp8, fuse=False", lambda model: convert_to_halo_training(model, recipe="fp8", fuse=False))
-"""Every layer rounds what it reads, norms and SwiGLU write bfloat16."""
 
-LEAN = Case(
-    "fp8, recompute_inputs",
-    lambda model: convert_to_halo_training(model, recipe=HaloConfig(recompute_inputs=True)),
-)
-"""Norms' outputs and h are rounded again in backward."""
+def variants(recipe: str) -> list[Case]:
+    """A recipe with every layer rounding what it reads for itself (norms and SwiGLU write bfloat16); with norms' outputs and h
+    rounded again in backward; with the output layer in 8 bits."""
 
+    def case(what: str, recipe: str | HaloConfig, **options: bool) -> Case:
+        return Case(what, lambda model: convert_to_halo_training(model, recipe=recipe, **options))
 
-OUTPUT_LAYER = Case(
-    "fp8, output layer too",
-    lambda model: convert_to_halo_training(model, recipe="fp8", output_layer=True),
-)
-"""Its three products in 8 bits, with either loss."""
+    lean = dataclasses.replace(RECIPES[recipe], recompute_inputs=True)
+    return [
+        case(f"{recipe}, fuse=False", recipe, fuse=False),
+        case(f"{recipe}, recompute_inputs", lean),
+        case(f"{recipe}, output layer too", recipe, output_layer=True),
+        case(f"{recipe}, recompute_inputs, output layer too", lean, output_layer=True),
+    ]
 
 
 def torchao_cases() -> list[Case]:
@@ -71,9 +72,7 @@ def main() -> None:
     require_gpu(parser)
     cases = [
         *(recipe_case(recipe) for recipe in recipes(args)),
-        UNFUSED,
-        LEAN,
-        OUTPUT_LAYER,
+        *(case for recipe in recipes(args)[1:] for case in variants(recipe)),
         *torchao_cases(),
     ]
     if args.only:
