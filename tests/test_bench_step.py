@@ -12,7 +12,7 @@ import torch
 from halo_train.bench.step import LOSSES, Case, Size, Training, build, recipe_case
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from bench_step import OUTPUT_LAYER
+from bench_step import variants
 from step_table import CATEGORIES, table
 
 SIZE = Size(
@@ -20,9 +20,10 @@ SIZE = Size(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case", [recipe_case("bf16"), recipe_case("fp8"), OUTPUT_LAYER], ids=lambda case: case.name
-)
+CASES = [*map(recipe_case, ("bf16", "fp8", "int8")), *variants("fp8"), *variants("int8")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_both_losses_are_the_same_training(case: Case) -> None:
     losses = []
     for loss in LOSSES:
