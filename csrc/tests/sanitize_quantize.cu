@@ -156,11 +156,12 @@ int main(int argc, char** argv) {
       for (const bool few : {true, false}) {
         for (size_t i = part; i < std::size(shapes); i += parts) {
           const auto& shape = shapes[i];
-          // More rows than the thread blocks hold, so that some take a second one.
-          const int64_t many = shape.cols >= 12288                     ? 270
-                               : shape.block == 8192                   ? 534
-                               : shape.block > 1 && shape.cols <= 2048 ? 2200
-                                                                       : 1060;
+          // More rows than the thread blocks hold, so that some take a second one; of gradients, vectors down
+          // the columns.
+          const int64_t many = shape.cols >= 12288                     ? 272
+                               : shape.block == 8192                   ? 544
+                               : shape.block > 1 && shape.cols <= 2048 ? 2208
+                                                                       : 1072;
           for (const int64_t rows : few ? std::vector<int64_t>{1, 37} : std::vector<int64_t>{many}) {
             run(type.dtype, type.size, qtype, rows, shape.cols, shape.block);
             run_fused(type.dtype, type.size, qtype, rows, shape.cols, shape.block);
