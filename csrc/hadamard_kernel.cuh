@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
     return first << L::kLogN;
   };
   const int in = (lane & 7) << L::kVectorBits | (lane >> 3) << L::kLaneBit | warp << L::kWarpBit;
-  const int out = thread << L::kLowBits;
+  const int out = L::out(thread);
   uint32_t column;
   uint4 raw[L::kParts][L::kLoads];
   const auto load = [&](int64_t index) {
@@ -267,8 +267,7 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
 #pragma unroll
     for (int i = 0; i < L::kParts; ++i) {
 #pragma unroll
-      for (int j = 0; j < L::kLoads; ++j)
-        raw[i][j] = detail::load16(x + (i << L::kLogN) + (j << L::kLineBit));
+      for (int j = 0; j < L::kLoads; ++j) raw[i][j] = detail::load16(x + (i << L::kLogN) + L::load(j));
     }
   };
   load(task);
@@ -288,7 +287,7 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
           flips[0] = flips[1] = 0;
 #pragma unroll
           for (int j = 0; j < L::kLoads; ++j) {
-            const uint4 s = __ldg(reinterpret_cast<const uint4*>(signs + (j << L::kLineBit)));
+            const uint4 s = __ldg(reinterpret_cast<const uint4*>(signs + L::load(j)));
             flips[j / 4] |= (s.x & 0x80008000u) >> (4 * j % 16) | (s.y & 0x80008000u) >> (4 * j % 16 + 1) |
                             (s.z & 0x80008000u) >> (4 * j % 16 + 2) | (s.w & 0x80008000u) >> (4 * j % 16 + 3);
           }
@@ -306,7 +305,7 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
         for (int i = 0; i < L::kParts; ++i) {
 #pragma unroll
           for (int j = 0; j < L::kLoads; ++j) {
-            const T* s = signs + (i << L::kLogN) + (j << L::kLineBit);
+            const T* s = signs + (i << L::kLogN) + L::load(j);
             detail::flip_signs<T>(raw[i][j], __ldg(reinterpret_cast<const uint4*>(s)));
           }
         }
@@ -338,7 +337,7 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
 #pragma unroll
       for (int i = 0; i < L::kValues; ++i) {
         if (i & 2) continue;
-        const int word = L::word((i & 1) << 5 | (i >> 2 & 1) << 2 | i >> 3 << L::kLineBit);
+        const int word = L::word((i & 1) << 5 | (i >> 2 & 1) << 2 | L::load(i >> 3));
         float* target = flipped[word >> 2 & 1] + (word & ~L::kSwizzled);
         *reinterpret_cast<float2*>(target) = make_float2(v[i], v[i + 2]);
       }

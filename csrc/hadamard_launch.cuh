@@ -82,9 +82,8 @@ cudaError_t launch_staying(const HadamardParams<typename L::T>& p, int device, c
   return cudaGetLastError();
 }
 
-// Whether blocks that fill a multiprocessor are better halved (see kParts): with fewer than `few` halves of a
-// block for each multiprocessor, or where a GPU has too little shared memory for a whole one. Halves cannot
-// work in place.
+// Whether large blocks are better halved (see kLogParts): with fewer than `few` halves of a block for each
+// multiprocessor, or where a GPU has too little shared memory for a whole one. Halves cannot work in place.
 template <typename Whole>
 bool halved(const HadamardParams<typename Whole::T>& p, int device, int few) {
   const int count = multiprocessors(device);
@@ -120,7 +119,7 @@ cudaError_t launch_sized(const HadamardParams<T>& p, int device, cudaStream_t st
       case 8:
         return launch_warps<HadamardLayout<T, 8, 4, 2, true>>(p, stream);
       case 9:
-        return launch_blocks<HadamardLayout<T, 9, 4, 0, true>, 4, 10, 0>(p, device, stream);
+        return launch_blocks<HadamardLayout<T, 9, 4, 0, true>, 4, 10, 320>(p, device, stream);
       case 10:
         return launch_blocks<HadamardLayout<T, 10, 4, 0>, 1, 32, 160>(p, device, stream);
       case 11:
@@ -129,13 +128,20 @@ cudaError_t launch_sized(const HadamardParams<T>& p, int device, cudaStream_t st
         return launch_blocks<HadamardLayout<T, 12, 5, 0, true>, 1, 8, 45>(p, device, stream);
       case 13:
         return launch_blocks<HadamardLayout<T, 13, 5, 0, true>, 1, 4, 30>(p, device, stream);
-      case 14:
-        return launch_blocks<HadamardLayout<T, 14, 6, 0, true>, 1, 3, 20>(p, device, stream);
-      case 15:
-        if (halved<HadamardLayout<T, 15, 6, 1>>(p, device, 4)) {
+      case 14: {
+        using Whole = HadamardLayout<T, 14, 6, 0, false, 0, true>;
+        if (halved<Whole>(p, device, 4)) {
+          return launch_blocks<HadamardLayout<T, 13, 5, 0, false, 1>, 1, 4, 0>(p, device, stream);
+        }
+        return launch_blocks<Whole, 1, 3, 20>(p, device, stream);
+      }
+      case 15: {
+        using Whole = HadamardLayout<T, 15, 6, 1, false, 0, true>;
+        if (halved<Whole>(p, device, 4)) {
           return launch_blocks<HadamardLayout<T, 14, 6, 0, false, 1>, 1, 2, 10>(p, device, stream);
         }
-        return launch_staying<HadamardLayout<T, 15, 6, 1>>(p, device, stream);
+        return launch_staying<Whole>(p, device, stream);
+      }
     }
   } else {
     switch (p.log_block) {

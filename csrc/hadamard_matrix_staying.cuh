@@ -11,10 +11,10 @@
 //    columns of each slab and does the butterflies on bits 1, 2 and from 7 on.
 // 3. Scale, factors, one rounding, whole lines to memory.
 //
-// Thread blocks stay and stride over the blocks. When the warps of a slab have read it, one of them sends for
-// that of the next block, and for the L2 cache to call in the one after. What a warp reads in step 2 are as
-// many words as it writes in step 1, so it writes the next block where it has just read: one barrier a block
-// is enough.
+// Thread blocks stay and stride over the blocks. When the warps of a slab have read it, the first of them
+// sends for that of the next block, and for the L2 cache to call in the one after; the others do not wait for
+// that. What a warp reads in step 2 are as many words as it writes in step 1, so it writes the next block
+// where it has just read: one barrier a block is enough.
 
 #pragma once
 
@@ -73,15 +73,17 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t phase) {
   } while (done == 0);
 }
 
-// Barrier of the warps of a slab, one for each tile. Numbers follow those of the tiles. With the number in a
-// register the compiler reserves all sixteen, which leaves a multiprocessor four thread blocks: as many as
-// there are.
+// Called by the warps of a slab, one for each tile, when they have read it; of the first one it returns after
+// all the others' calls. Numbers of barriers follow those of the tiles. With the number in a register the
+// compiler reserves all sixteen, which leaves a multiprocessor four thread blocks: as many as there are.
 template <int kTiles>
-__device__ __forceinline__ void slab_barrier(int slab) {
+__device__ __forceinline__ void slab_read(int slab, int tile) {
   if constexpr (kTiles == 1) {
     __syncwarp();
-  } else {
+  } else if (tile == 0) {
     asm volatile("bar.sync %0, %1;" ::"r"(kTiles + 1 + slab), "n"(32 * kTiles) : "memory");
+  } else {
+    asm volatile("bar.arrive %0, %1;" ::"r"(kTiles + 1 + slab), "n"(32 * kTiles) : "memory");
   }
 }
 
@@ -230,7 +232,7 @@ __global__ void __launch_bounds__(L::kThreads, kMinBlocks)
         }
       }
     }
-    detail::slab_barrier<kTiles>(slab);
+    detail::slab_read<kTiles>(slab, tile);
     if (tile == 0) {
       if (block + stride < p.blocks) fetch(block + stride);
       call_ahead(block + 2 * stride);

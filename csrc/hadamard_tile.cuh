@@ -13,9 +13,9 @@
 //    register bits.
 // 4. One multiplication by the scale, one rounding, one store.
 //
-// Bits are done in ascending order within 1 and then from 2 on, whatever the configuration, so for one n and
-// type the sums are the same for every number of rows (but for n = 32768, where few rows are halved, see
-// kParts).
+// Bits are done in ascending order within 1 and then from 2 on, whatever the configuration, but for a top bit
+// that is done first (kTopFirst, kLogParts). So for one n and type the sums are the same for every number of
+// rows (but for float32 and n = 32768, where few rows are halved, see kLogParts).
 
 #pragma once
 
@@ -71,15 +71,16 @@ struct Pair<__half> {
   }
 };
 
-__device__ __forceinline__ void butterfly(float& a, float& b) {
-  const float t = a;
+template <typename V>
+__device__ __forceinline__ void butterfly(V& a, V& b) {
+  const V t = a;
   a = t + b;
   b = t - b;
 }
 
 // Butterfly on one bit of the register index.
-template <int kBit, int kValues>
-__device__ __forceinline__ void butterfly_registers(float (&v)[kValues]) {
+template <int kBit, typename V, int kValues>
+__device__ __forceinline__ void butterfly_registers(V (&v)[kValues]) {
   static_assert((2 << kBit) <= kValues, "the bit must be one of the register index");
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
@@ -115,7 +116,7 @@ __device__ __forceinline__ void butterfly_lanes(float (&v)[kValues], int lane_ma
 // Where the bits of an index are; the only place that knows. kShuffled of the lane bits 3 and 4 are done by
 // shuffles before the exchange between warps (all of them when there is none).
 template <typename T_, int kLogN_, int kLogValues_, int kShuffled_ = 2, bool kFiveBits_ = false,
-          int kLogParts_ = 0>
+          int kLogParts_ = 0, bool kTopFirst_ = false>
 struct HadamardLayout {
   using T = T_;
   static constexpr int kLogN = kLogN_;
@@ -127,12 +128,23 @@ struct HadamardLayout {
   static constexpr int kLineBit = kVectorBits + 3;
   static constexpr int kLogLoads = kLogValues - kVectorBits;
   static constexpr int kLoads = 1 << kLogLoads;
-  static constexpr int kLaneBit = kLineBit + kLogLoads;  // lanes 3 and 4 hold bits kLaneBit and kLaneBit + 1
+  // The upper half of the loads is that of the block, and the top bit is done first, with the same sums as in
+  // blocks of two parts.
+  static constexpr bool kTopFirst = kTopFirst_;
+  static constexpr int kLogLines = kLogLoads - (kTopFirst ? 1 : 0);  // loads of one half
+  static constexpr int kLaneBit = kLineBit + kLogLines;  // lanes 3 and 4 hold bits kLaneBit and kLaneBit + 1
   static constexpr int kWarpBit = kLaneBit + 2;
-  static constexpr bool kExchange = kLogN >= kWarpBit;  // a tile lies within a block
-  static constexpr int kLogWarps = kExchange ? kLogN - kWarpBit : 0;
+  static constexpr bool kExchange = kLogN >= kWarpBit;      // a tile lies within a block
+  static constexpr int kTop = kLogN - (kTopFirst ? 1 : 0);  // bits from here on are done first
+  static constexpr int kLogWarps = kExchange ? kTop - kWarpBit : 0;
   static constexpr int kWarps = 1 << kLogWarps;  // that share a block
   static_assert(kLogLoads >= 0, "a tile is at least one 16-byte load");
+  static_assert(!kTopFirst || (kLogLoads > 0 && kExchange), "a load of either half");
+
+  // Offset of a thread's j-th load.
+  static __host__ __device__ constexpr int load(int j) {
+    return (j & ((1 << kLogLines) - 1)) << kLineBit | j >> kLogLines << (kLogN - 1);
+  }
 
   // The smallest kernel serves all blocks up to its own with masks: a product with a matrix that has zeros
   // would carry inf and NaN from one block into the next, so it does not use the tensor cores.
@@ -146,11 +158,16 @@ struct HadamardLayout {
 
   // After the exchange a thread holds the kLowBits lowest and the kHighBits highest index bits.
   static constexpr int kDone = kLaneBit + kShuffled;  // bits below are done before the exchange
-  static constexpr int kFree = kLogValues - (kLogN - kDone);
+  static constexpr int kFree = kLogValues - (kTop - kDone);
   static_assert(!kExchange || kFree >= 0, "too many bits left for the registers of a thread: shuffle more");
   static constexpr int kLowBits = kFree < kVectorBits ? kFree : kVectorBits;
   static constexpr int kHighBits = kLogValues - kLowBits;
-  static constexpr int kHighBit = kLogN - kHighBits;
+  static constexpr int kHighBit = kTop - kHighBits;
+  // The first of its elements.
+  static __host__ __device__ constexpr int out(int thread) {
+    constexpr int kBits = kHighBit - kLowBits;
+    return (thread & ((1 << kBits) - 1)) << kLowBits | thread >> kBits << kTop;
+  }
 
   // A block of 2^(kLogN + 1) whose top bit is done first, by the sums or differences of its two parts: a task
   // then is one half of the result, which reads the whole block and goes on as a block of 2^kLogN.
@@ -238,15 +255,13 @@ __device__ __forceinline__ void transform_tile(const uint4 (&raw)[L::kParts][L::
   if constexpr (L::kTensor) {
     const auto product = [&](float* d, const uint2& x0, const uint2& x1, const float4& c) {
       detail::Pair<T>::mma(d, a, x0, c);
-      if constexpr (L::kParts > 1) detail::Pair<T>::mma(d, a, x1, make_float4(d[0], d[1], d[2], d[3]));
+      if constexpr (L::kParts > 1 || L::kTopFirst)
+        detail::Pair<T>::mma(d, a, x1, make_float4(d[0], d[1], d[2], d[3]));
     };
-#pragma unroll
-    for (int j = 0; j < L::kLoads; ++j) {
-      const uint4 x0 = raw[0][j];
-      uint4 x1 = raw[L::kParts - 1][j];
-      x1 = make_uint4(x1.x ^ flip, x1.y ^ flip, x1.z ^ flip, x1.w ^ flip);
+    // Eight values of load j, of a block of two parts or halves with the second one's signs in `change`.
+    const auto products = [&](float* d, const uint4& x0, const uint4& second, uint32_t change) {
+      const uint4 x1 = make_uint4(second.x ^ change, second.y ^ change, second.z ^ change, second.w ^ change);
       const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      float* d = v + 8 * j;
       if constexpr (L::kFiveBits) {
         float s[4];
         product(s, make_uint2(x0.x, x0.y), make_uint2(x1.x, x1.y), zero);
@@ -256,6 +271,16 @@ __device__ __forceinline__ void transform_tile(const uint4 (&raw)[L::kParts][L::
       } else {
         product(d, make_uint2(x0.x, x0.y), make_uint2(x1.x, x1.y), zero);
         product(d + 4, make_uint2(x0.z, x0.w), make_uint2(x1.z, x1.w), zero);
+      }
+    };
+#pragma unroll
+    for (int j = 0; j < 1 << L::kLogLines; ++j) {
+      if constexpr (L::kTopFirst) {
+        constexpr int kHalf = L::kLoads / 2;
+        products(v + 8 * j, raw[0][j], raw[0][j + kHalf], 0);
+        products(v + 8 * (j + kHalf), raw[0][j], raw[0][j + kHalf], minus);
+      } else {
+        products(v + 8 * j, raw[0][j], raw[L::kParts - 1][j], flip);
       }
     }
     if constexpr (!L::kFiveBits) detail::butterfly_registers<2>(v);
@@ -294,10 +319,10 @@ __device__ __forceinline__ void transform_tile(const uint4 (&raw)[L::kParts][L::
     }
   }
   constexpr int kFirst = L::kTensor ? 3 : L::kVectorBits;
-  if constexpr (L::kLogLoads > 0 && L::kLogN > L::kLineBit) detail::butterfly_registers<kFirst>(v);
-  if constexpr (L::kLogLoads > 1 && L::kLogN > L::kLineBit + 1) detail::butterfly_registers<kFirst + 1>(v);
-  if constexpr (L::kLogLoads > 2 && L::kLogN > L::kLineBit + 2) detail::butterfly_registers<kFirst + 2>(v);
-  if constexpr (L::kLogLoads > 3 && L::kLogN > L::kLineBit + 3) detail::butterfly_registers<kFirst + 3>(v);
+  if constexpr (L::kLogLines > 0 && L::kLogN > L::kLineBit) detail::butterfly_registers<kFirst>(v);
+  if constexpr (L::kLogLines > 1 && L::kLogN > L::kLineBit + 1) detail::butterfly_registers<kFirst + 1>(v);
+  if constexpr (L::kLogLines > 2 && L::kLogN > L::kLineBit + 2) detail::butterfly_registers<kFirst + 2>(v);
+  if constexpr (L::kLogLines > 3 && L::kLogN > L::kLineBit + 3) detail::butterfly_registers<kFirst + 3>(v);
   // The products have moved index bits kLaneBit and kLaneBit + 1 to lanes 0 and 1.
   if constexpr (L::kShuffled > 0 && L::kLogN > L::kLaneBit) detail::butterfly_lanes(v, L::kTensor ? 1 : 8);
   if constexpr (L::kShuffled > 1 && L::kLogN > L::kLaneBit + 1)

@@ -81,10 +81,10 @@ def test_factors_after_the_rotation(n: int, blocks: int, dtype: torch.dtype) -> 
         y = ops.hadamard(x, n, scale, s, factors)
         assert_rounded_once(y, expected(x, n, scale, s), n, factors)
         assert torch.equal(ops.hadamard(x, n, scale, s, factors), y)
-        # Halves of a block of 32768 are not used in place, and add in another order.
         z = x.clone()
         ops.hadamard_(z, n, scale, s, factors)
-        if n < 32768:
+        # Halves of a block of 32768 are not used in place, and of float32 add in another order.
+        if n < 32768 or dtype in HALF:
             assert torch.equal(z, y)
         assert_rounded_once(z, expected(x, n, scale, s), n, factors)
     ones = ops.hadamard(x, n, scale, None, torch.ones_like(factors))
@@ -162,6 +162,18 @@ def test_row_counts_and_determinism(n: int) -> None:
         assert torch.equal(ops.hadamard(x, n, 1 / math.sqrt(n)), y)
     for rows in counts:
         assert torch.equal(ops.hadamard(x[:rows], n, 1 / math.sqrt(n)), y[:rows]), rows
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("n", [8192, 16384, 32768])
+def test_few_rows_are_halved_with_the_same_bits(n: int, dtype: torch.dtype) -> None:
+    x = randn(1100, n, dtype=dtype)
+    y = ops.hadamard(x, n, 1 / math.sqrt(n))
+    for rows in (1, 2, 40, 131, 132, 133, 263, 264, 265, 527, 528, 529):
+        assert torch.equal(ops.hadamard(x[:rows], n, 1 / math.sqrt(n)), y[:rows]), rows
+        z = x[:rows].clone()
+        ops.hadamard_(z, n, 1 / math.sqrt(n))
+        assert torch.equal(z, y[:rows]), rows
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

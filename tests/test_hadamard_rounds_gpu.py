@@ -19,8 +19,9 @@ SIZES = [2**k for k in range(6, 16)]
 
 
 def assert_rounded_once(y: Tensor, exact: Tensor, block: int) -> None:
-    """Twice the additions of one round: float16 has up to 1.2e-3 mismatches, bfloat16 2e-4."""
-    assert_rounded(y, exact, block, mismatches=2e-3 if y.dtype == torch.float16 else 1e-3)
+    """As for one round. What is less than 1e-3 in ``test_share_of_mismatches`` may be four standard deviations more here."""
+    scatter = 4 * math.sqrt(1e-3 / max(y.numel(), 16000)) if y.dtype == torch.float16 else 0.0
+    assert_rounded(y, exact, block, mismatches=1e-3 + scatter)
 
 
 def bits_of(n: int, seed: int) -> Tensor:
@@ -56,8 +57,21 @@ def test_matches_float64(n: int, dtype: torch.dtype) -> None:
             assert torch.equal(z, y)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_share_of_mismatches(n: int, dtype: torch.dtype) -> None:
+    """Twice the additions of one round, and still fewer than 1e-3 of the elements differ from the rounded exact result."""
+    first, middle = bits_of(n, 0), bits_of(n, 1)
+    wrong, rows = 0, (1 << 22) // n
+    for seed in range(4):
+        x = randn(rows, n, dtype=dtype, seed=seed)
+        exact = two_rounds(x, n, 1 / n, first, middle, None)
+        wrong += int((ops.hadamard_rounds(x, n, 1 / n, first, middle) != exact.to(dtype)).sum())
+    assert wrong < 1e-3 * 4 * rows * n
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [64, 512, 2048, 32768])
+@pytest.mark.parametrize("n", [64, 512, 1024, 2048, 4096, 32768])
 def test_a_row_does_not_depend_on_how_many_there_are(n: int, dtype: torch.dtype) -> None:
     first, middle = bits_of(n, 0), bits_of(n, 1)
     x = randn(300, n, dtype=dtype)

@@ -1,7 +1,7 @@
 // Every Hadamard kernel once, on small odd shapes, without PyTorch: for compute-sanitizer, which would take
 // minutes with it. Arguments choose among rows, rounds, columns and matrix; none is all.
-//     nvcc -std=c++17 -O3 -lineinfo -arch=sm_90 -Icsrc csrc/tests/sanitize.cu csrc/hadamard*.cu -o
-//     build/sanitize
+//     nvcc -std=c++17 -O3 -lineinfo -gencode=arch=compute_90a,code=sm_90a -Icsrc csrc/tests/sanitize.cu
+//     csrc/hadamard*.cu -o build/sanitize
 //     for tool in memcheck racecheck synccheck; do
 //       compute-sanitizer --tool $tool --error-exitcode 1 build/sanitize
 //     done
