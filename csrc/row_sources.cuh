@@ -255,7 +255,7 @@ struct PlainRows {
   using Loader =
       std::conditional_t<sizeof(T) == 2, detail::RegisterLoader<T, L>, detail::SharedLoader<T, L, 1>>;
   template <bool kRotated, bool kExchange>
-  using Factors = std::conditional_t<kScaled, detail::PowerFactors<false>, detail::NoFactors>;
+  using Factors = std::conditional_t<kScaled, detail::PowerFactors<kExchange>, detail::NoFactors>;
 
   const T* x;
   int64_t stride;
