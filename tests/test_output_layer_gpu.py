@@ -75,6 +75,7 @@ def test_chunks_against_float64(recipe: str, chunk: int) -> None:
     rounding = rounding_of(head, h)
     loss = LinearCrossEntropy.apply(h, head.weight, head.bias, targets, LogitMap(), chunk, rounding)
     found = torch.autograd.grad(loss, (h, head.weight, head.bias))
-    assert loss.item() == pytest.approx(exact.item(), rel=2e-3)
+    # Rounded to nearest, e4m3 makes products of like operands smaller by 1.4e-3: the logits of the targets here.
+    assert loss.item() == pytest.approx(exact.item(), rel=4e-3 if recipe == "fp8" else 1e-3)
     for ours, theirs in zip(found, expected, strict=True):
         assert sqnr_db(theirs, ours) > 24
