@@ -53,8 +53,8 @@ struct RotateShared {
   static constexpr int kFactors =
       static_cast<int>(sizeof(typename Factors::Word)) * Factors::kWords * kTile / 8;
 
-  // Several rows in a thread block, which share the factors. Where rows wait in registers and exchange, thread
-  // blocks of one row are faster.
+  // Several rows in a thread block, which share the factors. Where rows wait in registers and exchange,
+  // thread blocks of one row are faster.
   static constexpr bool kGrouped = kStaged || (kFactors > 0 && !L::kExchange);
 
   // Bytes of a thread block.
