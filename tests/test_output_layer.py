@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 from test_training_loss import FAMILIES, SMALL, build, gradients
 from torch import nn
+from training_fixtures import write_run
 
 from halo_train import (
     RECIPES,
@@ -19,9 +21,11 @@ from halo_train import (
     measure_products,
     revert,
 )
+from halo_train.training.config import load_config
 from halo_train.training.data import IGNORE
 from halo_train.training.loss import LinearCrossEntropy, LogitMap, TokenLoss
 from halo_train.training.output_layer import rounding_of
+from halo_train.training.precision import convert
 
 ROUNDING = [name for name in RECIPES if name != "bf16"]
 
@@ -197,6 +201,16 @@ def test_int8_would_lose_probabilities() -> None:
     )
     with pytest.raises(ValueError, match="lm_head is an output layer of 512 words"):
         convert_to_halo_training(model, recipe="int8", module_filter_fn=lambda *_: True)
+
+
+def test_the_field_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(write_run(tmp_path), ["quant.output_layer=true", "quant.recipe=int8"])
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**{**SMALL, "vocab_size": 512})
+    )
+    convert(model, {"*": RECIPES["int8"]}, config, tmp_path)
+    assert "8 linear layers run int8 (7 int8, 1 fp8)" in capsys.readouterr().out
+    assert head_of(model).config == RECIPES["fp8"]
 
 
 def test_what_cannot_be_converted_is_an_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -82,7 +83,9 @@ def convert(
         raise UserError(f"quant.recipe={label} cannot be applied to {config.model.path}: {error}") from error
     path = folder / "conversion.json"
     write_atomically(path, json.dumps(report.to_dict(), indent=2) + "\n")
-    print(f"{len(report.converted)} linear layers run {label}; {path} names them; left alone:")
+    by_recipe = Counter(layer.recipe for layer in report.converted)
+    each = f" ({', '.join(f'{n} {name}' for name, n in by_recipe.items())})" if len(by_recipe) > 1 else ""
+    print(f"{len(report.converted)} linear layers run {label}{each}; {path} names them; left alone:")
     for skip in report.skipped:
         print(f"  {skip.name}: {skip.reason}", flush=True)
     rounds = any(recipe.format is not Format.HIGH_PRECISION for recipe in recipes.values())
