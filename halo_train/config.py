@@ -132,10 +132,12 @@ class HaloConfig:
 
     @property
     def name(self) -> str:
-        """Recipe name, or the fields of a config that is no named recipe."""
+        """Recipe name, also of one with other sums, or the fields of a config that is no named recipe."""
         for name, config in RECIPES.items():
             if config == self:
                 return name
+            if dataclasses.replace(config, fast_accum=False) == self:
+                return f"{name}, fast_accum=False"
         parts = [self.format.value, f"grad_{self.grad_format.value}", self.scaling.value]
         flags = ("rotate_k", "rotate_m_dgrad", "requantize_w_dgrad", "equalize", "recompute_inputs")
         parts += [flag for flag in flags if getattr(self, flag)]

@@ -101,8 +101,8 @@ def convert_to_halo_training(
             the first that matches decides; a layer that none matches is left alone. ``load_recipe`` reads one from a file.
         module_filter_fn: (layer, name) -> True to convert; replaces the default choice. It is asked only about layers
             that can be converted.
-        output_layer: True converts that too, tied to an embedding or not; where its recipe is one in int8, in e4m3 in its place. What
-            it costs in accuracy: docs/numerics.md, section 8.
+        output_layer: True converts that too, tied to an embedding or not; with float32 sums, and in e4m3 where its recipe is one
+            in int8. What it costs in accuracy: docs/numerics.md, section 8.
         tokens: how many a layer sees at once (micro-batch times length). With it, layers that would be slower in 8 bits than
             in bfloat16 are left alone, on GPUs whose rates are known (:mod:`halo_train.cost`).
         share_inputs: for models whose blocks are not fused: layers that read the same tensor, as q, k and v do, rotate, round
@@ -163,7 +163,7 @@ def convert_to_halo_training(
     for name, layer in chosen:
         shape = (layer.out_features, layer.in_features)
         config = recipe_of_layer(recipes, name)
-        if config is not None and config.grad_format is Format.INT8 and exclusion.is_output(layer, name):
+        if config is not None and exclusion.is_output(layer, name):
             config = _of_output_layer(layer, name, config, output_layer)
         if config is None:
             skipped.append(SkippedLayer(name, shape, "no pattern of the recipe matches its name"))
@@ -251,17 +251,18 @@ class _Exclusion:
 
 
 def _of_output_layer(layer: nn.Linear, name: str, config: HaloConfig, chosen_by_default: bool) -> HaloConfig:
-    """An int8 recipe as an output layer runs it: int8 rounds all probabilities below 1/254 of a token's largest to zero, and training
-    stands still."""
-    if layer.out_features <= _INT8_STEPS:
-        return config
-    if not chosen_by_default:
-        raise ValueError(
-            f"convert_to_halo_training: {name} is an output layer of {layer.out_features} words, and {config.name} would round their "
-            f"probabilities below 1/{_INT8_STEPS} to zero in backward; give it another recipe, {{{name!r}: 'fp8', '*': "
-            f"{config.name!r}}}, or take output_layer=True instead of module_filter_fn"
-        )
-    return dataclasses.replace(config, format=Format.E4M3, grad_format=Format.E4M3)
+    """A recipe as an output layer runs it: docs/numerics.md, section 8. int8 rounds all probabilities below 1/254 of a token's largest
+    to zero, and training stands still; sums of few large and very many small terms need more bits than fast ones have."""
+    if config.grad_format is Format.INT8 and layer.out_features > _INT8_STEPS:
+        if not chosen_by_default:
+            raise ValueError(
+                f"convert_to_halo_training: {name} is an output layer of {layer.out_features} words, and {config.name} would round "
+                f"their probabilities below 1/{_INT8_STEPS} to zero in backward; give it another recipe, {{{name!r}: 'fp8', '*': "
+                f"{config.name!r}}}, or take output_layer=True instead of module_filter_fn"
+            )
+        config = dataclasses.replace(config, format=Format.E4M3, grad_format=Format.E4M3)
+    in_float8 = config.grad_format in (Format.E4M3, Format.E5M2)
+    return dataclasses.replace(config, fast_accum=False) if in_float8 else config
 
 
 def _why_slower(layer: nn.Linear, config: HaloConfig, tokens: int | None) -> str:

@@ -15,6 +15,7 @@ from training_fixtures import write_run
 
 from halo_train import (
     RECIPES,
+    HaloConfig,
     HaloLinear,
     QuantMetrics,
     convert_to_halo_training,
@@ -190,7 +191,7 @@ def test_the_report_says_so() -> None:
 
 def test_int8_would_lose_probabilities() -> None:
     """Of 512 words; 96 are told apart."""
-    for words, name in ((512, "fp8"), (96, "int8")):
+    for words, name in ((512, "fp8, fast_accum=False"), (96, "int8")):
         config = transformers.LlamaConfig(**{**SMALL, "vocab_size": words})
         model = transformers.AutoModelForCausalLM.from_config(config)
         report = convert_to_halo_training(model, recipe="int8", output_layer=True)
@@ -209,8 +210,8 @@ def test_the_field_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         transformers.LlamaConfig(**{**SMALL, "vocab_size": 512})
     )
     convert(model, {"*": RECIPES["int8"]}, config, tmp_path)
-    assert "8 linear layers run int8 (7 int8, 1 fp8)" in capsys.readouterr().out
-    assert head_of(model).config == RECIPES["fp8"]
+    assert "8 linear layers run int8 (7 int8, 1 fp8, fast_accum=False)" in capsys.readouterr().out
+    assert head_of(model).config == HaloConfig(fast_accum=False)
 
 
 def test_what_cannot_be_converted_is_an_error() -> None:

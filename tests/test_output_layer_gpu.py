@@ -43,8 +43,7 @@ def operands(
 )
 def test_one_chunk_is_the_layer_by_itself(vocabulary: int, dtype: torch.dtype, recipe: str) -> None:
     h, head, targets = operands(vocabulary, 512, 300, dtype)
-    config = dataclasses.replace(RECIPES[recipe], fast_accum=False)  # as the loss sums logits
-    head = HaloLinear.from_linear(head.to_linear(), config)
+    head = HaloLinear.from_linear(head.to_linear(), recipe)
     logit_map = LogitMap(0.5, 20.0)
 
     def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
@@ -66,7 +65,8 @@ def test_one_chunk_is_the_layer_by_itself(vocabulary: int, dtype: torch.dtype, r
 @pytest.mark.parametrize("chunk", [128, 1024, 1000])
 def test_chunks_against_float64(recipe: str, chunk: int) -> None:
     h, head, targets = operands(50257, 768, 2048, torch.bfloat16)
-    head = HaloLinear.from_linear(head.to_linear(), recipe)
+    config = dataclasses.replace(RECIPES[recipe], fast_accum=False)  # as it is converted
+    head = HaloLinear.from_linear(head.to_linear(), config)
     exact_h, exact_w = h.detach().double().requires_grad_(), head.weight.detach().double().requires_grad_()
     exact_b = head.bias.detach().double().requires_grad_()
     exact = F.cross_entropy(exact_h @ exact_w.t() + exact_b, targets, reduction="sum")

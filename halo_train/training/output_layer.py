@@ -111,8 +111,7 @@ class RoundedProducts:
 
     def logits(self, h: Tensor) -> Tensor:
         self._x = quantize_input(h, self._inverse, self._config)
-        # The few bits of fast sums shrink logits by some 1e-3, which shows in the loss.
-        z = matmul(self._x, self._rows, self._dtype, fast_accum=False)
+        z = matmul(self._x, self._rows, self._dtype, self._config.fast_accum)
         z = crop(z, h.shape[0], self._shape[0])
         return z if self._bias is None else z.add_(self._bias)
 
