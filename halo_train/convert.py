@@ -165,6 +165,11 @@ def convert_to_halo_training(
         config = recipe_of_layer(recipes, name)
         if config is not None and exclusion.is_output(layer, name):
             config = _of_output_layer(layer, name, config, output_layer)
+        if config is None and output_layer and exclusion.is_output(layer, name):
+            raise ValueError(
+                f"convert_to_halo_training: output_layer=True needs a recipe for the output layer {name!r}; no pattern of "
+                f"{', '.join(map(repr, recipes))} matches it; add {{{name!r}: 'fp8'}}, or leave output_layer out"
+            )
         if config is None:
             skipped.append(SkippedLayer(name, shape, "no pattern of the recipe matches its name"))
         elif slower := _why_slower(layer, config, tokens):

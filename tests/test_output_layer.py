@@ -218,6 +218,11 @@ def test_what_cannot_be_converted_is_an_error() -> None:
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL))
     with pytest.raises(ValueError, match=r"let module_filter_fn return True"):
         convert_to_halo_training(model, output_layer=True, module_filter_fn=lambda *_: True)
+    with pytest.raises(
+        ValueError, match=r"recipe for the output layer 'lm_head'; no pattern of '\*mlp\*' matches it"
+    ):
+        convert_to_halo_training(model, output_layer=True, recipe={"*mlp*": "fp8"})
+    assert type(model.lm_head) is type(model.model.layers[0].mlp.up_proj) is nn.Linear
     with pytest.raises(ValueError, match=r"output_layer=True needs .* none was found"):
         convert_to_halo_training(model.model, output_layer=True)
 
