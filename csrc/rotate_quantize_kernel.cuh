@@ -44,7 +44,7 @@ constexpr int kNotRotated = -1;
 template <typename Source, typename L, bool kRotated>
 struct RotateShared {
   using Loader = typename Source::template Loader<L>;
-  using Factors = typename Source::template Factors<kRotated, L::kExchange>;
+  using Factors = typename Source::template Factors<kRotated, L::kLogWarps>;
   static constexpr bool kStaged = !std::is_same_v<Loader, detail::RegisterLoader<typename Source::T, L>>;
   static constexpr int kTile = 1 << L::kTileBits;
   static constexpr int kExchange = L::kExchange ? 4 * kTile : 0;  // bytes of a warp, likewise
@@ -53,9 +53,9 @@ struct RotateShared {
   static constexpr int kFactors =
       static_cast<int>(sizeof(typename Factors::Word)) * Factors::kWords * kTile / 8;
 
-  // Several rows in a thread block, which share the factors. Where rows wait in registers and exchange,
-  // thread blocks of one row are faster.
-  static constexpr bool kGrouped = kStaged || (kFactors > 0 && !L::kExchange);
+  // Several rows in a thread block, which share the factors. Where two warps share a block and rows wait in
+  // registers, thread blocks of one row are faster.
+  static constexpr bool kGrouped = kStaged || (kFactors > 0 && L::kLogWarps != 1);
 
   // Bytes of a thread block.
   static __host__ __device__ size_t bytes(int warps, int rows_at_once, int stages, bool shared_stage) {

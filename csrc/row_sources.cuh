@@ -254,8 +254,8 @@ struct PlainRows {
   template <typename L>
   using Loader =
       std::conditional_t<sizeof(T) == 2, detail::RegisterLoader<T, L>, detail::SharedLoader<T, L, 1>>;
-  template <bool kRotated, bool kExchange>
-  using Factors = std::conditional_t<kScaled, detail::PowerFactors<kExchange>, detail::NoFactors>;
+  template <bool kRotated, int kLogWarps>
+  using Factors = std::conditional_t<kScaled, detail::PowerFactors<kLogWarps == 1>, detail::NoFactors>;
 
   const T* x;
   int64_t stride;
@@ -298,7 +298,7 @@ struct RmsNormRows {
   static constexpr bool kNegated = true;  // of the terms, the first
   template <typename L>
   using Loader = detail::SharedLoader<T, L, 1>;
-  template <bool kRotated, bool kExchange>
+  template <bool kRotated, int kLogWarps>
   using Factors = detail::SignedFactors<kExact>;
 
   const T* x;
@@ -358,7 +358,7 @@ struct LayerNormRows : RmsNormRows<T_, false> {
   using T = T_;
   static constexpr Norm kNorm = Norm::kLayer;
   static constexpr bool kNegated = false;
-  template <bool kRotated, bool kExchange>
+  template <bool kRotated, int kLogWarps>
   using Factors = detail::AffineFactors;
 
   template <typename F>
@@ -423,8 +423,8 @@ struct GatedRows {
   static constexpr bool kNegated = false;
   template <typename L>
   using Loader = detail::SharedLoader<T, L, 2>;
-  template <bool kRotated, bool kExchange>
-  using Factors = std::conditional_t<kRotated, detail::PowerFactors<kExchange>, detail::FloatFactors>;
+  template <bool kRotated, int kLogWarps>
+  using Factors = std::conditional_t<kRotated, detail::PowerFactors<(kLogWarps > 0)>, detail::FloatFactors>;
 
   const T *gate, *up;
   int64_t gate_stride, up_stride;

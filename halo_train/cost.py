@@ -30,7 +30,7 @@ class Rates(NamedTuple):
     host_int8: float
 
 
-H200 = Rates(760e12, 1500e12, 1410e12, 3.6e12, 100e-6, 430e-6, 570e-6)
+H200 = Rates(657e12, 1310e12, 1465e12, 3.0e12, 100e-6, 380e-6, 320e-6)
 """With torch 2.11 (benchmarks/results/, bench_linear)."""
 
 _RATES = {(9, 0): H200}
