@@ -43,7 +43,8 @@ def test_recommendations():
         [
             sample(
                 good={"": 28.0, "int8": 40.0},
-                rotated={"": 15.0, "fp8_plain": 28.0, "int8": 40.0},
+                rotated={"": 15.0, "fp8_plain": 28.0, "int8": 20.0},
+                both={"": 16.0, "fp8_plain": 28.0, "int8": 40.0},
                 integer={"": 14.0, "fp8_plain": 16.0, "int8": 35.0},
                 hopeless={"": 3.0, "fp8_plain": 4.0, "int8": 12.0},
                 broken={"": math.nan, "int8": math.nan, "x_nan": 0.01},
@@ -56,9 +57,10 @@ def test_recommendations():
         "hopeless",
         "integer",
         "rotated",
+        "both",
     ]  # the worst first, good not at all
     assert by_layer["rotated"].action == "turn the rotation off here: fp8_plain"
-    assert by_layer["integer"].action == "use int8 here"
+    assert by_layer["integer"].action == by_layer["both"].action == "use int8 here"  # faster than fp8_plain
     assert by_layer["hopeless"].recipe == "bf16"
     assert by_layer["broken"].recipe is None
     assert "X in 1.0% of its rows" in by_layer["broken"].evidence
@@ -70,7 +72,7 @@ def test_recommendations():
 
 def test_tensorwise_recipes_are_for_comparison():
     """halo0_fp8 says that e4m3 without rotation is enough, not that the layer should run it."""
-    (advice,) = advise([sample(a={"": 15.0, "halo0_fp8": 28.0, "int8": 40.0})])
+    (advice,) = advise([sample(a={"": 15.0, "halo0_fp8": 28.0, "int8": 20.0})])
     assert (advice.recipe, advice.action) == ("fp8_plain", "turn the rotation off here: fp8_plain")
     assert advice.evidence.startswith("dgrad 14.0 dB in the median, 27.0 with halo0_fp8")
     assert advice.evidence.endswith("; fp8_plain was not measured: it is halo0_fp8 with one scale a row")
