@@ -19,6 +19,7 @@
 #pragma once
 
 #include "hadamard_matrix.cuh"
+#include "shared_address.cuh"
 
 namespace halo_train {
 
@@ -58,10 +59,6 @@ struct StayingMatrixLayout {
 };
 
 namespace detail {
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t phase) {
   uint32_t done;

@@ -16,6 +16,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "shared_address.cuh"
+
 namespace halo_train {
 
 namespace detail {
@@ -37,10 +39,6 @@ struct Int8Layout {
   static constexpr int kBarriers = kStaging + 2 * kMultipliers * kStagingBytes;
   static constexpr size_t kShared = 1024 + kBarriers + 16 * kStages;  // 1024: to align
 };
-
-__device__ __forceinline__ uint32_t shared_u32(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 __device__ __forceinline__ void wait_parity(uint32_t barrier, uint32_t parity) {
   asm volatile(
@@ -158,7 +156,7 @@ __global__ void __launch_bounds__(detail::kInt8Threads, 1)
   using namespace detail;
   using L = Int8Layout<kTileN>;
   extern __shared__ char unaligned[];
-  const uint32_t a_tiles = (shared_u32(unaligned) + 1023) & ~1023u;
+  const uint32_t a_tiles = (shared_address(unaligned) + 1023) & ~1023u;
   const uint32_t b_tiles = a_tiles + L::kStages * L::kBytesA, staging = a_tiles + L::kStaging;
   const uint32_t full = a_tiles + L::kBarriers, empty = full + 8 * L::kStages;
   uint32_t rank;

@@ -44,19 +44,25 @@ int32_t code_of(ScalarType type) {
   STD_TORCH_CHECK(false, "halo_train: a product on a GPU is written as bfloat16, float16 or float32");
 }
 
-// Asked once for each device.
-void check_float8_gpu(int device) {
+// 10 * major + minor, asked once for each device.
+int capability(int device) {
   constexpr int kCachedDevices = 64;
-  static std::atomic<bool> known[kCachedDevices];
+  static std::atomic<int> known[kCachedDevices];
   const bool cached = device < kCachedDevices;
-  if (cached && known[device].load(std::memory_order_relaxed)) return;
+  int found = cached ? known[device].load(std::memory_order_relaxed) : 0;
+  if (found > 0) return found;
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  STD_TORCH_CHECK(10 * major + minor >= 89,
-                  "float8 products need a GPU of compute capability 8.9 or newer; this one has ", major, ".",
-                  minor, "; use recipe='int8' or recipe='bf16'");
-  if (cached) known[device].store(true, std::memory_order_relaxed);
+  found = 10 * major + minor;
+  if (cached) known[device].store(found, std::memory_order_relaxed);
+  return found;
+}
+
+void check_float8_gpu(int device) {
+  const int found = capability(device);
+  STD_TORCH_CHECK(found >= 89, "float8 products need a GPU of compute capability 8.9 or newer; this one has ",
+                  found / 10, ".", found % 10, "; use recipe='int8' or recipe='bf16'");
 }
 
 Tensor times(const Tensor& x, const Tensor& factor) {
@@ -93,17 +99,8 @@ Tensor float8_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, co
 
 // Of Hopper, and only in a build for it: other machine code of the kernel is empty.
 bool runs_int8_kernel(int device) {
-  constexpr int kCachedDevices = 64;
-  static std::atomic<int> known[kCachedDevices];  // 0: not asked yet, 1: no, 2: yes
-  const bool cached = device < kCachedDevices;
-  int found = cached ? known[device].load(std::memory_order_relaxed) : 0;
-  if (found == 0) {
-    int major = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    found = major == 9 && std::strstr(HALO_TRAIN_ARCHS, "sm_90a") != nullptr ? 2 : 1;
-    if (cached) known[device].store(found, std::memory_order_relaxed);
-  }
-  return found == 2;
+  static const bool built = std::strstr(HALO_TRAIN_ARCHS, "sm_90a") != nullptr;
+  return built && capability(device) == 90;
 }
 
 // Rows that start at multiples of 16 bytes, as copies by the tensor memory accelerator want them.
