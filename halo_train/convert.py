@@ -11,6 +11,7 @@ from torch import nn
 from .blocks.recognise import FusedPart, UnfusedPart, fuse_blocks, unfuse
 from .config import Format, HaloConfig, resolve_recipe
 from .cost import measured_rates, predicted_speedup
+from .fsdp import Conversion, describe
 from .linear import HaloLinear
 from .recipe_file import LayerRecipes, check_patterns, recipe_of_layer
 from .shared_input import SharedInputs
@@ -159,7 +160,7 @@ def convert_to_halo_training(
     check_patterns(recipes, (name for name, _ in chosen))
     shared_inputs = SharedInputs() if share_inputs else None
     converted: list[ConvertedLayer] = []
-    replacements: dict[int, nn.Module] = {}
+    replacements: dict[int, HaloLinear] = {}
     for name, layer in chosen:
         shape = (layer.out_features, layer.in_features)
         config = recipe_of_layer(recipes, name)
@@ -184,6 +185,9 @@ def convert_to_halo_training(
         raise ValueError(_nothing_to_convert(module, skipped))
     _replace(module, replacements)
     fused, unfused = fuse_blocks(module) if fuse else ([], [])
+    conversion = Conversion([describe(layer) for layer in replacements.values()])
+    for layer in replacements.values():
+        layer.conversion = conversion
     return ConversionReport(converted, skipped, fused, unfused)
 
 
@@ -192,11 +196,15 @@ def revert(module: nn.Module) -> nn.Module:
 
     Returns:
         ``module``; for a bare HaloLinear its nn.Linear.
+
+    Raises:
+        ValueError: FSDP2 has sharded a layer. The module is unchanged then.
     """
     if isinstance(module, HaloLinear):
         return module.to_linear()
+    linears = {id(m): m.to_linear() for m in module.modules() if isinstance(m, HaloLinear)}
     unfuse(module)
-    _replace(module, {id(m): m.to_linear() for m in module.modules() if isinstance(m, HaloLinear)})
+    _replace(module, linears)
     return module
 
 
@@ -282,7 +290,7 @@ def _why_slower(layer: nn.Linear, config: HaloConfig, tokens: int | None) -> str
     )
 
 
-def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     # A layer can hang in several places; all of them get the same replacement.
     for parent in list(model.modules()):
         # Not named_children(): it names a child that hangs twice in one parent only once.

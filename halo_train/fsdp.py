@@ -15,8 +15,10 @@ and rounded by the layer: the shards of a tensor do not know its amax.
 from __future__ import annotations
 
 import inspect
+import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -33,7 +35,16 @@ from .quantize import Quantized, column_amax, exponents_of_amax
 AGREEMENT_TIMEOUT = timedelta(minutes=10)
 """How long ranks wait in fully_shard for one that has not come to the same layer; NCCL's own timeout is as long."""
 
-_SCALE_BYTES = 4
+PATIENCE = timedelta(seconds=30)
+"""After which they tell what they are waiting for."""
+
+
+class Conversion:
+    """What one call of ``convert_to_halo_training`` has converted: FSDP2's ranks compare it when its first layer is sharded."""
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        self.layers = tuple(layers)
+        self.compared = False
 
 
 class Layer(Protocol):
@@ -43,8 +54,12 @@ class Layer(Protocol):
     out_features: int
     in_features: int
     fqn: str
+    conversion: Conversion | None
     ranks_agree: bool
     tied: bool
+
+    @property
+    def joint(self) -> object | None: ...
 
     def equalizer(self) -> Tensor | None: ...
 
@@ -85,8 +100,9 @@ class ShardedWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.plain().__reduce_ex__(protocol)
 
-    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], None]:
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], torch.dtype]:
         """Rotates and rounds the shard: data [rows, K'] and scales [rows, 4] as bytes, rows being those of the longest shard.
+        Float64 weights have scales of 8 bytes; hence their dtype.
 
         The form with one argument: that with five accepts, when a shard is shorter than another, only inputs of the shape of
         the weight, which scales never have.
@@ -95,8 +111,8 @@ class ShardedWeight(Tensor):
         data, scale = self._quantize(ranks)
         data = data.view(torch.uint8)
         if ranks == 1:  # FSDP2 then copies one tensor and gathers none
-            return (torch.cat([data.view(-1), scale.view(torch.uint8)]),), None
-        return (data, scale.view(-1, 1).view(torch.uint8)), None
+            return (torch.cat([data.view(-1), scale.view(torch.uint8)]),), scale.dtype
+        return (data, scale.view(-1, 1).view(torch.uint8)), scale.dtype
 
     # FSDP2 asks for it before each call, and to find it out takes as long as half of the call.
     fsdp_pre_all_gather.__signature__ = inspect.signature(fsdp_pre_all_gather)  # type: ignore[attr-defined]
@@ -104,7 +120,7 @@ class ShardedWeight(Tensor):
     def fsdp_post_all_gather(
         self,
         all_gather_outputs: tuple[Tensor, ...],
-        metadata: None,
+        scale_dtype: torch.dtype,
         param_dtype: torch.dtype,
         *,
         out: Tensor | None = None,
@@ -115,14 +131,14 @@ class ShardedWeight(Tensor):
         columns = self.layer.in_features + -self.layer.in_features % MULTIPLE
         if len(all_gather_outputs) == 1:
             packed = all_gather_outputs[0]
-            rows = packed.numel() // (columns + _SCALE_BYTES)
+            rows = packed.numel() // (columns + scale_dtype.itemsize)
             data, scale = packed[: rows * columns], packed[rows * columns :]
         else:
             data, scale = (output.view(-1) for output in all_gather_outputs)
         shape = (self.layer.out_features, self.layer.in_features)
         dtype = storage_dtype(self.layer.config.format, torch.float32)
         gathered = GatheredWeight(
-            data.view(dtype).view(-1, columns), scale.view(torch.float32), shape, param_dtype
+            data.view(dtype).view(-1, columns), scale.view(scale_dtype), shape, param_dtype
         )
         return gathered, ()
 
@@ -202,7 +218,8 @@ def attach(layer: Layer, weight: Any) -> None:
     """Makes the shard of ``weight``, the DTensor that FSDP2 sets on ``layer``, one that is gathered in 8 bits.
 
     Raises:
-        ValueError: what is sharded are not the rows of the weight, or the ranks did not convert the same layer alike.
+        ValueError: what is sharded are not the rows of the weight, FSDP2 cannot serve hooks as it was called, or the ranks did not
+            convert alike.
     """
     shard, placements, mesh = weight._local_tensor, weight.placements, weight.device_mesh
     if isinstance(shard, ShardedWeight):
@@ -219,6 +236,12 @@ def attach(layer: Layer, weight: Any) -> None:
             f"fully_shard: the weight of HaloLinear {layer.fqn!r} must be sharded along its rows, on a mesh of one dimension or on "
             f"one of two that replicates along the first (HSDP); got placements {tuple(placements)}; drop shard_placement_fn "
             "and tensor parallelism for this layer, or leave it out with convert_to_halo_training(module_filter_fn=...)"
+        )
+    if _reshards_to_fewer():
+        raise ValueError(
+            f"fully_shard: reshard_after_forward must be True or False where the weight of HaloLinear {layer.fqn!r} is gathered in 8 bits, "
+            "because FSDP2 keeps what hooks have gathered on all ranks or on none; got a number of ranks; use True or False, or a mesh "
+            "of two dimensions (HSDP), which gathers over so many"
         )
     if not layer.ranks_agree:
         _check_agreement(layer, weight)
@@ -262,42 +285,92 @@ def regather(weight: Any, gathered: GatheredWeight) -> None:
         torch.cuda.current_stream(gathered.device).synchronize()
 
 
+def describe(layer: Layer) -> str:
+    """A layer as ranks compare it: what decides which collectives they call, and with what."""
+    fused = "" if layer.joint is None else " fused"
+    return f"{layer.fqn or 'HaloLinear'} {layer.out_features}x{layer.in_features} {layer.config.name}{fused}"
+
+
+def _reshards_to_fewer() -> bool:
+    """Whether ``fully_shard``, which is calling, was given ``reshard_after_forward=<int>``.
+
+    It tells no hook and fails after the first forward, with an assertion of its own; but what sets the parameter knows.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        owner = frame.f_locals.get("self")
+        if type(owner).__name__ == "FSDPParam":
+            return owner.post_forward_mesh_info not in (None, owner.mesh_info)  # type: ignore[union-attr]
+    return False
+
+
 def _check_agreement(layer: Layer, weight: Any) -> None:
     """Compares this layer between the ranks of its mesh through the store: a collective would hang if one of them has it not.
 
-    Each rank writes what it is about to shard; the first reads all and writes the verdict for all.
+    Each rank writes what it is about to shard, and of the first layer of a conversion what else was converted: a rank that has
+    fewer layers would not come to the last. The first reads all and writes the verdict for all.
     """
     ranks = weight.device_mesh.mesh.flatten().tolist()
     if len(ranks) == 1 or dist.get_backend() == "fake":
         return
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
     _sharded_so_far[tuple(ranks)] += 1
-    key = f"halo_train/{'-'.join(map(str, ranks))}/{_sharded_so_far[tuple(ranks)]}"
-    mine = f"{layer.fqn or 'HaloLinear'} {layer.out_features}x{layer.in_features} {layer.config.name}"
-    store.set(f"{key}/{rank}", mine)
+    number = _sharded_so_far[tuple(ranks)]
+    key = f"halo_train/{'-'.join(map(str, ranks))}/{number}"
+    lines = [f"{describe(layer)} as number {number}"]
+    if layer.conversion is not None and not layer.conversion.compared:
+        lines += layer.conversion.layers
+        layer.conversion.compared = True
+    store.set(f"{key}/{rank}", "\n".join(lines))
     if rank == ranks[0]:
-        _wait_for(store, [f"{key}/{r}" for r in ranks], AGREEMENT_TIMEOUT)
-        found = {r: store.get(f"{key}/{r}").decode() for r in ranks if store.check([f"{key}/{r}"])}
-        same = len(found) == len(ranks) and len(set(found.values())) == 1
-        store.set(
-            f"{key}/verdict", "" if same else "; ".join(f"rank {r}: {what}" for r, what in found.items())
-        )
-    if _wait_for(store, [f"{key}/verdict"], 2 * AGREEMENT_TIMEOUT):
+        _wait_for(store, {r: f"{key}/{r}" for r in ranks}, AGREEMENT_TIMEOUT, lines[0])
+        found = {
+            r: store.get(f"{key}/{r}").decode().split("\n") for r in ranks if store.check([f"{key}/{r}"])
+        }
+        store.set(f"{key}/verdict", _differences(found) if len(found) == len(ranks) else _who_came(found))
+    if _wait_for(store, {ranks[0]: f"{key}/verdict"}, 2 * AGREEMENT_TIMEOUT, lines[0]):
         verdict = store.get(f"{key}/verdict").decode()
     else:
-        verdict = f"rank {rank}: {mine}"
+        verdict = _who_came({rank: lines})
     if verdict:
         raise ValueError(
-            "fully_shard: all ranks must have converted the same layers with the same recipe; layer number "
-            f"{_sharded_so_far[tuple(ranks)]} on the ranks {ranks} is {verdict}; a rank that is not named did not come to it within "
-            f"{AGREEMENT_TIMEOUT}; call convert_to_halo_training with the same arguments on every rank, before fully_shard"
+            f"fully_shard: all ranks must have converted the same layers with the same recipe; the ranks {ranks} differ, {verdict}; call "
+            "convert_to_halo_training with the same arguments on every rank, before fully_shard"
         )
 
 
-def _wait_for(store: Any, keys: list[str], timeout: timedelta) -> bool:
-    """Whether the keys are there in time."""
+def _differences(found: dict[int, list[str]]) -> str:
+    """What not all ranks have, of each at most three layers; empty if they all have the same."""
+    common = set.intersection(*map(set, found.values()))
+    own = {rank: [line for line in lines if line not in common] for rank, lines in found.items()}
+    if not any(own.values()):
+        return ""
+    return "; ".join(
+        f"rank {rank}: {', '.join(lines[:3]) or 'nothing else'}{', ...' if len(lines) > 3 else ''}"
+        for rank, lines in own.items()
+    )
+
+
+def _who_came(found: dict[int, list[str]]) -> str:
+    came = "; ".join(f"rank {rank}: {lines[0]}" for rank, lines in found.items())
+    return f"{came}; a rank that is not named did not come to it within {AGREEMENT_TIMEOUT}"
+
+
+def _wait_for(store: Any, keys: dict[int, str], timeout: timedelta, what: str) -> bool:
+    """Whether the keys, which the ranks write, are there in time."""
+    if timeout > PATIENCE and not _are_there(store, keys.values(), PATIENCE):
+        missing = [rank for rank, key in keys.items() if not store.check([key])]
+        warnings.warn(
+            f"fully_shard: waiting up to {timeout} for the ranks {missing} to shard {what}; have they converted the model?",
+            stacklevel=2,
+        )
+    return _are_there(store, keys.values(), timeout)
+
+
+def _are_there(store: Any, keys: Iterable[str], timeout: timedelta) -> bool:
     try:
-        store.wait(keys, timeout)
+        store.wait(list(keys), timeout)
     except RuntimeError:
         return False
     return True

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from .config import Format, HaloConfig, resolve_recipe
-from .fsdp import GatheredWeight, agreed_exponents, attach, regather
+from .fsdp import Conversion, GatheredWeight, agreed_exponents, attach, regather
 from .functional import halo_linear
 from .fused import Projected
 from .fused.functions import Layer
@@ -35,6 +35,7 @@ _OWN_STATE = {
     "_kept_equalizer",
     "_sharded_weight",
     "fqn",
+    "conversion",
     "ranks_agree",
     "tied",
     "input_is_kept",
@@ -64,6 +65,8 @@ class HaloLinear(nn.Linear):
     """log2 d, [in_features] int8: an integer dtype survives model.half() and model.to(dtype)."""
     fqn: str
     """Name in the model that it was converted in, for messages."""
+    conversion: Conversion | None
+    """What was converted with it."""
     ranks_agree: bool
     """Whether FSDP2's ranks have compared how they converted this layer."""
     tied: bool
@@ -93,6 +96,7 @@ class HaloLinear(nn.Linear):
         self.config = resolve_recipe(recipe)
         self.equalizer_taken = False
         self.fqn = ""
+        self.conversion = None
         self.ranks_agree = self.tied = self.input_is_kept = False
         self.shared_inputs = None
         self.input_group = None
@@ -313,7 +317,17 @@ class HaloLinear(nn.Linear):
         return new
 
     def to_linear(self) -> nn.Linear:
-        """An nn.Linear that shares the parameters; the inverse of :meth:`from_linear`."""
+        """An nn.Linear that shares the parameters; the inverse of :meth:`from_linear`.
+
+        Raises:
+            ValueError: FSDP2 has the weight, and would go on setting it on this layer.
+        """
+        if "_sharded_weight" in self.__dict__:
+            raise ValueError(
+                f"HaloLinear {self.fqn!r}: fully_shard has taken the layer over, so that it cannot be replaced by nn.Linear; get whole "
+                "weights with get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), whose names and dtypes are "
+                "those of nn.Linear, or revert() before fully_shard"
+            )
         new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         _share_state(self, new)
         return new

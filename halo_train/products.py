@@ -75,6 +75,11 @@ def round_gradient(
         bias_dtype: dtype of the bias gradient [N], or None for no third result.
     """
     padded, fold = pad_matrix(e, MULTIPLE, MULTIPLE), None if config.requantize_w_dgrad else w[2]
+    if fold is not None and needs_dx and not torch.compiler.is_compiling() and _is_freed(fold):
+        raise RuntimeError(
+            "HaloLinear: FSDP2 has freed the gathered weight and not gathered it again for backward, which multiplies by it; leave "
+            "set_unshard_in_backward(True), and call backward on what the module that fully_shard was called on has returned"
+        )
     needs_db = bias_dtype is not None
     for_dx, for_dw, sums = round_grad(padded, fold, x_scale, needs_dx, needs_dw, needs_db, config)
     if bias_dtype is None:
@@ -82,6 +87,11 @@ def round_gradient(
     if sums is None:
         sums = e.sum(0, dtype=torch.promote_types(e.dtype, torch.float32))
     return for_dx, for_dw, sums[: e.shape[1]].to(bias_dtype)
+
+
+def _is_freed(t: Tensor) -> bool:
+    """Whether FSDP2 has taken its memory away; reading it would be a segmentation fault."""
+    return t.numel() > 0 and t.untyped_storage().size() == 0
 
 
 def dgrad(e: Quantized, w: ForDgrad, dtype: torch.dtype, config: HaloConfig) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -52,6 +53,7 @@ def checks_of(module: str) -> list[Check]:
 
 
 def _rank(rank: int, checks: list[Check], world: int, device: str, folder: Path) -> None:
+    start = time.perf_counter()
     if device == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(
@@ -61,7 +63,10 @@ def _rank(rank: int, checks: list[Check], world: int, device: str, folder: Path)
         world_size=world,
         timeout=timedelta(seconds=60),
     )
+    if rank == 0:
+        print(f"\n{time.perf_counter() - start:6.1f} s  process group of {world}", flush=True)
     for check in checks:
+        start = time.perf_counter()
         try:
             check(rank, world, device, folder)
         except BaseException as error:
@@ -69,6 +74,8 @@ def _rank(rank: int, checks: list[Check], world: int, device: str, folder: Path)
                 f"{check.__name__} on rank {rank} of {world}:\n{traceback.format_exc()}"
             ) from error
         dist.barrier()
+        if rank == 0:  # pytest -s shows it
+            print(f"{time.perf_counter() - start:6.1f} s  {check.__name__}", flush=True)
     dist.destroy_process_group()
 
 

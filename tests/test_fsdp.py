@@ -1,6 +1,6 @@
 """A step of converted models under FSDP2: the bits of one rank, what is sent, gradients and optimisers, meshes, mixed precision.
 
-gloo on the CPU, NCCL on GPUs.
+gloo on the CPU; on GPUs tests/test_fsdp_nccl.py runs the same checks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from halo_train import convert_to_halo_training, equalizer_state_dict
+from halo_train import convert_to_halo_training, equalizer_state_dict, fsdp, operands, products
+from halo_train.linear import halo_linears
+from halo_train.operands import quantize_weight
 
 
 def check_one_step_has_the_bits_of_one_rank(rank: int, world: int, device: str, folder: Path) -> None:
@@ -60,7 +62,7 @@ def check_the_wire_carries_one_byte_a_weight(rank: int, world: int, device: str,
     sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
     from wire import bytes_sent
 
-    sent = {}
+    sent, reduced = {}, {}
     for recipe in ("bf16", "fp8"):
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -69,12 +71,40 @@ def check_the_wire_carries_one_byte_a_weight(rank: int, world: int, device: str,
         convert_to_halo_training(model, recipe=recipe)
         model = shard(model.to(device))
         x = torch.randn(16, 768, device=device, dtype=torch.bfloat16)
+        reduced[recipe] = []
         for _ in range(2):
             with bytes_sent() as counts:
                 model[0](x).sum().backward()
+            reduced[recipe].append(counts)
         sent[recipe] = counts
     assert 0.5 < sent["fp8"]["all_gather"] / sent["bf16"]["all_gather"] < 0.51, sent
     assert sent["fp8"]["reduce_scatter"] == sent["bf16"]["reduce_scatter"] > 0
+    # Two floats a column, when the factors are taken and never after.
+    assert [counts["all_reduce"] for counts in reduced["fp8"]] == [2 * 4 * 768, 0]
+    assert [counts["all_reduce"] for counts in reduced["bf16"]] == [0, 0]
+
+
+def check_a_shard_is_rounded_once_for_a_gather(rank: int, world: int, device: str, folder: Path) -> None:
+    rounded: list[torch.Size] = []
+
+    def counting(weight: torch.Tensor, *rest: Any) -> Any:
+        rounded.append(weight.shape)
+        return quantize_weight(weight, *rest)
+
+    for reshard, gathers in ((True, 2), (False, 1)):
+        model = shard(build(device=device), reshard_after_forward=reshard)
+        model(batch(0, rank, device)).sum().backward()  # takes the factors, for which it gathers once more
+        with pytest.MonkeyPatch.context() as patch:
+            # Whoever rounds a weight calls one of these.
+            patch.setattr(fsdp, "quantize_weight", counting)
+            patch.setattr(products, "quantize_weight", counting)
+            patch.setattr(operands, "quantize_weight", counting)
+            model(batch(0, rank, device)).sum().backward()
+        layers = [layer for _, layer in halo_linears(model)]
+        assert sorted(rounded) == sorted(
+            torch.Size((-(-layer.out_features // world), layer.in_features)) for layer in layers * gathers
+        )
+        rounded.clear()
 
 
 def check_training_follows_one_rank(rank: int, world: int, device: str, folder: Path) -> None:
@@ -121,15 +151,28 @@ def check_optimizers_and_clipping_work_on_shards(rank: int, world: int, device: 
 
 
 def check_gradient_accumulation(rank: int, world: int, device: str, folder: Path) -> None:
-    grads = []
-    for sync_every in (True, False):
-        model = shard(build(device=device))
+    ways: dict[str, Any] = {
+        "every time": lambda model, last: None,
+        "at the end": lambda model, last: model.set_requires_gradient_sync(last),
+        "gathered until the end": lambda model, last: (
+            model.set_requires_gradient_sync(last),
+            model.set_reshard_after_backward(last),
+        ),
+    }
+    mesh = init_device_mesh(device, (world,))
+    if world >= 4:
+        mesh = init_device_mesh(device, (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        ways["summed over replicas at the end"] = lambda model, last: model.set_requires_all_reduce(last)
+    expected: list[torch.Tensor] = []
+    for way, prepare in ways.items():
+        model = shard(build(device=device), mesh=mesh)
         for step in range(3):
-            model.set_requires_gradient_sync(sync_every or step == 2)
+            prepare(model, step == 2)
             model(batch(step, rank, device)).square().mean().backward()
-        grads.append([p.grad.full_tensor() for p in model.parameters()])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
+        found = [p.grad.full_tensor() for p in model.parameters()]
+        expected = expected or found
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, msg=way)
 
 
 def check_a_rank_without_tokens(rank: int, world: int, device: str, folder: Path) -> None:
@@ -173,14 +216,33 @@ def check_sharding_variants(rank: int, world: int, device: str, folder: Path) ->
 
 
 def check_mixed_precision_rounds_the_master_weights(rank: int, world: int, device: str, folder: Path) -> None:
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model = shard(build(device=device), mp_policy=policy)
-    with weights_seen(model) as seen:
-        y = model(batch(0, rank, device))
-    assert y.dtype is torch.bfloat16
-    y.square().mean().backward()
-    assert all(p.dtype is p.grad.dtype is torch.float32 for p in model.parameters())
-    assert_gathered_bits(model, seen)
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for policy, dtype in (
+        (MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=fp32), bf16),
+        (MixedPrecisionPolicy(param_dtype=fp16, reduce_dtype=fp32), fp16),
+        (MixedPrecisionPolicy(reduce_dtype=bf16), fp32),
+        (MixedPrecisionPolicy(param_dtype=bf16, output_dtype=fp32), fp32),
+    ):
+        model = shard(build(device=device), mp_policy=policy)
+        with weights_seen(model) as seen:
+            y = model(batch(0, rank, device))
+        assert y.dtype is dtype, policy
+        y.float().square().mean().backward()
+        assert all(p.dtype is p.grad.dtype is fp32 for p in model.parameters())
+        assert all(p.grad.full_tensor().isfinite().all() for p in model.parameters()), policy
+        assert_gathered_bits(model, seen)
+
+
+def check_float64(rank: int, world: int, device: str, folder: Path) -> None:
+    if device == "cpu":
+        model = shard(build(dtype=torch.float64))
+        with weights_seen(model) as seen:
+            y = model(batch(0, rank, device, torch.float64))
+        assert torch.equal(
+            y, alone("fp8", device, world, torch.float64)(batch(0, rank, device, torch.float64))
+        )
+        y.square().mean().backward()
+        assert_gathered_bits(model, seen)
 
 
 CHECKS = checks_of(__name__)
@@ -188,6 +250,7 @@ WORLD_SIZE_MATTERS = [
     check_one_step_has_the_bits_of_one_rank,
     check_a_rank_without_tokens,
     check_sharding_variants,
+    check_gradient_accumulation,
 ]
 
 
@@ -201,13 +264,3 @@ def test_gloo(world: int, tmp_path: Path) -> None:
 )
 def test_other_world_sizes(world: int, tmp_path: Path) -> None:
     run_on_ranks(WORLD_SIZE_MATTERS, world, "cpu", tmp_path)
-
-
-@pytest.mark.gpu
-def test_one_gpu(tmp_path: Path) -> None:
-    run_on_ranks(CHECKS, 1, "cuda", tmp_path)
-
-
-@pytest.mark.parametrize("world", [pytest.param(n, marks=pytest.mark.multi_gpu(n)) for n in (2, 4)])
-def test_nccl(world: int, tmp_path: Path) -> None:
-    run_on_ranks(CHECKS, world, "cuda", tmp_path)

@@ -1,6 +1,6 @@
 """What goes around converted models under FSDP2: initialisation, shared weights, recomputing and compiling, checkpoints, errors.
 
-gloo on the CPU, NCCL on GPUs.
+gloo on the CPU; on GPUs tests/test_fsdp_nccl.py runs the same checks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from fsdp_fixtures import (
     WIDTH,
+    Block,
     alone,
     batch,
     build,
@@ -35,7 +36,13 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from halo_train import convert_to_halo_training, equalizer_state_dict, fsdp, load_equalizer_state_dict
+from halo_train import (
+    convert_to_halo_training,
+    equalizer_state_dict,
+    fsdp,
+    load_equalizer_state_dict,
+    revert,
+)
 
 
 def check_meta_initialisation(rank: int, world: int, device: str, folder: Path) -> None:
@@ -164,6 +171,11 @@ def check_errors_on_every_rank(rank: int, world: int, device: str, folder: Path)
     if world > 1:
         with raises("must have converted the same layers"):
             shard(build("int8" if rank == 0 else "fp8", device=device))
+        # A rank that has fewer layers would not come to the last one.
+        with raises("rank 0: 1.down 48x4 fp8; rank 1: nothing else"):
+            model = nn.Sequential(Block(), Block())
+            convert_to_halo_training(model, module_filter_fn=lambda _, name: rank == 0 or name != "1.down")
+            shard(model.to(device))
     with raises("must be sharded along its rows"):
         fully_shard(
             build(device=device)[0].up, shard_placement_fn=lambda p: Shard(1) if 96 % world == 0 else Shard(0)
@@ -180,9 +192,17 @@ def check_errors_on_every_rank(rank: int, world: int, device: str, folder: Path)
     with raises("only the layer itself can use it"):
         model(batch(0, rank, device))
     if world == 4:
-        model = shard(build(device=device), reshard_after_forward=2)
-        with raises("Expected 1 all_gather_output, got 2"):
-            model(batch(0, rank, device))
+        with raises("reshard_after_forward must be True or False"):
+            shard(build(device=device), reshard_after_forward=2)
+        model = shard(build("halo1_fp8", device=device), reshard_after_forward=2)  # gathered as it is
+        model(batch(0, rank, device)).sum().backward()
+    model = shard(build(device=device), reshard_after_forward=world)  # the same as True
+    for block in model:
+        block.set_unshard_in_backward(False)
+    with raises("FSDP2 has freed the gathered weight"):
+        model(batch(0, rank, device)).sum().backward()
+    with raises("or revert() before fully_shard"):
+        revert(model)
 
 
 def check_tensor_parallelism_is_refused(rank: int, world: int, device: str, folder: Path) -> None:
@@ -203,8 +223,12 @@ def check_a_rank_that_does_not_come(rank: int, world: int, device: str, folder: 
     if rank == 0 and world > 1:  # the others have not converted their models
         patch = pytest.MonkeyPatch()
         patch.setattr(fsdp, "AGREEMENT_TIMEOUT", timedelta(seconds=1))
+        patch.setattr(fsdp, "PATIENCE", timedelta(seconds=0.1))
         patch.setattr(fsdp, "_sharded_so_far", fsdp._sharded_so_far.copy())
-        with pytest.raises(ValueError, match="a rank that is not named did not come"):
+        with (
+            pytest.warns(match=r"for the ranks \[1.* to shard 0\.up .*have they converted the model\?"),
+            pytest.raises(ValueError, match="a rank that is not named did not come"),
+        ):
             shard(build(device=device), mesh=mesh)
         patch.undo()
 
@@ -224,13 +248,3 @@ CHECKS = checks_of(__name__)
 )
 def test_gloo(world: int, tmp_path: Path) -> None:
     run_on_ranks(CHECKS, world, "cpu", tmp_path)
-
-
-@pytest.mark.gpu
-def test_one_gpu(tmp_path: Path) -> None:
-    run_on_ranks(CHECKS, 1, "cuda", tmp_path)
-
-
-@pytest.mark.parametrize("world", [pytest.param(n, marks=pytest.mark.multi_gpu(n)) for n in (2, 4)])
-def test_nccl(world: int, tmp_path: Path) -> None:
-    run_on_ranks(CHECKS, world, "cuda", tmp_path)

@@ -1,4 +1,5 @@
-"""Fused blocks under FSDP2: inputs rounded once for q, k, v and for gate, up, one d for each group. gloo with 2 and 3 ranks, NCCL with 2 and 4."""
+"""Fused blocks under FSDP2: inputs rounded once for q, k, v and for gate, up, one d for each group. gloo with 2 and 3 ranks; on GPUs
+tests/test_fsdp_nccl.py runs the same checks."""
 
 from __future__ import annotations
 
@@ -33,14 +34,14 @@ TOKENS, HIDDEN, WIDE = 24, 48, 80
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def build(device: str, recipe: str | HaloConfig = "fp8", fuse: bool = True) -> nn.Module:
+def build(device: str, recipe: str | HaloConfig = "fp8", fuse: bool = True, **options: Any) -> nn.Module:
     transformers.set_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=2, num_attention_heads=3,
         num_key_value_heads=1, head_dim=16, use_cache=False,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
-    report = convert_to_halo_training(model, recipe=recipe, fuse=fuse)
+    report = convert_to_halo_training(model, recipe=recipe, fuse=fuse, **options)
     assert bool(report.fused) is fuse
     with torch.no_grad():  # channels that equalisation has something to do for
         for layer in model.model.layers:
@@ -62,9 +63,9 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, labels=ids).loss
 
 
-def alone(device: str, recipe: str, world: int) -> nn.Module:
+def alone(device: str, recipe: str | HaloConfig, world: int, **options: Any) -> nn.Module:
     """On one process as FSDP2 runs it, with the factors of everybody's first batch."""
-    model = build(device, recipe)
+    model = build(device, recipe, **options)
     for _, layer in halo_linears(model):
         layer.config = layer.config.with_folded_dgrad
     with torch.no_grad():
@@ -77,8 +78,17 @@ def noise(found: Tensor, expected: Tensor) -> float:
 
 
 def check_equals_one_process(rank: int, world: int, device: str, folder: Path) -> None:
-    for recipe in ("fp8", "int8", "fp8_plain")[: 4 - world]:
-        model, reference = shard(build(device, recipe)), alone(device, recipe, world)
+    variants: list[tuple[str | HaloConfig, dict[str, Any]]] = [
+        ("fp8", {"output_layer": True}),
+        ("int8", {}),
+        (dataclasses.replace(RECIPES["fp8"], recompute_inputs=True), {}),
+        ("fp8", {"fuse": False, "share_inputs": True}),
+        ("fp8_plain", {}),
+    ]
+    for recipe, options in variants if world == 2 else variants[:1]:
+        model = shard(build(device, recipe, **options))
+        options.pop("share_inputs", None)  # without effect: one process would take factors together
+        reference = alone(device, recipe, world, **options)
         loss = loss_of(model, batch(rank, device))
         for name, exponent in equalizer_state_dict(model).items():
             assert torch.equal(exponent, equalizer_state_dict(reference)[name]), name
@@ -207,8 +217,3 @@ CHECKS = checks_of(__name__)
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_gloo(world: int, tmp_path: Path) -> None:
     run_on_ranks(CHECKS, world, "cpu", tmp_path)
-
-
-@pytest.mark.parametrize("world", [pytest.param(n, marks=pytest.mark.multi_gpu(n)) for n in (2, 4)])
-def test_nccl(world: int, tmp_path: Path) -> None:
-    run_on_ranks(CHECKS, world, "cuda", tmp_path)
