@@ -36,7 +36,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from wire import bytes_sent
 
-from halo_train import RECIPES, convert_to_halo_training
+from halo_train import convert_to_halo_training
 
 TINY = Shape(2, 64, 4, 2, 160, 128, 64)
 
@@ -129,24 +129,24 @@ def variants(device: str) -> list[Variant]:
         layers: Callable[[nn.Module, str], bool] = in_block,
         recipe: str = "fp8",
         fuse: bool = True,
-        **changes: bool,
+        recompute: str = "nothing",
     ) -> Callable[[nn.Module], None]:
-        config = dataclasses.replace(RECIPES[recipe], **changes)
-
         def convert(model: nn.Module) -> None:
-            convert_to_halo_training(model, recipe=config, module_filter_fn=layers, fuse=fuse)
+            convert_to_halo_training(
+                model, recipe=recipe, module_filter_fn=layers, fuse=fuse, recompute=recompute
+            )
 
         return convert
 
     return [
         *found,
         Variant("halo_train fp8", halo()),
-        Variant("halo_train fp8, inputs rounded again", halo(recompute_inputs=True)),
+        Variant("halo_train fp8, inputs rounded again", halo(recompute="inputs")),
         Variant("halo_train int8", halo(recipe="int8")),
-        Variant("halo_train int8, inputs rounded again", halo(recipe="int8", recompute_inputs=True)),
+        Variant("halo_train int8, inputs rounded again", halo(recipe="int8", recompute="inputs")),
         Variant("halo_train fp8, output layer too", halo(every_layer)),
         Variant(
-            "halo_train fp8, output layer too, inputs rounded again", halo(every_layer, recompute_inputs=True)
+            "halo_train fp8, output layer too, inputs rounded again", halo(every_layer, recompute="inputs")
         ),
         Variant("halo_train fp8, not fused", halo(fuse=False)),
         Variant("halo_train fp8, eager", halo(), compiled=False),

@@ -10,33 +10,35 @@ Measured as ``halo-train bench step`` does it. Writes a dated JSON file, a table
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import RESULTS, environment
 from step_table import save
 from torch import nn
 
-from halo_train import RECIPES, HaloConfig, convert_to_halo_training
+from halo_train import convert_to_halo_training
 from halo_train.bench.linear import require_gpu
 from halo_train.bench.step import CHECKPOINTING, Case, add_arguments, measure, recipe_case, recipes, size_of
 
 
 def variants(recipe: str) -> list[Case]:
-    """A recipe with every layer rounding what it reads for itself (norms and SwiGLU write bfloat16); with norms' outputs and h
-    rounded again in backward; with the output layer in 8 bits."""
+    """A recipe with every layer rounding what it reads for itself (norms and SwiGLU write bfloat16); with less kept for backward; with
+    the output layer in 8 bits; both."""
 
-    def case(what: str, recipe: str | HaloConfig, **options: bool) -> Case:
-        return Case(what, lambda model: convert_to_halo_training(model, recipe=recipe, **options))
+    def case(what: str, **options: Any) -> Case:
+        return Case(
+            f"{recipe}, {what}", lambda model: convert_to_halo_training(model, recipe=recipe, **options)
+        )
 
-    lean = dataclasses.replace(RECIPES[recipe], recompute_inputs=True)
+    less = ("inputs", "mlp")
     return [
-        case(f"{recipe}, fuse=False", recipe, fuse=False),
-        case(f"{recipe}, recompute_inputs", lean),
-        case(f"{recipe}, output layer too", recipe, output_layer=True),
-        case(f"{recipe}, recompute_inputs, output layer too", lean, output_layer=True),
+        case("fuse=False", fuse=False),
+        *(case(f"recompute={what}", recompute=what) for what in less),
+        case("output layer too", output_layer=True),
+        *(case(f"recompute={what}, output layer too", recompute=what, output_layer=True) for what in less),
     ]
 
 

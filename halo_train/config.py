@@ -42,6 +42,18 @@ class Scaling(str, Enum):
     """One scale per tensor."""
 
 
+class Recompute(str, Enum):
+    """What backward computes once more, to the same bits, instead of keeping it from forward; each also what those before it do."""
+
+    NOTHING = "nothing"
+    """Kept are inputs in 8 bits and, by a fused gated MLP, gate and up in the dtype of the products."""
+    INPUTS = "inputs"
+    """X is rounded once more: in fused blocks a norm's output and h, from what they keep anyway; in a layer by itself from x in its
+    own dtype, which costs nothing where the op before keeps it, as attention does."""
+    MLP = "mlp"
+    """A fused gated MLP keeps its input only, and multiplies by gate and up once more."""
+
+
 @dataclasses.dataclass(frozen=True)
 class HaloConfig:
     """How one linear layer runs its three products. Frozen and hashable; build it from a recipe name or by field.
@@ -67,14 +79,14 @@ class HaloConfig:
     """Divide the columns of X by d and multiply those of W by d, d a power of two per channel, before rotating."""
     fast_accum: bool = True
     """Float8 products on a GPU: sums with the few bits that the tensor core keeps, or in float32, slower."""
-    recompute_inputs: bool = False
-    """Round X once more in backward, to the same bits, instead of keeping Xq until then: fused blocks a norm's output and h, from what
-    they keep anyway; a layer by itself from x in its own dtype, which costs nothing where the op before keeps it, as attention does."""
+    recompute: Recompute = Recompute.NOTHING
+    """What is not kept for backward: memory for time, at the same results."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", parse_choice(Format, "format", self.format))
         object.__setattr__(self, "grad_format", parse_choice(Format, "grad_format", self.grad_format))
         object.__setattr__(self, "scaling", parse_choice(Scaling, "scaling", self.scaling))
+        object.__setattr__(self, "recompute", parse_choice(Recompute, "recompute", self.recompute))
         kinds = {_arithmetic(self.format), _arithmetic(self.grad_format)}
         if len(kinds) > 1:
             raise ValueError(
@@ -128,21 +140,25 @@ class HaloConfig:
     @functools.cached_property
     def with_recomputed_inputs(self) -> HaloConfig:
         """The same with X rounded once more in backward, for an X that is kept anyway."""
-        return self if self.recompute_inputs else dataclasses.replace(self, recompute_inputs=True)
+        return self if self.recomputes_inputs else dataclasses.replace(self, recompute=Recompute.INPUTS)
+
+    @property
+    def recomputes_inputs(self) -> bool:
+        """Whether X is rounded once more in backward."""
+        return self.recompute is not Recompute.NOTHING
 
     @property
     def name(self) -> str:
-        """Recipe name, also of one with other sums, or the fields of a config that is no named recipe."""
+        """Recipe name, with what differs where that is sums or what is recomputed; or the fields of a config that is no named recipe."""
+        others = [] if self.fast_accum else ["fast_accum=False"]
+        others += [] if self.recompute is Recompute.NOTHING else [f"recompute={self.recompute.value}"]
         for name, config in RECIPES.items():
-            if config == self:
-                return name
-            if dataclasses.replace(config, fast_accum=False) == self:
-                return f"{name}, fast_accum=False"
+            if dataclasses.replace(config, fast_accum=self.fast_accum, recompute=self.recompute) == self:
+                return ", ".join([name, *others])
         parts = [self.format.value, f"grad_{self.grad_format.value}", self.scaling.value]
-        flags = ("rotate_k", "rotate_m_dgrad", "requantize_w_dgrad", "equalize", "recompute_inputs")
+        flags = ("rotate_k", "rotate_m_dgrad", "requantize_w_dgrad", "equalize")
         parts += [flag for flag in flags if getattr(self, flag)]
-        parts += [] if self.fast_accum else ["fast_accum=False"]
-        return "custom(" + ", ".join(parts) + ")"
+        return "custom(" + ", ".join(parts + others) + ")"
 
 
 def resolve_recipe(recipe: str | HaloConfig) -> HaloConfig:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .blocks.recognise import FusedPart, UnfusedPart, fuse_blocks, unfuse
-from .config import Format, HaloConfig, resolve_recipe
+from .config import Format, HaloConfig, Recompute, parse_choice, resolve_recipe
 from .cost import measured_rates, predicted_speedup
 from .fsdp import Conversion, describe
 from .linear import HaloLinear
@@ -90,6 +90,7 @@ def convert_to_halo_training(
     tokens: int | None = None,
     share_inputs: bool = False,
     fuse: bool = True,
+    recompute: str | Recompute | None = None,
 ) -> ConversionReport:
     """Replaces the linear layers inside ``module`` by HaloLinear, in place, sharing their parameters.
 
@@ -114,6 +115,8 @@ def convert_to_halo_training(
         fuse: norms and gated MLPs of transformers' Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3, Phi and Phi-3 write what
             they compute in 8 bits for the layers that read it, as far as they are as transformers makes them
             (docs/blocks.md); the report says which. The values are those of the layers one by one, rounded once less.
+        recompute: ``inputs`` or ``mlp`` keep less for backward and compute it once more, to the same bits
+            (:class:`halo_train.config.Recompute`); ``nothing`` keeps it. None is what the recipe says, for named recipes nothing.
 
     Returns:
         The report; print it.
@@ -126,6 +129,7 @@ def convert_to_halo_training(
     if not isinstance(module, nn.Module):
         raise TypeError(f"convert_to_halo_training: module must be an nn.Module; got {type(module).__name__}")
     recipes = recipe if isinstance(recipe, Mapping) else {"*": resolve_recipe(recipe)}
+    again = None if recompute is None else parse_choice(Recompute, "recompute", recompute)
     if output_layer and module_filter_fn is not None:
         raise ValueError(
             "convert_to_halo_training: output_layer=True is part of the default choice, which module_filter_fn replaces; let "
@@ -164,6 +168,8 @@ def convert_to_halo_training(
     for name, layer in chosen:
         shape = (layer.out_features, layer.in_features)
         config = recipe_of_layer(recipes, name)
+        if config is not None and again is not None and config.format is not Format.HIGH_PRECISION:
+            config = dataclasses.replace(config, recompute=again)
         if config is not None and exclusion.is_output(layer, name):
             config = _of_output_layer(layer, name, config, output_layer)
         if config is None and output_layer and exclusion.is_output(layer, name):
@@ -265,7 +271,8 @@ class _Exclusion:
 
 def _of_output_layer(layer: nn.Linear, name: str, config: HaloConfig, chosen_by_default: bool) -> HaloConfig:
     """A recipe as an output layer runs it: docs/numerics.md, section 8. int8 rounds all probabilities below 1/254 of a token's largest
-    to zero, and training stands still; sums of few large and very many small terms need more bits than fast ones have."""
+    to zero, and training stands still; sums of few large and very many small terms need more bits than fast ones have. Nobody else keeps its
+    input for backward, so that keeping it rounded takes least."""
     if config.grad_format is Format.INT8 and layer.out_features > _INT8_STEPS:
         if not chosen_by_default:
             raise ValueError(
@@ -275,7 +282,8 @@ def _of_output_layer(layer: nn.Linear, name: str, config: HaloConfig, chosen_by_
             )
         config = dataclasses.replace(config, format=Format.E4M3, grad_format=Format.E4M3)
     in_float8 = config.grad_format in (Format.E4M3, Format.E5M2)
-    return dataclasses.replace(config, fast_accum=False) if in_float8 else config
+    fast_accum = config.fast_accum and not in_float8
+    return dataclasses.replace(config, fast_accum=fast_accum, recompute=Recompute.NOTHING)
 
 
 def _why_slower(layer: nn.Linear, config: HaloConfig, tokens: int | None) -> str:

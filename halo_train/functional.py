@@ -198,7 +198,7 @@ class HaloLinearFunction(torch.autograd.Function):
 
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         # Row scales are saved with the data they belong to: wgrad needs s, a folded dgrad t.
-        again_from_x = config.recompute_inputs and quantized_input is None
+        again_from_x = config.recomputes_inputs and quantized_input is None
         saved_x = (x if again_from_x else rounded.data, rounded.scale, d) if needs_dw else (None, None, None)
         columns = None if wc_data is None or wc_scale is None else Quantized(wc_data, wc_scale)
         saved_w = for_dgrad(weight, rows, columns, config) if needs_dx else (None, None, None)

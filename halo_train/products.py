@@ -152,9 +152,14 @@ def again(factors: Tensor | None, k: int, e: Tensor) -> Tensor | None:
 
     Under torch.compile a copy that depends on E: else the compiler would find the first result and keep it.
     """
-    if not torch.compiler.is_compiling():
-        return factors
-    return ops.copy_after(e.new_ones(k, dtype=torch.float32) if factors is None else factors, e)
+    if factors is None and torch.compiler.is_compiling():
+        factors = e.new_ones(k, dtype=torch.float32)
+    return None if factors is None else after(factors, e)
+
+
+def after(x: Tensor, e: Tensor) -> Tensor:
+    """x; under torch.compile a copy that depends on E, see :func:`again`."""
+    return ops.copy_after(x, e) if torch.compiler.is_compiling() else x
 
 
 def as_matrix(x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ def test_config_is_hashable_picklable_and_knows_its_name():
         assert pickle.loads(pickle.dumps(config)) == config
         assert {config: name}[HaloConfig.from_recipe(name)] == name
         assert config.name == name
+    assert HaloConfig(recompute="mlp", fast_accum=False).name == "fp8, fast_accum=False, recompute=mlp"
     assert HaloConfig(rotate_k=False).name == "custom(e4m3, grad_e4m3, rowwise, requantize_w_dgrad, equalize)"
 
 
@@ -66,6 +67,10 @@ def test_unknown_recipe_names_the_nearest(name, near):
     ("fields", "message"),
     [
         ({"format": "e4m4"}, "format must be one of .*'e4m4'; did you mean 'e4m3'"),
+        (
+            {"recompute": "mpl"},
+            "recompute must be one of nothing, inputs, mlp; got 'mpl'; did you mean 'mlp'",
+        ),
         ({"scaling": "rows"}, "scaling must be one of rowwise, tensorwise; got 'rows'"),
         ({"format": "int8"}, "same arithmetic .* format='int8', grad_format='e4m3'"),
         ({"format": "e5m2", "grad_format": "e5m2"}, "cannot both be 'e5m2'"),

@@ -140,10 +140,13 @@ def check_gathered_bits(rank: int, world: int, device: str, folder: Path) -> Non
 
 
 def check_inputs_are_kept_once(rank: int, world: int, device: str, folder: Path) -> None:
-    found = {}
-    modes = ("one by one", "fused", "rounded again", "fused, compiled", "rounded again, compiled")
-    for mode in modes if world == 2 else modes[:3]:
-        config = dataclasses.replace(RECIPES["fp8"], recompute_inputs="again" in mode)
+    found, halves, grads = {}, {}, {}
+    eager = ("one by one", "fused", "rounded again", "multiplied again")
+    compiled = [f"{mode}, compiled" for mode in eager[1:]]
+    recompute = {"rounded again": "inputs", "multiplied again": "mlp"}
+    for mode in (*eager, *compiled) if world == 2 else eager:
+        again = recompute.get(mode.removesuffix(", compiled"), "nothing")
+        config = dataclasses.replace(RECIPES["fp8"], recompute=again)
         model = shard(build(device, config, fuse=mode != "one by one"))
         with torch.no_grad():
             loss_of(model, batch(rank, device))
@@ -162,13 +165,22 @@ def check_inputs_are_kept_once(rank: int, world: int, device: str, folder: Path)
         # Tokens are padded to 32. Not a weight of a block, which FSDP2 has freed by now.
         assert all(32 in t.shape for t in bytes_), [t.shape for t in bytes_]
         found[mode] = sum(t.numel() for t in bytes_)
+        halves[mode] = sum(t.shape == (32, WIDE) and t.element_size() > 1 for t in saved)
         loss.backward()
+        grads[mode] = [p.grad.to_local() for p in model.parameters()]
     tokens, layers = 32, 2
     assert found["one by one"] == layers * tokens * (5 * HIDDEN + HIDDEN + WIDE)
     for suffix in ("", ", compiled") if world == 2 else ("",):
         # Two norms and h; attention keeps what o_proj reads.
         assert found[f"fused{suffix}"] == layers * tokens * (2 * HIDDEN + WIDE)
-        assert found[f"rounded again{suffix}"] == 0
+        assert found[f"rounded again{suffix}"] == found[f"multiplied again{suffix}"] == 0
+        kept = [halves[f"{mode}{suffix}"] for mode in eager[1:]]
+        assert kept == [2 * layers, 2 * layers, 0]
+        for mode in eager[2:]:
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(grads[f"fused{suffix}"], grads[f"{mode}{suffix}"], strict=True)
+            )
 
 
 def check_training(rank: int, world: int, device: str, folder: Path) -> None:

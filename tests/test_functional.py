@@ -65,7 +65,7 @@ def test_an_input_that_is_rounded_again_is_kept_itself(recipe, compiled):
     x, w, b, e = torch.randn(40, 32), torch.randn(24, 32), torch.randn(24), torch.randn(40, 24)
     results, kept = [], []
     for recompute in (False, True):
-        config = dataclasses.replace(CONFIGS[recipe], recompute_inputs=recompute)
+        config = dataclasses.replace(CONFIGS[recipe], recompute="inputs" if recompute else "nothing")
         d = torch.exp2(torch.randint(-3, 4, (32,), generator=torch.Generator().manual_seed(0)).float())
 
         def function(x, w, b, config=config, d=d if config.equalize else None):

@@ -83,15 +83,16 @@ def test_fused_blocks_stay_fused_in_a_sampled_step(family, monkeypatch):
     assert (gradients[1] - gradients[2]).norm() < 0.03 * gradients[2].norm()
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
-def test_fused_blocks_under_activation_checkpointing(mode):
+@pytest.mark.parametrize("mode", ["selective", "full", "mlp"])
+def test_fused_blocks_that_recompute(mode):
     from halo_train.training.blocks import checkpoint_activations
 
     found = []
     for recompute in (False, True):
         model = causal_lm("llama")
-        convert_to_halo_training(model, recipe="fp8")
-        if recompute:
+        of_config = "mlp" if recompute and mode == "mlp" else "nothing"
+        convert_to_halo_training(model, recipe="fp8", recompute=of_config)
+        if recompute and mode != "mlp":
             checkpoint_activations(model, mode)
         with QuantMetrics(model, every=1, what_if=["int8"]) as metrics:
             for _ in range(2):

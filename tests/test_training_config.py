@@ -25,6 +25,7 @@ def file(tmp_path: Path) -> Path:
         ("lr=1", "lr: unknown key; did you mean 'train.lr'?"),
         ("data.lr=1", "data.lr: unknown key; did you mean 'train.lr'?"),
         ("trian.lr=1", "trian: unknown key; did you mean 'train'?"),
+        ("quant.recompute=gate", "quant.recompute.*'nothing', 'inputs' or 'mlp'.*got 'gate'"),
         ("quant.recipe=fp9", "quant.recipe: must be one of fp8, int8.*did you mean 'fp8'.*got 'fp9'"),
         ("train.steps=0", "train.steps: should be greater than 0; got '0'"),
         ("train.lr=fast", "train.lr: should be a valid number.*got 'fast'"),
@@ -44,6 +45,16 @@ def file(tmp_path: Path) -> Path:
 def test_a_wrong_override_is_named_with_its_remedy(file: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(file, [override])
+
+
+def test_recomputing_twice_is_refused(file: Path) -> None:
+    both = ["quant.recompute=mlp", "train.activation_checkpointing=full"]
+    with pytest.raises(
+        UserError, match=r"quant\.recompute=mlp and .*checkpointing=full would both recompute"
+    ):
+        load_config(file, both)
+    assert load_config(file, both[:1]).quant.recompute == "mlp"
+    load_config(file, ["quant.recompute=nothing", both[1]])
 
 
 def test_all_faults_come_in_one_message(file: Path) -> None:

@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import checkpoint
 
+from ..config import Recompute
 from ..fsdp import GatheredWeight
 from ..fused import NormedInput, Projected, halo_gated_mlp, halo_projections
 from ..fused.functions import Layer
@@ -31,7 +33,7 @@ from ..gemm import MULTIPLE
 from ..linear import HaloLinear, take_equalizers
 from ..ops.fused_reference import ACTIVATIONS
 from ..products import autocast_dtype
-from ..quantize import Quantized, RoundedWeight
+from ..quantize import Equalizer, Quantized, RoundedWeight
 
 
 class Reader(NamedTuple):
@@ -97,13 +99,12 @@ class HaloGatedMLP(FusedModule):
         equalizer, down_equalizer = first.factors(), down.factors()
         operands = [layer.operands(equalizer) for layer in self.readers()]
         if has_operand_hooks((*self.readers(), down)):
-            outputs = halo_projections(
-                x, operands, config=first.running_config, equalizer=equalizer, norm=norm
+            run = partial(self._in_sight, x, norm, values, operands, equalizer)
+            y: Tensor = (
+                checkpoint(run, use_reentrant=False)
+                if first.running_config.recompute is Recompute.MLP
+                else run()
             )
-            show_operands(self.readers(), x if values is None else values, outputs)
-            halves = outputs if len(outputs) == 2 else outputs[0].chunk(2, -1)
-            h: Tensor = _GatedFunction.apply(*halves, _ACTIVATIONS[self.fusion.activation])
-            y: Tensor = down(h)
             return y
         gate, up = operands if len(operands) == 2 else _halves(operands[0])
         return halo_gated_mlp(
@@ -117,6 +118,24 @@ class HaloGatedMLP(FusedModule):
             down_equalizer=down_equalizer,
             norm=norm,
         )
+
+    def _in_sight(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        values: Tensor | None,
+        operands: list[Layer],
+        equalizer: Equalizer | None,
+    ) -> Tensor:
+        """:meth:`forward` with act(gate) up as a tensor, for operand hooks."""
+        readers = self.readers()
+        config = readers[0].running_config
+        outputs = halo_projections(x, operands, config=config, equalizer=equalizer, norm=norm)
+        show_operands(readers, x if values is None else values, outputs)
+        halves = outputs if len(outputs) == 2 else outputs[0].chunk(2, -1)
+        h: Tensor = _GatedFunction.apply(*halves, _ACTIVATIONS[self.fusion.activation])
+        y: Tensor = self.down()(h)
+        return y
 
     def readers(self) -> list[Any]:
         """The layers that read x: HaloLinear, unless somebody put something else there."""

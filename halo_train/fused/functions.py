@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..config import HaloConfig, storage_dtype
-from ..gemm import MULTIPLE
+from ..config import HaloConfig, Recompute, storage_dtype
+from ..gemm import MULTIPLE, matmul
 from ..operands import contract_rows, pad_matrix, pad_vector, quantize_input, rotation_block
 from ..products import (
     ForDgrad,
+    after,
     again,
     as_matrix,
     crop,
@@ -100,7 +101,9 @@ class ProjectionsFunction(torch.autograd.Function):
         with without_autocast(scale.device.type):
             x, some, dys = None, next((e for e in grads if e is not None), None), []
             if some is not None and any(needs[6::_PER_LAYER]):
-                x = _contract_input(data, scale, saved[:3], inverse, some, ctx.x_shape, arguments)
+                if data is None:
+                    data = _round_input_again(saved[:3], inverse, some, ctx.x_shape, arguments)
+                x = contract_rows(Quantized(data, scale), config)
             for i, (e, form) in enumerate(zip(grads, ctx.forms, strict=True)):
                 w, dw, db = saved[9 + 3 * i : 12 + 3 * i], None, None
                 needs_dw, needs_db = needs[6 + _PER_LAYER * i : 8 + _PER_LAYER * i]
@@ -122,8 +125,8 @@ class GatedMLPFunction(torch.autograd.Function):
     """Y [..., N] from x [..., K], the norm's weight and bias, d and 1/d of gate and up [K], those of down [F], and the layers as
     in :class:`ProjectionsFunction`.
 
-    Saved: as there for gate and up; what they computed [M', F'], in the dtype of the products; h rounded, unless the config says
-    that it is made again, with its scales, and what dgrad takes of down.
+    Saved: as there for gate and up; what they computed [M', F'], in the dtype of the products; h rounded, with its scales, and what
+    dgrad takes of down. Where the config says that h, or gate and up too, are made again, what that takes instead.
     """
 
     @staticmethod
@@ -149,16 +152,19 @@ class GatedMLPFunction(torch.autograd.Function):
         needs_dy = any(ctx.needs_input_grad[1:4])
         needs_gate, needs_up, needs_down = ctx.needs_input_grad[8:21:_PER_LAYER]
         needs_dh, needs_x = needs_dy or needs_gate or needs_up, needs_gate or needs_up
-        recompute = _recomputes(arguments)
+        recompute, multiplies = _recomputes(arguments), config.recompute is Recompute.MLP
+        needs_halves = needs_dh or (needs_down and config.recomputes_inputs)
+        reads_x = needs_x or (needs_halves and multiplies)
         ctx.save_for_backward(
-            *_if(needs_dy or (needs_x and recompute), *saved_norm),
-            *_if(needs_x and not recompute, rounded.data),
+            *_if(needs_dy or (reads_x and recompute), *saved_norm),
+            *_if(reads_x and not recompute, rounded.data),
             *(rounded.scale, d, inverse, down_d, down_inverse),
-            *_if(needs_dh or (needs_down and config.recompute_inputs), gate, up),
-            *_if(needs_down and not config.recompute_inputs, hidden.data),
+            *_if(needs_halves and not multiplies, gate, up),
+            *_if(needs_down and not config.recomputes_inputs, hidden.data),
             hidden.scale,
             *_if(needs_dy, *gate_w, *up_w),
             *_if(needs_dh, *down_w),
+            *_if(needs_halves and multiplies, *_for_fprop(layers[0], gate_w), *_for_fprop(layers[1], up_w)),
         )
         ctx.arguments, ctx.x_shape, ctx.forms = arguments, x.shape, [_Form.of(layer) for layer in layers]
         return crop(y, tokens.shape[0], layers[2].weight.shape[0]).view(*x.shape[:-1], -1)
@@ -170,6 +176,7 @@ class GatedMLPFunction(torch.autograd.Function):
         config = arguments.config
         data, scale, d, inverse, down_d, down_inverse, gate, up, h_data, h_scale = saved[5:15]
         gate_w, up_w, down_w = saved[15:18], saved[18:21], saved[21:24]
+        saved_for_halves = saved[24:27], saved[27:30]
         gate_form, up_form, down_form = ctx.forms
         needs_dy, needs_bias = any(needs[1:4]), needs[21]
         needs_gate, needs_up, needs_down = needs[8:21:_PER_LAYER]
@@ -178,6 +185,14 @@ class GatedMLPFunction(torch.autograd.Function):
         dw_gate = dw_up = dw_down = None
         dys: list[Tensor] = []
         with without_autocast(e.device.type):
+            reads_x = needs_gate or needs_up
+            halves_again = config.recompute is Recompute.MLP and (needs_dh or needs_down)
+            if data is None and (reads_x or halves_again):
+                data = _round_input_again(saved[:3], inverse, e, ctx.x_shape, arguments)
+            if halves_again:
+                assert data is not None
+                x = Quantized(data, after(scale, e))
+                gate, up = (_fprop_again(x, w, d, arguments) for w in saved_for_halves)
             bias_dtype = down_form.bias_dtype if needs_bias else None
             for_dh, for_dw, db = round_gradient(
                 as_matrix(e), down_w, h_scale, needs_dh, needs_down, bias_dtype, config
@@ -188,6 +203,7 @@ class GatedMLPFunction(torch.autograd.Function):
                     h_data = _round_hidden(gate, up, again(down_inverse, width, e), width, arguments).data
                 h = contract_rows(Quantized(h_data, h_scale), config)
                 dw_down = wgrad(for_dw, h, down_block, down_d, down_form.weight, config)
+                del h, h_data
             if for_dh is not None:
                 dh = undo_fold(
                     dgrad(for_dh, down_w, arguments.out_dtype, config), down_block, down_inverse, config
@@ -196,13 +212,14 @@ class GatedMLPFunction(torch.autograd.Function):
                 dtype = storage_dtype(config.grad_format, dh.dtype)
                 parts = ops.gated_grad_quantize(dh, gate, up, arguments.activation, dtype, scale, *folds)
                 dgate, dup, dgate_t, dup_t = (Quantized(*parts[i : i + 2]) for i in (0, 2, 4, 6))
+                del dh, gate, up  # before x is transposed and dW made
                 if needs_dy:
                     dys = [
                         dgrad(part, w, arguments.out_dtype, config)
                         for part, w in ((dgate, gate_w), (dup, up_w))
                     ]
-                if needs_gate or needs_up:
-                    x = _contract_input(data, scale, saved[:3], inverse, e, ctx.x_shape, arguments)
+                if reads_x:
+                    x = contract_rows(Quantized(data, scale), config)
                     dw_gate = wgrad(dgate_t, x, block, d, gate_form.weight, config) if needs_gate else None
                     dw_up = wgrad(dup_t, x, block, d, up_form.weight, config) if needs_up else None
             inputs = _input_backward(dys, block, inverse, ctx.x_shape, saved[:5], needs[1:4], arguments)
@@ -267,25 +284,21 @@ def _round_input(
 
 def _recomputes(arguments: Arguments) -> bool:
     """Whether the rounded input is made again in backward: from what the norm's backward takes anyway."""
-    return arguments.config.recompute_inputs and arguments.norm is not None
+    return arguments.config.recomputes_inputs and arguments.norm is not None
 
 
-def _contract_input(
-    data: Tensor | None,
-    scale: Tensor,
+def _round_input_again(
     of_norm: tuple[Tensor | None, ...],
     inverse: Tensor | None,
     e: Tensor,
     x_shape: torch.Size,
     arguments: Arguments,
-) -> Quantized:
-    """The rounded input, as saved or made again from x and the norm's weight and bias, transposed for wgrad."""
-    if data is None:
-        tokens, gain, shift = of_norm
-        assert tokens is not None
-        factors = again(inverse, x_shape[-1], e)
-        data = _round_input(tokens, arguments, gain, shift, factors)[0].data
-    return contract_rows(Quantized(data, scale), arguments.config)
+) -> Tensor:
+    """The data of the rounded input from x and the norm's weight and bias."""
+    tokens, gain, shift = of_norm
+    assert tokens is not None
+    factors = again(inverse, x_shape[-1], e)
+    return _round_input(tokens, arguments, gain, shift, factors)[0].data
 
 
 def _round_hidden(
@@ -310,6 +323,21 @@ def _fprop(x: Quantized, layer: Layer, d: Tensor | None, arguments: Arguments) -
     if layer.bias is not None:
         y = y + pad_vector(layer.bias.to(y.dtype), y.shape[1])
     return y, for_dgrad(layer.weight, rows, None if rounded is None else rounded.columns, config)
+
+
+def _for_fprop(layer: Layer, for_dgrad: ForDgrad) -> ForDgrad:
+    """What to save of a weight for :func:`_fprop_again`; for_dgrad: what dgrad takes of it, which is the same where W is rounded here."""
+    return for_dgrad if layer.rounded is None else (None, *layer.rounded.rows)
+
+
+def _fprop_again(x: Quantized, w: ForDgrad, d: Tensor | None, arguments: Arguments) -> Tensor:
+    """Y of :func:`_fprop` without its bias, the same bits; w: of :func:`_for_fprop`."""
+    weight, data, scale = w
+    if weight is not None:
+        return fprop(x, weight, d, None, arguments.out_dtype, arguments.config)[0]
+    assert data is not None
+    assert scale is not None
+    return matmul(x, Quantized(data, scale), arguments.out_dtype, arguments.config.fast_accum)
 
 
 def _input_backward(

@@ -76,6 +76,8 @@ class QuantSection(_Section):
     """The output layer too: a faster step; docs/numerics.md, section 8, has what it costs in accuracy."""
     fuse: bool = True
     """Norms and gated MLPs of known transformer blocks write 8 bits once for all layers that read them; docs/blocks.md."""
+    recompute: Literal["nothing", "inputs", "mlp"] | None = None
+    """What 8-bit layers compute again in backward, bit for bit, for memory; docs/blocks.md. null is what a recipe file says."""
 
     @field_validator("recipe")
     @classmethod
@@ -241,6 +243,15 @@ class Config(_Section):
     save: SaveSection = SaveSection()
     log: LogSection = LogSection()
     eval: EvalSection = EvalSection()
+
+    @model_validator(mode="after")
+    def _recomputed_once(self) -> Config:
+        what, mode = self.quant.recompute, self.train.activation_checkpointing
+        if what in ("inputs", "mlp") and mode != "none":
+            raise ValueError(
+                f"quant.recompute={what} and train.activation_checkpointing={mode} would both recompute; set one of them to nothing or none"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """Every field with its value; reading it back gives the same config."""

@@ -108,18 +108,28 @@ class RoundedProducts:
         self._needs_dh, self._needs_dw = needs_dh, needs_dw
         self._shape, self._dtype, self._sum_dtype = weight.shape, dtype, sum_dtype(weight.dtype)
         self._sum: Tensor | None = None
+        self._padded: Tensor | None = None
+        """Logits of the chunk with what pads them, if anything does."""
 
     def logits(self, h: Tensor) -> Tensor:
         self._x = quantize_input(h, self._inverse, self._config)
         z = matmul(self._x, self._rows, self._dtype, self._config.fast_accum)
-        z = crop(z, h.shape[0], self._shape[0])
-        return z if self._bias is None else z.add_(self._bias)
+        inside = crop(z, h.shape[0], self._shape[0])
+        self._padded = None if inside is z else z
+        return inside if self._bias is None else inside.add_(self._bias)
 
     def gradient(self, dz: Tensor) -> tuple[Quantized | None, Quantized | None, int]:
+        (m, n), padded, self._padded = dz.shape, self._padded, None
+        if (
+            padded is not None and padded.data_ptr() == dz.data_ptr()
+        ):  # written over the logits: else dz is copied to be padded
+            padded[m:].zero_()
+            padded[:, n:].zero_()
+            dz = padded
         for_dh, for_dw, _ = round_gradient(
             dz, self._for_dgrad, self._x.scale, self._needs_dh, self._needs_dw, None, self._config
         )
-        return for_dh, for_dw, dz.shape[0]
+        return for_dh, for_dw, m
 
     def dgrad(self, gradient: tuple[Quantized | None, Quantized | None, int]) -> Tensor:
         for_dh, _, tokens = gradient

@@ -77,7 +77,11 @@ def convert(
     label = config.quant.label
     try:
         report = convert_to_halo_training(
-            model, recipe=recipes, output_layer=config.quant.output_layer, fuse=config.quant.fuse
+            model,
+            recipe=recipes,
+            output_layer=config.quant.output_layer,
+            fuse=config.quant.fuse,
+            recompute=config.quant.recompute,
         )
     except ValueError as error:
         raise UserError(f"quant.recipe={label} cannot be applied to {config.model.path}: {error}") from error
