@@ -29,6 +29,7 @@ from .operands import contract_rows, pad_vector, quantize_input, rotation_block
 from .products import (
     again,
     as_matrix,
+    as_output,
     autocast_dtype,
     crop,
     dgrad,
@@ -191,8 +192,7 @@ class HaloLinearFunction(torch.autograd.Function):
         n, tokens = weight.shape[0], as_matrix(x)
         rounded = quantize_input(tokens, inverse, config) if quantized_input is None else quantized_input
         y, rows = fprop(rounded, weight, d, given, x.dtype, config)
-        m = tokens.shape[0] if leading is None else leading.numel()
-        y = crop(y, m, n)
+        y = as_output(y, x.shape[:-1] if leading is None else leading, n)
         if bias is not None:
             y = y + bias.to(y.dtype)
 
@@ -212,8 +212,7 @@ class HaloLinearFunction(torch.autograd.Function):
         ctx.again_from_x = again_from_x
         ctx.x_dtype, ctx.x_shape, ctx.weight_form = x.dtype, x.shape, (weight.shape, weight.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        shape = x.shape[:-1] if leading is None else leading
-        return y if len(shape) == 1 else y.view(*shape, n)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -170,6 +170,18 @@ def crop(x: Tensor, rows: int, columns: int) -> Tensor:
     return x if x.shape == (rows, columns) else x[:rows, :columns]
 
 
+def as_output(y: Tensor, leading: torch.Size, columns: int) -> Tensor:
+    """A padded product [M', N'] as what a layer returns, [*leading, N].
+
+    The same memory and yet no view: autograd forbids to write in place, as ``y += 1`` and ``nn.ReLU(inplace=True)`` do, to a view that
+    a Function returns.
+    """
+    for axis, size in enumerate((leading.numel(), columns)):
+        if y.shape[axis] != size:
+            y = torch.unsafe_split_with_sizes(y, [size, y.shape[axis] - size], axis)[0]
+    return y if len(leading) == 1 else torch.ops.aten._unsafe_view.default(y, (*leading, columns))
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of x before the products, or None outside autocast; float64 stays."""
     device = x.device.type

@@ -212,3 +212,20 @@ def test_fsdp1_is_refused():
 def test_unknown_recipe():
     with pytest.raises(ValueError, match="did you mean 'fp8'"):
         HaloLinear(8, 8, recipe="fp9")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shape", [(2, 16, 48), (3, 5, 48), (5, 48), (48,)])
+def test_the_output_can_be_written_to_in_place(shape: tuple[int, ...], compiled: bool):
+    """As that of nn.Linear: ``x += y``, nn.ReLU(inplace=True). 15 and 5 tokens and 40 features are padded inside."""
+    model = nn.Sequential(HaloLinear(48, 40, bias=False), nn.ReLU(inplace=True))
+    x = torch.randn(shape, requires_grad=True)
+    expected = model[0](x).relu()
+    (expected_dx,) = torch.autograd.grad(expected.sum(), x)
+    if compiled:
+        model.compile(backend="aot_eager", fullgraph=True)
+    y = model(x)
+    assert not model[0](x)._is_view()
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(y, expected)
+    assert torch.equal(dx, expected_dx)

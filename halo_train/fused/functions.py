@@ -17,6 +17,7 @@ from ..products import (
     after,
     again,
     as_matrix,
+    as_output,
     crop,
     dgrad,
     for_dgrad,
@@ -76,7 +77,7 @@ class ProjectionsFunction(torch.autograd.Function):
         saved: list[Tensor | None] = []
         for layer in layers:
             y, w = _fprop(rounded, layer, d, arguments)
-            outputs.append(crop(y, tokens.shape[0], layer.weight.shape[0]).view(*x.shape[:-1], -1))
+            outputs.append(as_output(y, x.shape[:-1], layer.weight.shape[0]))
             saved += w
         needs_dy, needs_dw = any(ctx.needs_input_grad[1:4]), any(ctx.needs_input_grad[6::_PER_LAYER])
         recompute = _recomputes(arguments)
@@ -167,7 +168,7 @@ class GatedMLPFunction(torch.autograd.Function):
             *_if(needs_halves and multiplies, *_for_fprop(layers[0], gate_w), *_for_fprop(layers[1], up_w)),
         )
         ctx.arguments, ctx.x_shape, ctx.forms = arguments, x.shape, [_Form.of(layer) for layer in layers]
-        return crop(y, tokens.shape[0], layers[2].weight.shape[0]).view(*x.shape[:-1], -1)
+        return as_output(y, x.shape[:-1], layers[2].weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
