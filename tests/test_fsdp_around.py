@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fsdp_fixtures import (
     WIDTH,
@@ -29,7 +30,12 @@ from fsdp_fixtures import (
     whole_batch,
 )
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
@@ -43,6 +49,7 @@ from halo_train import (
     load_equalizer_state_dict,
     revert,
 )
+from halo_train.linear import halo_linears
 
 
 def check_meta_initialisation(rank: int, world: int, device: str, folder: Path) -> None:
@@ -164,6 +171,49 @@ def check_checkpoints_hold_plain_weights(rank: int, world: int, device: str, fol
     assert all(not data.view(torch.uint8).any() for data, _ in seen.values())
 
 
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> list[Tensor]:
+    """Losses of the whole batch, the same whatever the number of ranks."""
+    rank, world, losses = dist.get_rank(), dist.get_world_size(), []
+    for step in numbers:
+        x = whole_batch(step, 12, "cpu").tensor_split(world)[rank]
+        loss = (model(x) - x - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach() / world
+        dist.all_reduce(total)
+        losses.append(total)
+    return losses
+
+
+def train_and_save(rank: int, world: int, device: str, folder: Path) -> None:
+    """Ten steps; what there was after five, written meanwhile."""
+    model = shard(build())
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    losses = steps(model, optimizer, range(5))
+    weights, states = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": states, "equalizer": equalizer_state_dict(model)}
+    writing = dcp.async_save(state, checkpoint_id=folder / "dcp", process_group=dist.new_group())
+    losses += steps(model, optimizer, range(5, 10))
+    writing.result()
+    torch.save(losses, folder / "losses.pt")
+
+
+def resume(rank: int, world: int, device: str, folder: Path) -> None:
+    model = shard(build(seed=1))
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    weights, states = get_state_dict(model, optimizer)
+    equalizer = {name: torch.empty_like(layer.equalizer_exponent) for name, layer in halo_linears(model)}
+    state = {"model": weights, "optimizer": states, "equalizer": equalizer}
+    dcp.load(state, checkpoint_id=folder / "dcp")
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
+    load_equalizer_state_dict(model, equalizer)
+    before = torch.load(folder / "losses.pt")
+    assert before[-1] < 0.8 * before[4] < before[0]
+    # Columns of E are rounded with the scale of one rank's tokens.
+    torch.testing.assert_close(steps(model, optimizer, range(5, 10)), before[5:], rtol=5e-3, atol=0)
+
+
 def check_errors_on_every_rank(rank: int, world: int, device: str, folder: Path) -> None:
     model = shard(nn.Sequential(nn.Sequential(nn.Linear(WIDTH, 64))).to(device))
     with raises("convert the model first, then call fully_shard"):
@@ -249,3 +299,10 @@ CHECKS = checks_of(__name__)
 )
 def test_gloo(world: int, tmp_path: Path) -> None:
     run_on_ranks(CHECKS, world, "cpu", tmp_path)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_the_curve_goes_on_with_another_number_of_ranks(before: int, after: int, tmp_path: Path) -> None:
+    for world, part in ((before, train_and_save), (after, resume)):
+        run_on_ranks([part], world, "cpu", tmp_path)
+        (tmp_path / "rendezvous").unlink(missing_ok=True)

@@ -81,7 +81,7 @@ def check_equals_one_process(rank: int, world: int, device: str, folder: Path) -
     variants: list[tuple[str | HaloConfig, dict[str, Any]]] = [
         ("fp8", {"output_layer": True}),
         ("int8", {}),
-        (dataclasses.replace(RECIPES["fp8"], recompute_inputs=True), {}),
+        *((dataclasses.replace(RECIPES["fp8"], recompute=what), {}) for what in ("inputs", "mlp")),
         ("fp8", {"fuse": False, "share_inputs": True}),
         ("fp8_plain", {}),
     ]

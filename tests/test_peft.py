@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
+from fsdp_fixtures import run_on_ranks, weights_seen
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 
 from halo_train import HaloLinear, convert_to_halo_training, revert
+from halo_train.linear import halo_linears
 from halo_train.training.loss import TokenLoss
 
 peft = pytest.importorskip("peft")
@@ -62,3 +68,42 @@ def test_the_loss_leaves_the_logits_to_a_wrapped_model() -> None:
     assert loss.whole_logits == "its output layer does not get the last hidden states as they are"
     with torch.no_grad():
         assert loss(IDS, IDS) / 62 == pytest.approx(model(input_ids=IDS, labels=IDS).loss.item(), rel=1e-6)
+
+
+def check_adapters_train_around_weights_gathered_in_8_bits(
+    rank: int, world: int, device: str, folder: Path
+) -> None:
+    def loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids).loss
+
+    for order in ("peft first", "convert first"):
+        model, reference = build(order), build(order)
+        for _, layer in halo_linears(reference):
+            layer.config = layer.config.with_folded_dgrad
+        with torch.no_grad():
+            reference(IDS)  # the factors of both ranks' tokens
+        for block in model.get_base_model().model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        with weights_seen(model) as seen:
+            found = loss(model, IDS[rank : rank + 1])
+        assert len(seen) == 14
+        assert all(isinstance(weight, tuple) for weight in seen.values())
+        torch.testing.assert_close(found, loss(reference, IDS[rank : rank + 1]), rtol=1e-5, atol=0)
+        found.backward()
+        for row in IDS:
+            (loss(reference, row[None]) / world).backward()
+        for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+            assert ours.requires_grad == ("lora_" in name)
+            if ours.requires_grad:
+                difference = ours.grad.full_tensor() - theirs.grad
+                assert difference.norm() < 2e-3 * theirs.grad.norm(), name
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2).step()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        saved = get_model_state_dict(model, options=options)
+        assert all("lora_" in name for name in saved)
+        assert bool(saved) == (rank == 0)
+
+
+def test_adapters_train_around_weights_gathered_in_8_bits(tmp_path: Path) -> None:
+    run_on_ranks([check_adapters_train_around_weights_gathered_in_8_bits], 2, "cpu", tmp_path)
