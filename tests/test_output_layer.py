@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from halo_train import (
     measure_products,
     revert,
 )
+from halo_train.training import output_layer
 from halo_train.training.config import load_config
 from halo_train.training.data import IGNORE
 from halo_train.training.loss import LinearCrossEntropy, LogitMap, TokenLoss
-from halo_train.training.output_layer import rounding_of
+from halo_train.training.output_layer import RoundedProducts, rounding_of
 from halo_train.training.precision import convert
 
 ROUNDING = [name for name in RECIPES if name != "bf16"]
@@ -232,3 +234,30 @@ def test_what_cannot_be_converted_is_an_error() -> None:
     model.lm_head = Own(32, 96)
     with pytest.raises(ValueError, match=r"lm_head: Own is a subclass of nn\.Linear"):
         convert_to_halo_training(model, output_layer=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(48, 96), (41, 96), (48, 90), (41, 90)])
+@pytest.mark.parametrize("recipe", ["fp8", "int8", "halo2_int8"])
+def test_a_gradient_written_over_the_logits_is_not_copied_to_be_padded(
+    recipe: str, tokens: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    head = HaloLinear(32, vocabulary, bias=False, recipe=recipe)
+    h, dz, results, padded = torch.randn(tokens, 32), torch.randn(tokens, vocabulary), [], []
+    round_gradient = output_layer.round_gradient
+
+    def look(e: torch.Tensor, *others: Any) -> Any:
+        padded.append((e.shape[0] % 16, e.shape[1] % 16) == (0, 0))
+        return round_gradient(e, *others)
+
+    monkeypatch.setattr(output_layer, "round_gradient", look)
+    for over in (False, True):
+        products = RoundedProducts(head.weight, None, h.dtype, rounding_of(head, h), True, True)
+        z = products.logits(h)
+        gradient = products.gradient(z.copy_(dz) if over else dz)
+        products.add_wgrad(gradient)
+        results.append((products.dgrad(gradient), products.wgrad_sum()))
+    assert padded[1]
+    for ours, other in zip(*results, strict=True):
+        assert torch.equal(ours, other)

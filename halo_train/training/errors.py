@@ -8,8 +8,8 @@ import signal
 import torch
 
 _LESS_MEMORY = (
-    "Lower train.micro_batch (and raise train.grad_accum) or data.seq_len, or set train.activation_checkpointing=full, "
-    "model.dtype=bfloat16 or train.optimizer=adamw_8bit; in eval lower --batch"
+    "Lower train.micro_batch (and raise train.grad_accum) or data.seq_len, or set quant.recompute=mlp, "
+    "train.activation_checkpointing=full, model.dtype=bfloat16 or train.optimizer=adamw_8bit; in eval lower --batch"
 )
 
 
