@@ -169,15 +169,17 @@ Tensor matmul_rows(const Tensor& a, const Tensor& b, const Tensor& scale_a, cons
   return scaled_matmul(a, transposed, scale_a, ones, out_dtype, fast_accum);
 }
 
-Tensor matmul_weight_rows(const Tensor& a, const Tensor& scale_a, const Tensor& weight, int64_t block,
-                          const std::optional<Tensor>& col_scale, ScalarType out_dtype, bool fast_accum) {
+std::tuple<Tensor, Tensor> matmul_weight_rows(const Tensor& a, const Tensor& scale_a, const Tensor& weight,
+                                              int64_t block, const std::optional<Tensor>& col_scale,
+                                              ScalarType out_dtype, bool fast_accum) {
   const auto [data, scale] = operators::quantize_rows(weight, a.scalar_type(), block, col_scale);
-  return scaled_matmul(a, data, scale_a, scale, out_dtype, fast_accum);
+  return {scaled_matmul(a, data, scale_a, scale, out_dtype, fast_accum), scale};
 }
 
-Tensor matmul_weight_columns(const Tensor& a, const Tensor& scale_a, const Tensor& weight, ScalarType dtype,
-                             ScalarType out_dtype, bool fast_accum) {
-  const auto [data, scale] = operators::quantize_rows_transposed(weight, dtype, std::nullopt);
+Tensor matmul_weight_columns(const Tensor& a, const Tensor& scale_a, const Tensor& weight,
+                             const std::optional<Tensor>& row_scale, ScalarType dtype, ScalarType out_dtype,
+                             bool fast_accum) {
+  const auto [data, scale] = operators::quantize_rows_transposed(weight, dtype, row_scale);
   return scaled_matmul(a, data, scale_a, scale, out_dtype, fast_accum);
 }
 

@@ -73,8 +73,8 @@ class HaloConfig:
     rotate_m_dgrad: bool = False
     """Rotate E along M before it is rounded for dgrad, undone on dX (HALO-2)."""
     requantize_w_dgrad: bool = True
-    """Round W once more for dgrad, as it is, with one scale a column: nothing is folded into E and nothing undone on dX
-    (eq. 5). False: dgrad takes the W of fprop (eq. 5f)."""
+    """Round W once more for dgrad, neither rotated nor equalised, with one scale a column: nothing is undone on dX
+    (eq. 5, 5i). False: dgrad takes the W of fprop (eq. 5f)."""
     equalize: bool = True
     """Divide the columns of X by d and multiply those of W by d, d a power of two per channel, before rotating."""
     fast_accum: bool = True
@@ -136,6 +136,14 @@ class HaloConfig:
     def with_folded_dgrad(self) -> HaloConfig:
         """The same with a dgrad that takes the W of fprop, for a weight of which only that rounded form exists."""
         return dataclasses.replace(self, requantize_w_dgrad=False) if self.requantize_w_dgrad else self
+
+    @property
+    def levels_w_dgrad(self) -> bool:
+        """Whether the rows of W are divided by levels before W is rounded once more for dgrad, and E multiplied by them (eq. 5i).
+
+        In int8, whose steps are even: else one large row would take the bits of all others.
+        """
+        return self.requantize_w_dgrad and self.format is Format.INT8
 
     @functools.cached_property
     def with_recomputed_inputs(self) -> HaloConfig:

@@ -27,6 +27,7 @@ from .gemm import MULTIPLE
 from .hadamard import hadamard_transform
 from .operands import contract_rows, pad_vector, quantize_input, rotation_block
 from .products import (
+    ForDgrad,
     again,
     as_matrix,
     as_output,
@@ -166,7 +167,8 @@ class HaloLinearFunction(torch.autograd.Function):
     shape of Y.
 
     Saved for backward: Xq (1 byte an element; x itself if the config says so), its scales s and d when the weight needs a
-    gradient. When x does, what dgrad takes: the weight itself, which takes no memory, or its columns if they are given; folded, Wq, its scales t and 1/d. The
+    gradient. When x does, what dgrad takes: the weight itself, which takes no memory, or its columns if they are given, in int8 with
+    its levels; folded, Wq, its scales t and 1/d. The
     padding is part of Xq and Wq; it is zero and adds nothing to a sum.
     """
 
@@ -191,7 +193,7 @@ class HaloLinearFunction(torch.autograd.Function):
         quantized_input = None if x_data is None or x_scale is None else Quantized(x_data, x_scale)
         n, tokens = weight.shape[0], as_matrix(x)
         rounded = quantize_input(tokens, inverse, config) if quantized_input is None else quantized_input
-        y, rows = fprop(rounded, weight, d, given, x.dtype, config)
+        y, w_rows, w_row_scale = fprop(rounded, weight, d, given, x.dtype, config)
         y = as_output(y, x.shape[:-1] if leading is None else leading, n)
         if bias is not None:
             y = y + bias.to(y.dtype)
@@ -201,7 +203,9 @@ class HaloLinearFunction(torch.autograd.Function):
         again_from_x = config.recomputes_inputs and quantized_input is None
         saved_x = (x if again_from_x else rounded.data, rounded.scale, d) if needs_dw else (None, None, None)
         columns = None if wc_data is None or wc_scale is None else Quantized(wc_data, wc_scale)
-        saved_w = for_dgrad(weight, rows, columns, config) if needs_dx else (None, None, None)
+        saved_w = ForDgrad()
+        if needs_dx:
+            saved_w = for_dgrad(weight, w_rows, w_row_scale, columns, config)
         needs_inverse = again_from_x or not config.requantize_w_dgrad
         ctx.save_for_backward(*saved_x, *saved_w, inverse if needs_inverse else None)
         ctx.config, ctx.block, ctx.from_carrier = (
@@ -217,8 +221,8 @@ class HaloLinearFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
-        x_data, x_scale, d, weight, w_data, w_scale, inverse = ctx.saved_tensors
-        config, x, w = ctx.config, Quantized(x_data, x_scale), (weight, w_data, w_scale)
+        x_data, x_scale, d, *saved_w, inverse = ctx.saved_tensors
+        config, x, w = ctx.config, Quantized(x_data, x_scale), ForDgrad(*saved_w)
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         bias_dtype, dx, dw = ctx.bias_dtype if needs_db else None, None, None
         e = as_matrix(e)

@@ -3,7 +3,7 @@
 Symbols and equations: docs/numerics.md. In short, with (X D^-1) H = diag(s) Xq and (W D) H = diag(t) Wq::
 
     fprop   Xq, s and Wq, t
-    dgrad   Ea, u = rows of E,  Wc, c = rows of W^T;  folded: Ea, u = rows of E diag(t),  Wq^T
+    dgrad   Ea, u = rows of E,  Wc, c = rows of W^T;  int8: of E diag(l) and of (diag(1/l) W)^T;  folded: Ea, u = rows of E diag(t),  Wq^T
     wgrad   Eb, v = rows of (diag(s) E)^T,  Xq^T
 """
 
@@ -37,22 +37,36 @@ def quantize_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> Qua
     return _quantize_rows(weight, d, config)
 
 
-def quantize_weight_columns(weight: Tensor, config: HaloConfig) -> Quantized:
-    """W^T rounded, the second operand of a dgrad that requantizes W: W [N, K] padded to multiples of 16, to data [K', N']."""
-    return quantize_transposed(pad_matrix(weight, MULTIPLE, MULTIPLE), config.format)
+def levels_of(scale: Tensor, config: HaloConfig) -> Tensor | None:
+    """What the rows of W are divided by for dgrad, and the columns of E multiplied, if the config has such levels: l [N'].
+
+    The square roots of the row scales t of W: roots, because nothing is known here of E, whose columns may be small, large or neither
+    where the rows of W are large.
+    """
+    return scale.sqrt() if config.levels_w_dgrad else None
+
+
+def quantize_weight_columns(weight: Tensor, levels: Tensor | None, config: HaloConfig) -> Quantized:
+    """(diag(1/levels) W)^T rounded, the second operand of a dgrad that requantizes W: W [N, K] padded to multiples of 16, to data
+    [K', N']."""
+    padded = pad_matrix(weight, MULTIPLE, MULTIPLE)
+    return quantize_transposed(padded, config.format, None if levels is None else 1 / levels)
 
 
 def round_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> RoundedWeight:
     """W [N, K] in the forms that the three products of ``config`` take, for ``halo_linear(rounded_weight=)``."""
-    columns = quantize_weight_columns(weight, config) if config.requantize_w_dgrad else None
-    return RoundedWeight(quantize_weight(weight, d, config), columns)
+    rows, columns = quantize_weight(weight, d, config), None
+    if config.requantize_w_dgrad:
+        columns = quantize_weight_columns(weight, levels_of(rows.scale, config), config)
+    return RoundedWeight(rows, columns)
 
 
 def quantize_grad_for_dgrad(e: Tensor, fold: Tensor | None, config: HaloConfig) -> Quantized:
     """E [M', N'] rounded for dgrad: rows of E diag(fold), or the whole E with one scale (rotated along M for HALO-2).
 
     Args:
-        fold: the row scales t of W, [N'], for a folded dgrad with row scales; else None.
+        fold: what its columns are multiplied by [N'], or None: the row scales t of W in a folded dgrad, the levels l in one that
+            has them.
     """
     if config.scaling is Scaling.ROWWISE:
         if config.rotate_m_dgrad:

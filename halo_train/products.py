@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +12,26 @@ from torch import Tensor
 from . import ops
 from .config import HaloConfig, Scaling, storage_dtype
 from .gemm import MULTIPLE, matmul, matmul_rows
-from .operands import pad_matrix, pad_vector, quantize_weight, rotation_block, round_grad
+from .operands import levels_of, pad_matrix, pad_vector, quantize_weight, rotation_block, round_grad
 from .quantize import Quantized
 
-ForDgrad = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""What dgrad takes of W: the weight itself, which takes no memory, or data and scales of its columns, or where dgrad is folded
-data and scales of its rows."""
+
+class ForDgrad(NamedTuple):
+    """What dgrad takes of W [N, K]; all None where there is no dgrad."""
+
+    weight: Tensor | None = None
+    """W itself, which takes no memory; else what is rounded of it:"""
+    data: Tensor | None = None
+    """Its columns [K', N'], or where dgrad is folded its rows [N', K']."""
+    scale: Tensor | None = None
+    """Of data."""
+    levels: Tensor | None = None
+    """:func:`halo_train.operands.levels_of` its rows."""
+
+    def fold(self, config: HaloConfig) -> Tensor | None:
+        """What the columns of E are multiplied by before E is rounded for dgrad, [N'] or None."""
+        return self.levels if config.requantize_w_dgrad else self.scale
+
 
 _AUTOCAST_DEVICES = frozenset(
     device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
@@ -32,8 +46,8 @@ def fprop(
     rows: Quantized | None,
     dtype: torch.dtype,
     config: HaloConfig,
-) -> tuple[Tensor, Quantized | None]:
-    """X W^T [M', N'], padded, and the rounded rows of W [N, K] where dgrad needs them.
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """X W^T [M', N'], padded, and of the rounded rows of W [N, K] the data, where dgrad needs it, and the scales.
 
     Args:
         rows: those of a RoundedWeight, or None: W is rounded here.
@@ -43,21 +57,21 @@ def fprop(
         k = padded.shape[1]
         factors = None if d is None else pad_vector(d, k)
         block = rotation_block(k, config)
-        y = ops.matmul_weight_rows(x.data, x.scale, padded, block, factors, dtype, config.fast_accum)
-        return y, None
+        y, scale = ops.matmul_weight_rows(x.data, x.scale, padded, block, factors, dtype, config.fast_accum)
+        return y, None, scale
     if rows is None:
         rows = quantize_weight(weight, d, config)
-    return matmul(x, rows, dtype, config.fast_accum), rows
+    return matmul(x, rows, dtype, config.fast_accum), *rows
 
 
 def for_dgrad(
-    weight: Tensor, rows: Quantized | None, columns: Quantized | None, config: HaloConfig
+    weight: Tensor, data: Tensor | None, scale: Tensor, columns: Quantized | None, config: HaloConfig
 ) -> ForDgrad:
-    """What to save of W [N, K] for dgrad; rows: as :func:`fprop` returns them, columns: those of a RoundedWeight."""
+    """What to save of W [N, K] for dgrad; data, scale: as :func:`fprop` returns them, columns: those of a RoundedWeight."""
     if not config.requantize_w_dgrad:
-        assert rows is not None
-        return None, *rows
-    return (weight, None, None) if columns is None else (None, *columns)
+        return ForDgrad(None, data, scale)
+    levels = levels_of(scale, config)
+    return ForDgrad(weight, levels=levels) if columns is None else ForDgrad(None, *columns, levels)
 
 
 def round_gradient(
@@ -74,7 +88,7 @@ def round_gradient(
     Args:
         bias_dtype: dtype of the bias gradient [N], or None for no third result.
     """
-    padded, fold = pad_matrix(e, MULTIPLE, MULTIPLE), None if config.requantize_w_dgrad else w[2]
+    padded, fold = pad_matrix(e, MULTIPLE, MULTIPLE), w.fold(config)
     if fold is not None and needs_dx and not torch.compiler.is_compiling() and _is_freed(fold):
         raise RuntimeError(
             "HaloLinear: FSDP2 has freed the gathered weight and not gathered it again for backward, which multiplies by it; leave "
@@ -96,16 +110,15 @@ def _is_freed(t: Tensor) -> bool:
 
 def dgrad(e: Quantized, w: ForDgrad, dtype: torch.dtype, config: HaloConfig) -> Tensor:
     """E W [M', K'], padded; rotated and equalised as W is where dgrad is folded (:func:`undo_fold`)."""
-    weight, data, scale = w
-    if weight is not None:
-        padded = pad_matrix(weight, MULTIPLE, MULTIPLE)
-        return ops.matmul_weight_columns(
-            e.data, e.scale, padded, storage_dtype(config.format, weight.dtype), dtype, config.fast_accum
-        )
-    assert data is not None
-    assert scale is not None
+    if w.weight is not None:
+        padded = pad_matrix(w.weight, MULTIPLE, MULTIPLE)
+        divisors = None if w.levels is None else 1 / w.levels
+        stored = storage_dtype(config.format, w.weight.dtype)
+        return ops.matmul_weight_columns(e.data, e.scale, padded, divisors, stored, dtype, config.fast_accum)
+    assert w.data is not None
+    assert w.scale is not None
     product = matmul if config.requantize_w_dgrad else matmul_rows
-    return product(e, Quantized(data, scale), dtype, config.fast_accum)
+    return product(e, Quantized(w.data, w.scale), dtype, config.fast_accum)
 
 
 def undo_fold(dx: Tensor, block: int, inverse: Tensor | None, config: HaloConfig) -> Tensor:

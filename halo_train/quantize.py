@@ -99,7 +99,8 @@ class RoundedWeight(NamedTuple):
     rows: Quantized
     """(W D) H, data [N', K'], for fprop."""
     columns: Quantized | None
-    """W^T, data [K', N'] with one scale a column of W, for a dgrad that requantizes W; else None: it takes the rows."""
+    """W^T, data [K', N'] with one scale a column of W, for a dgrad that requantizes W, in int8 with its rows divided by levels; else None:
+    it takes the rows."""
 
 
 class Equalizer(NamedTuple):

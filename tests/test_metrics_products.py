@@ -54,8 +54,9 @@ def by_hand(x, w, e, recipe: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     xq, s = round_to((x / d) @ h, fmt, rowwise)
     wq, t = round_to((w * d) @ h, fmt, rowwise)
     y = (s * xq) @ (t * wq).T
-    twice = equalised  # rounded by columns for dgrad, as it is
-    fold_t, fold_s = (1 if twice else t.T, s) if rowwise else (1, 1)
+    twice = equalised  # rounded by columns for dgrad; in int8 with its rows brought nearer to each other
+    levels = np.sqrt(t[:, 0]) if recipe == "int8" else np.ones(len(w))
+    fold_t, fold_s = (levels if twice else t.T, s) if rowwise else (1, 1)
     hm = np.eye(len(e))
     if recipe.startswith("halo2"):
         e_dgrad = np.pad(e, ((0, -len(e) % min(256, 1 << (len(e) - 1).bit_length())), (0, 0)))
@@ -64,7 +65,7 @@ def by_hand(x, w, e, recipe: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         e_dgrad = e
     ea, u = round_to(hm @ (e_dgrad * fold_t), fmt, rowwise)
     if twice:
-        wc, c = round_to(w.T, fmt, rowwise)
+        wc, c = round_to((w / levels[:, None]).T, fmt, rowwise)
         dx = u * (ea @ wc.T) * c.T
     else:
         dx = hm.T @ (u * (ea @ (wq if rowwise else t * wq))) @ h.T / d

@@ -43,17 +43,18 @@ def test_a_weight_rounded_on_the_way_has_the_bits_of_one_rounded_before(device, 
     rows, columns = ops.quantize_rows, ops.quantize_rows_transposed
     if out_dtype == torch.float64:  # the reference on every device
         rows, columns = reference.quantize_rows, reference.quantize_rows_transposed
-    expected = ops.scaled_matmul(a, *swapped(u, rows(weight, dtype, block, d)), out_dtype)
-    assert torch.equal(ops.matmul_weight_rows(a, u, weight, block, d, out_dtype), expected)
+    data, scale = rows(weight, dtype, block, d)
+    expected = ops.scaled_matmul(a, data, u, scale, out_dtype)
+    product, found_scale = ops.matmul_weight_rows(a, u, weight, block, d, out_dtype)
+    assert torch.equal(product, expected)
+    assert torch.equal(found_scale, scale)
     assert expected.shape == (48, n)
     assert expected.dtype is out_dtype
     a, u = rounded(48, n, dtype, device)
-    expected = ops.scaled_matmul(a, *swapped(u, columns(weight, dtype)), out_dtype)
-    assert torch.equal(ops.matmul_weight_columns(a, u, weight, dtype, out_dtype), expected)
-
-
-def swapped(scale_a: Tensor, b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return b[0], scale_a, b[1]
+    for factors in (None, torch.rand(n, device=device) + 0.5):
+        data, c = columns(weight, dtype, factors)
+        expected = ops.scaled_matmul(a, data, u, c, out_dtype)
+        assert torch.equal(ops.matmul_weight_columns(a, u, weight, factors, dtype, out_dtype), expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -62,7 +63,7 @@ def test_columns_of_a_weight_have_a_format_of_their_own(device, gradients):
     weight = torch.randn(64, 48, dtype=torch.bfloat16, device=device)
     a, u = rounded(32, 64, gradients, device)
     c = ops.quantize_rows_transposed(weight, torch.float8_e4m3fn)
-    product = ops.matmul_weight_columns(a, u, weight, torch.float8_e4m3fn, torch.float32)
+    product = ops.matmul_weight_columns(a, u, weight, None, torch.float8_e4m3fn, torch.float32)
     assert relative(product, exact(a, u) @ exact(*c).t()) < 2e-3
 
 
@@ -114,7 +115,8 @@ def test_opcheck(device, dtype):
         check(namespace.scaled_matmul, a, b, u, v, out, True)
     check(namespace.matmul_rows, e, b[:, :32].t().contiguous(), t, t.new_ones(32), out, True)
     check(namespace.matmul_weight_rows, a, u, weight, 64, d, out, True)
-    check(namespace.matmul_weight_columns, e, t, weight, dtype, out, True)
+    for factors in (None, weight.new_ones(32)):
+        check(namespace.matmul_weight_columns, e, t, weight, factors, dtype, out, True)
     check(namespace.matmul_rotated, a, b, u, v, 16, None, out, True)
 
 
@@ -122,10 +124,10 @@ def test_opcheck(device, dtype):
 def test_float8_products_in_a_cuda_graph_have_the_same_bits():
     weight = torch.randn(128, 64, dtype=torch.bfloat16, device="cuda")
     a, u = rounded(48, 64, torch.float8_e4m3fn, "cuda")
-    expected = ops.matmul_weight_rows(a, u, weight, 64, None, torch.bfloat16)
+    expected, _ = ops.matmul_weight_rows(a, u, weight, 64, None, torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = ops.matmul_weight_rows(a, u, weight, 64, None, torch.bfloat16)
+        captured, _ = ops.matmul_weight_rows(a, u, weight, 64, None, torch.bfloat16)
     captured.zero_()
     graph.replay()
     assert torch.equal(captured, expected)
@@ -138,7 +140,9 @@ def test_operands_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="scale_b must have one value or one for each of 16 rows"):
         ops.scaled_matmul(a, a, u, v, torch.float32)
     with pytest.raises(ValueError, match="contracted dimensions"):
-        ops.matmul_weight_columns(a, u, torch.randn(48, 16), torch.int8, torch.float32)
+        ops.matmul_weight_columns(a, u, torch.randn(48, 16), None, torch.int8, torch.float32)
+    with pytest.raises(ValueError, match="row_scale must be a real vector"):
+        ops.matmul_weight_columns(a, u, torch.randn(64, 16), torch.ones(3), torch.int8, torch.float32)
     with pytest.raises(ValueError, match="block must be a power of two"):
         ops.matmul_weight_rows(a, u, torch.randn(48, 64), 48, None, torch.float32)
     with pytest.raises(ValueError, match="col_scale must be a real vector"):

@@ -106,7 +106,7 @@ class ProjectionsFunction(torch.autograd.Function):
                     data = _round_input_again(saved[:3], inverse, some, ctx.x_shape, arguments)
                 x = contract_rows(Quantized(data, scale), config)
             for i, (e, form) in enumerate(zip(grads, ctx.forms, strict=True)):
-                w, dw, db = saved[9 + 3 * i : 12 + 3 * i], None, None
+                w, dw, db = ForDgrad(*saved[9 + _SAVED * i : 9 + _SAVED * (i + 1)]), None, None
                 needs_dw, needs_db = needs[6 + _PER_LAYER * i : 8 + _PER_LAYER * i]
                 if e is not None:
                     bias_dtype = form.bias_dtype if needs_db else None
@@ -176,8 +176,8 @@ class GatedMLPFunction(torch.autograd.Function):
         saved, needs, arguments = ctx.saved_tensors, ctx.needs_input_grad, ctx.arguments
         config = arguments.config
         data, scale, d, inverse, down_d, down_inverse, gate, up, h_data, h_scale = saved[5:15]
-        gate_w, up_w, down_w = saved[15:18], saved[18:21], saved[21:24]
-        saved_for_halves = saved[24:27], saved[27:30]
+        weights = [ForDgrad(*saved[i : i + _SAVED]) for i in range(15, len(saved), _SAVED)]
+        (gate_w, up_w, down_w), saved_for_halves = weights[:3], weights[3:]
         gate_form, up_form, down_form = ctx.forms
         needs_dy, needs_bias = any(needs[1:4]), needs[21]
         needs_gate, needs_up, needs_down = needs[8:21:_PER_LAYER]
@@ -209,7 +209,7 @@ class GatedMLPFunction(torch.autograd.Function):
                 dh = undo_fold(
                     dgrad(for_dh, down_w, arguments.out_dtype, config), down_block, down_inverse, config
                 )
-                folds = (None, None) if config.requantize_w_dgrad else (gate_w[2], up_w[2])
+                folds = gate_w.fold(config), up_w.fold(config)
                 dtype = storage_dtype(config.grad_format, dh.dtype)
                 parts = ops.gated_grad_quantize(dh, gate, up, arguments.activation, dtype, scale, *folds)
                 dgate, dup, dgate_t, dup_t = (Quantized(*parts[i : i + 2]) for i in (0, 2, 4, 6))
@@ -239,6 +239,9 @@ class _Form(NamedTuple):
         weight, bias = layer.weight, layer.bias
         return _Form((weight.shape, weight.dtype), None if bias is None else bias.dtype)
 
+
+_SAVED = 4
+"""Tensors of a :class:`ForDgrad`."""
 
 _PER_LAYER = 6
 """Tensors that a Function takes for a layer, one by one, because autograd sees no tensors inside tuples."""
@@ -320,25 +323,24 @@ def _fprop(x: Quantized, layer: Layer, d: Tensor | None, arguments: Arguments) -
     """Y [M', N'] padded, and what dgrad takes of the weight."""
     config, rounded = arguments.config, layer.rounded
     given = None if rounded is None else rounded.rows
-    y, rows = fprop(x, layer.weight, d, given, arguments.out_dtype, config)
+    y, data, scale = fprop(x, layer.weight, d, given, arguments.out_dtype, config)
     if layer.bias is not None:
         y = y + pad_vector(layer.bias.to(y.dtype), y.shape[1])
-    return y, for_dgrad(layer.weight, rows, None if rounded is None else rounded.columns, config)
+    return y, for_dgrad(layer.weight, data, scale, None if rounded is None else rounded.columns, config)
 
 
 def _for_fprop(layer: Layer, for_dgrad: ForDgrad) -> ForDgrad:
     """What to save of a weight for :func:`_fprop_again`; for_dgrad: what dgrad takes of it, which is the same where W is rounded here."""
-    return for_dgrad if layer.rounded is None else (None, *layer.rounded.rows)
+    return for_dgrad if layer.rounded is None else ForDgrad(None, *layer.rounded.rows)
 
 
 def _fprop_again(x: Quantized, w: ForDgrad, d: Tensor | None, arguments: Arguments) -> Tensor:
     """Y of :func:`_fprop` without its bias, the same bits; w: of :func:`_for_fprop`."""
-    weight, data, scale = w
-    if weight is not None:
-        return fprop(x, weight, d, None, arguments.out_dtype, arguments.config)[0]
-    assert data is not None
-    assert scale is not None
-    return matmul(x, Quantized(data, scale), arguments.out_dtype, arguments.config.fast_accum)
+    if w.weight is not None:
+        return fprop(x, w.weight, d, None, arguments.out_dtype, arguments.config)[0]
+    assert w.data is not None
+    assert w.scale is not None
+    return matmul(x, Quantized(w.data, w.scale), arguments.out_dtype, arguments.config.fast_accum)
 
 
 def _input_backward(

@@ -22,7 +22,14 @@ from ..config import Scaling
 from ..gemm import MULTIPLE
 from ..hadamard import hadamard_transform
 from ..linear import HaloLinear
-from ..operands import pad_matrix, pad_tokens, quantize_grad_for_dgrad, quantize_input, quantize_weight
+from ..operands import (
+    levels_of,
+    pad_matrix,
+    pad_tokens,
+    quantize_grad_for_dgrad,
+    quantize_input,
+    quantize_weight,
+)
 from ..ops.reference import QMAX
 from ..quantize import Equalizer, Quantized, equalizer_exponents
 from .batches import Batches, Sample
@@ -162,7 +169,7 @@ class LayerProbe:
         """The whole of W for a config that changes it, where sampled rows and columns do not say what they become."""
         config, own = self._plan.configs[i], self._plan.own
         rowwise = config.scaling is Scaling.ROWWISE
-        if config != own and rowwise and config.requantize_w_dgrad:
+        if config != own and rowwise and config.requantize_w_dgrad and not config.levels_w_dgrad:
             return
         operand = quantize_weight(weight, None if factors is None else factors.d, config)
         scale = of_rows(operand.scale, len(weight))
@@ -177,6 +184,8 @@ class LayerProbe:
             undo = None if factors is None else factors.inverse
             operand_columns(operand, undo, self._draws, weight.shape[1], columns, rotated=config.rotate_k)
             self._dgrad |= {f"values{i}": columns, f"scale{i}": scale}
+        elif config.levels_w_dgrad:
+            self._dgrad[f"scale{i}"] = scale
 
     def _round_gradient(self, e: Tensor) -> Sample:
         """E as it is rounded for dgrad where that is no matter of single rows.
@@ -190,8 +199,9 @@ class LayerProbe:
             if is_own and config.scaling is Scaling.ROWWISE:
                 found["x_scale"] = self._scale(self._wgrad, "x", i)
             fold = None
-            if folds(config) and (is_own or config.rotate_m_dgrad):
-                fold = self._scale(self._dgrad, "w", i)
+            if (folds(config) or config.levels_w_dgrad) and (is_own or config.rotate_m_dgrad):
+                scale = self._scale(self._dgrad, "w", i)
+                fold = scale if folds(config) else levels_of(scale, config)
             if is_own and fold is not None:
                 found["fold"] = fold
                 found["dgrad_amax"] = (torch.linalg.vector_norm(e, math.inf, dim=0) * fold).amax()

@@ -147,8 +147,8 @@ def reduce_dgrad(plan: Plan, t: Sample) -> list[Reduced]:
 
     Args:
         t: ``e`` [L, S, N], rows of E; ``w`` [L, N, C], columns of W; ``w_amax`` [L, N] and, for configs with one scale a tensor,
-            ``e_amax`` [L, M], of the rows. Where dgrad takes the W of fprop, changed, ``values<i>`` [L, N, C], what its data stands for,
-            and ``scale<i>`` [L, N]. Where E is rotated ``e_values<i>`` [L, S, N], rotated back, and of the own config ``e_exact`` and
+            ``e_amax`` [L, M], of the rows. Where dgrad takes the W of fprop, changed, ``values<i>`` [L, N, C], what its data stands for;
+            there and where W has levels ``scale<i>`` [L, N]. Where E is rotated ``e_values<i>`` [L, S, N], rotated back, and of the own config ``e_exact`` and
             ``e_data`` [L, S, N] and ``e_scale`` [L, S].
     """
     e, own, found, products = t["e"], plan.own, [], []
@@ -262,9 +262,13 @@ def _whole(names: tuple[str, ...], rows: Tensor, columns: Tensor) -> list[Reduce
 
 
 def _dgrad_weight(t: Sample, i: int, config: HaloConfig) -> tuple[Tensor, Tensor | None]:
-    """What E meets in dgrad [L, N, C], and the row scales [L, N] that are folded into E before."""
+    """What E meets in dgrad [L, N, C], and what [L, N] is folded into E before: row scales of W, or its levels."""
     if config.requantize_w_dgrad:
-        return values_of(quantize(t["w"].mT, config.format)).mT, None
+        if not config.levels_w_dgrad:
+            return values_of(quantize(t["w"].mT, config.format)).mT, None
+        scale = t[f"scale{i}"] if f"scale{i}" in t else _round_with(t["w"], t["w_amax"], config).scale
+        levels = scale.sqrt()
+        return values_of(quantize((t["w"] / levels[..., None]).mT, config.format)).mT, levels
     if f"values{i}" in t:
         values, scale = t[f"values{i}"].double(), t[f"scale{i}"]
     else:

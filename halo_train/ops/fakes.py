@@ -64,12 +64,19 @@ def _matmul_weight_rows(
     col_scale: Tensor | None,
     out_dtype: torch.dtype,
     *_: Any,
-) -> Tensor:
-    return a.new_empty((a.shape[0], weight.shape[0]), dtype=out_dtype)
+) -> tuple[Tensor, Tensor]:
+    scale = weight.new_empty(weight.shape[0], dtype=scale_a.dtype)
+    return a.new_empty((a.shape[0], weight.shape[0]), dtype=out_dtype), scale
 
 
 def _matmul_weight_columns(
-    a: Tensor, scale_a: Tensor, weight: Tensor, dtype: torch.dtype, out_dtype: torch.dtype, *_: Any
+    a: Tensor,
+    scale_a: Tensor,
+    weight: Tensor,
+    row_scale: Tensor | None,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    *_: Any,
 ) -> Tensor:
     return a.new_empty((a.shape[0], weight.shape[1]), dtype=out_dtype)
 

@@ -43,8 +43,9 @@ def matmul_weight_rows(
     col_scale: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool = True,
-) -> Tensor:
-    """:func:`scaled_matmul` by what ``quantize_rows`` makes of a weight; see :func:`reference.matmul_weight_rows`."""
+) -> tuple[Tensor, Tensor]:
+    """:func:`scaled_matmul` by what ``quantize_rows`` makes of a weight, and its scales; see
+    :func:`reference.matmul_weight_rows`."""
     check_matrix("matmul_weight_rows", weight, block, col_scale)
     check_product("matmul_weight_rows", a, weight, scale_a, None)
     if not _has_kernel(a, out_dtype) or weight.dtype == torch.float64:
@@ -56,6 +57,7 @@ def matmul_weight_columns(
     a: Tensor,
     scale_a: Tensor,
     weight: Tensor,
+    row_scale: Tensor | None,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     fast_accum: bool = True,
@@ -64,9 +66,11 @@ def matmul_weight_columns(
     :func:`reference.matmul_weight_columns`."""
     check_matrix("matmul_weight_columns", weight, 1, None)
     check_product("matmul_weight_columns", a, weight, scale_a, None, rows=True)
+    if row_scale is not None:
+        check_vector("matmul_weight_columns", "row_scale", row_scale, weight.shape[0], weight)
     if not _has_kernel(a, out_dtype) or weight.dtype == torch.float64:
-        return reference.matmul_weight_columns(a, scale_a, weight, dtype, out_dtype)
-    return overloads.matmul_weight_columns(a, scale_a, weight, dtype, out_dtype, fast_accum)
+        return reference.matmul_weight_columns(a, scale_a, weight, row_scale, dtype, out_dtype)
+    return overloads.matmul_weight_columns(a, scale_a, weight, row_scale, dtype, out_dtype, fast_accum)
 
 
 def matmul_rotated(

@@ -288,22 +288,25 @@ def matmul_weight_rows(
     col_scale: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool = True,
-) -> Tensor:
-    """:func:`scaled_matmul` of a [M, K] by :func:`quantize_rows` of the weight [N, K], in the 8-bit dtype of a: [M, N]."""
+) -> tuple[Tensor, Tensor]:
+    """:func:`scaled_matmul` of a [M, K] by :func:`quantize_rows` of the weight [N, K], in the 8-bit dtype of a: [M, N], and the
+    scales of the weight [N]."""
     data, scale = quantize_rows(weight, a.dtype, block, col_scale)
-    return scaled_matmul(a, data, scale_a, scale, out_dtype)
+    return scaled_matmul(a, data, scale_a, scale, out_dtype), scale
 
 
 def matmul_weight_columns(
     a: Tensor,
     scale_a: Tensor,
     weight: Tensor,
+    row_scale: Tensor | None,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     fast_accum: bool = True,
 ) -> Tensor:
-    """:func:`scaled_matmul` of a [M, N] by :func:`quantize_rows_transposed` of the weight [N, K], in ``dtype``: [M, K]."""
-    data, scale = quantize_rows_transposed(weight, dtype)
+    """:func:`scaled_matmul` of a [M, N] by :func:`quantize_rows_transposed` of the weight [N, K] and row_scale [N], in ``dtype``:
+    [M, K]."""
+    data, scale = quantize_rows_transposed(weight, dtype, row_scale)
     return scaled_matmul(a, data, scale_a, scale, out_dtype)
 
 

@@ -117,11 +117,13 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         reference.matmul_rows,
     ),
     "matmul_weight_rows": (
-        "(Tensor a, Tensor scale_a, Tensor weight, int block, Tensor? col_scale, ScalarType out_dtype, bool fast_accum) -> Tensor",
+        "(Tensor a, Tensor scale_a, Tensor weight, int block, Tensor? col_scale, ScalarType out_dtype, bool fast_accum)"
+        " -> (Tensor, Tensor)",
         reference.matmul_weight_rows,
     ),
     "matmul_weight_columns": (
-        "(Tensor a, Tensor scale_a, Tensor weight, ScalarType dtype, ScalarType out_dtype, bool fast_accum) -> Tensor",
+        "(Tensor a, Tensor scale_a, Tensor weight, Tensor? row_scale, ScalarType dtype, ScalarType out_dtype, bool fast_accum)"
+        " -> Tensor",
         reference.matmul_weight_columns,
     ),
     "matmul_rotated": (

@@ -103,7 +103,7 @@ class RoundedProducts:
             rounded = round_weight(weight, d, self._config)
         self._rows, columns = rounded or (quantize_weight(weight, d, self._config), None)
         # Of the weight itself nothing is needed any more; without dgrad there are no columns either.
-        self._for_dgrad = for_dgrad(weight, self._rows, columns, self._config)
+        self._for_dgrad = for_dgrad(weight, *self._rows, columns, self._config)
         self._bias = None if bias is None else bias.to(dtype)
         self._needs_dh, self._needs_dw = needs_dh, needs_dw
         self._shape, self._dtype, self._sum_dtype = weight.shape, dtype, sum_dtype(weight.dtype)
