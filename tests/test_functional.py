@@ -172,7 +172,7 @@ def test_dgrad_is_by_columns_of_the_weight_as_it_is(recipe):
     d = torch.exp2(torch.randint(-3, 4, (48,)).float())
     y = halo_linear(x, w, config=config, equalizer=d)
     (dx,) = torch.autograd.grad(y, x, e, retain_graph=True)
-    levels = torch.ones(33) if recipe == "fp8" else w.detach().norm(dim=1).sqrt()
+    levels = torch.ones(33) if recipe == "fp8" else round_weight(w.detach(), d, config).rows.scale[:33].sqrt()
     operands = e * levels, (w.detach() / levels[:, None]).t()
     ea, wc = (quantize(t, config.format).dequantize().double() for t in operands)
     assert relative(dx, ea @ wc.t()) < 1e-6
@@ -209,14 +209,14 @@ def test_requantized_dgrad_is_at_least_as_exact_as_the_folded_one(recipe, outlie
 @pytest.mark.parametrize("recipe", ["fp8", "int8"])
 @pytest.mark.parametrize("columns_of_e", [1 / 8, 1, 8])
 def test_dgrad_bears_rows_of_w_of_8_times_the_norm(recipe, columns_of_e):
-    """Whatever the gradients of those features are: 29.5, 30.4 and 35.0 dB in int8 without levels."""
+    """Whatever the gradients of those features are: in int8 without levels 29.8, 30.5 and 37.4 dB."""
     g = torch.Generator().manual_seed(3)
     x, w, e = (torch.randn(s, generator=g) for s in ((512, 256), (2048, 256), (512, 2048)))
     hot = torch.randperm(2048, generator=g)[:6]
     w[hot] *= 8
     e[:, hot] *= columns_of_e
     error = product_errors(x, w, e, RECIPES[recipe])["dgrad"]
-    floor = 28.0 if recipe == "fp8" else {1 / 8: 36.0, 1: 35.5, 8: 29.0}[columns_of_e]
+    floor = 28.0 if recipe == "fp8" else {1 / 8: 36.0, 1: 36.0, 8: 32.0}[columns_of_e]
     assert min(error.sqnr_db, error.median_db) > floor
 
 
