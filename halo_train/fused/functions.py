@@ -78,7 +78,7 @@ class ProjectionsFunction(torch.autograd.Function):
         for layer in layers:
             y, w = _fprop(rounded, layer, d, arguments)
             outputs.append(as_output(y, x.shape[:-1], layer.weight.shape[0]))
-            saved += w
+            saved.extend(w)
         needs_dy, needs_dw = any(ctx.needs_input_grad[1:4]), any(ctx.needs_input_grad[6::_PER_LAYER])
         recompute = _recomputes(arguments)
         ctx.save_for_backward(
