@@ -56,6 +56,7 @@ class Layer(Protocol):
     fqn: str
     conversion: Conversion | None
     ranks_agree: bool
+    to_meet: int
     tied: bool
 
     @property
@@ -244,7 +245,7 @@ def attach(layer: Layer, weight: Any) -> None:
             "of two dimensions (HSDP), which gathers over so many"
         )
     if not layer.ranks_agree:
-        _check_agreement(layer, weight)
+        layer.to_meet = _check_agreement(layer, weight)
         layer.ranks_agree = True
     weight._local_tensor = ShardedWeight.wrap(shard, layer)
 
@@ -305,39 +306,65 @@ def _reshards_to_fewer() -> bool:
     return False
 
 
-def _check_agreement(layer: Layer, weight: Any) -> None:
+def meet(layer: Layer, weight: Any) -> None:
+    """Before the first gather of the whole weight of a layer: tells which ranks have not come to it, where the gather would wait without a word.
+
+    Raises:
+        RuntimeError: after :data:`AGREEMENT_TIMEOUT`.
+    """
+    number, layer.to_meet = layer.to_meet, 0
+    if not number:
+        return
+    ranks = weight.device_mesh.mesh.flatten().tolist()
+    store, key = dist.distributed_c10d._get_default_store(), f"{_key(ranks, number)}/whole"
+    store.set(f"{key}/{dist.get_rank()}", "")
+    task = f"read the whole weight of {layer.fqn}; QuantMetrics, like everything that reads weights, must be on every rank"
+    if not _wait_for(store, {r: f"{key}/{r}" for r in ranks}, AGREEMENT_TIMEOUT, task):
+        raise RuntimeError(f"not all of the ranks {ranks} came within {AGREEMENT_TIMEOUT} to {task}")
+
+
+def _key(ranks: Sequence[int], number: int) -> str:
+    return f"halo_train/{'-'.join(map(str, ranks))}/{number}"
+
+
+def _check_agreement(layer: Layer, weight: Any) -> int:
     """Compares this layer between the ranks of its mesh through the store: a collective would hang if one of them has it not.
 
     Each rank writes what it is about to shard, and of the first layer of a conversion what else was converted: a rank that has
     fewer layers would not come to the last. The first reads all and writes the verdict for all.
+
+    Returns:
+        The number of the layer among those that these ranks have sharded; 0 if there is nobody to compare with.
     """
     ranks = weight.device_mesh.mesh.flatten().tolist()
     if len(ranks) == 1 or dist.get_backend() == "fake":
-        return
+        return 0
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
     _sharded_so_far[tuple(ranks)] += 1
     number = _sharded_so_far[tuple(ranks)]
-    key = f"halo_train/{'-'.join(map(str, ranks))}/{number}"
+    key = _key(ranks, number)
     lines = [f"{describe(layer)} as number {number}"]
     if layer.conversion is not None and not layer.conversion.compared:
         lines += layer.conversion.layers
         layer.conversion.compared = True
     store.set(f"{key}/{rank}", "\n".join(lines))
+    task = f"shard {lines[0]}; have they converted the model?"
     if rank == ranks[0]:
-        _wait_for(store, {r: f"{key}/{r}" for r in ranks}, AGREEMENT_TIMEOUT, lines[0])
+        _wait_for(store, {r: f"{key}/{r}" for r in ranks}, AGREEMENT_TIMEOUT, task)
         found = {
             r: store.get(f"{key}/{r}").decode().split("\n") for r in ranks if store.check([f"{key}/{r}"])
         }
         store.set(f"{key}/verdict", _differences(found) if len(found) == len(ranks) else _who_came(found))
-    if _wait_for(store, {ranks[0]: f"{key}/verdict"}, 2 * AGREEMENT_TIMEOUT, lines[0]):
+    if _wait_for(store, {ranks[0]: f"{key}/verdict"}, 2 * AGREEMENT_TIMEOUT, task):
         verdict = store.get(f"{key}/verdict").decode()
     else:
         verdict = _who_came({rank: lines})
     if verdict:
         raise ValueError(
             f"fully_shard: all ranks must have converted the same layers with the same recipe; the ranks {ranks} differ, {verdict}; call "
-            "convert_to_halo_training with the same arguments on every rank, before fully_shard"
+            "convert_to_halo_training with the same arguments on every rank, before fully_shard, and apart for what only some ranks have"
         )
+    return number
 
 
 def _differences(found: dict[int, list[str]]) -> str:
@@ -357,14 +384,11 @@ def _who_came(found: dict[int, list[str]]) -> str:
     return f"{came}; a rank that is not named did not come to it within {AGREEMENT_TIMEOUT}"
 
 
-def _wait_for(store: Any, keys: dict[int, str], timeout: timedelta, what: str) -> bool:
+def _wait_for(store: Any, keys: dict[int, str], timeout: timedelta, task: str) -> bool:
     """Whether the keys, which the ranks write, are there in time."""
     if timeout > PATIENCE and not _are_there(store, keys.values(), PATIENCE):
         missing = [rank for rank, key in keys.items() if not store.check([key])]
-        warnings.warn(
-            f"fully_shard: waiting up to {timeout} for the ranks {missing} to shard {what}; have they converted the model?",
-            stacklevel=2,
-        )
+        warnings.warn(f"waiting up to {timeout} for the ranks {missing} to {task}", stacklevel=3)
     return _are_there(store, keys.values(), timeout)
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from .config import Format, HaloConfig, resolve_recipe
-from .fsdp import Conversion, GatheredWeight, agreed_exponents, attach, regather
+from .fsdp import Conversion, GatheredWeight, agreed_exponents, attach, meet, regather
 from .functional import halo_linear
 from .fused import Projected
 from .fused.functions import Layer
@@ -37,6 +37,7 @@ _OWN_STATE = {
     "fqn",
     "conversion",
     "ranks_agree",
+    "to_meet",
     "tied",
     "input_is_kept",
     "shared_inputs",
@@ -69,6 +70,8 @@ class HaloLinear(nn.Linear):
     """What was converted with it."""
     ranks_agree: bool
     """Whether FSDP2's ranks have compared how they converted this layer."""
+    to_meet: int
+    """Number under which they meet before the first gather of the whole weight; 0: they need not, or have."""
     tied: bool
     """Whether an embedding has the same weight: FSDP2 then gathers it as it is."""
     input_is_kept: bool
@@ -97,6 +100,7 @@ class HaloLinear(nn.Linear):
         self.equalizer_taken = False
         self.fqn = ""
         self.conversion = None
+        self.to_meet = 0
         self.ranks_agree = self.tied = self.input_is_kept = False
         self.shared_inputs = None
         self.input_group = None
@@ -213,6 +217,7 @@ class HaloLinear(nn.Linear):
         sharded = self.__dict__.get("_sharded_weight")
         if sharded is None:
             return self.weight.detach()
+        meet(self, sharded)
         return sharded.detach().full_tensor().to(self.equalizer_exponent.device)
 
     def reset_equalizer(self) -> None:

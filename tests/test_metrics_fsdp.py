@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from metrics_fixtures import ALL, measure, toy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from halo_train import RECIPES, QuantMetrics, convert_to_halo_training
+from halo_train import RECIPES, QuantMetrics, convert_to_halo_training, fsdp
 from halo_train.linear import halo_linears
 
 
@@ -79,6 +80,22 @@ def check_fused_blocks(rank: int, world: int, device: str, folder: Path) -> None
                             layer,
                             part,
                         )
+
+
+def check_metrics_on_one_rank_only(rank: int, world: int, device: str, folder: Path) -> None:
+    model = fully_shard(toy("fp8"))
+    if rank == 0:  # and no other, which would wait for it in its forward
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fsdp, "AGREEMENT_TIMEOUT", timedelta(seconds=1))
+            patch.setattr(fsdp, "PATIENCE", timedelta(seconds=0.1))
+            _, layer = next(halo_linears(model))
+            with (
+                pytest.warns(
+                    match=r"waiting .* for the ranks \[1\] to read the whole weight .* must be on every rank"
+                ),
+                pytest.raises(RuntimeError, match=r"not all of the ranks \[0, 1\] came"),
+            ):
+                layer.whole_weight()
 
 
 def test_two_ranks(tmp_path):
