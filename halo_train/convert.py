@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from .agreement import Conversion, describe
 from .blocks.recognise import FusedPart, UnfusedPart, fuse_blocks, unfuse
 from .config import Format, HaloConfig, Recompute, parse_choice, resolve_recipe
 from .cost import measured_rates, predicted_speedup
-from .fsdp import Conversion, describe
 from .linear import HaloLinear
 from .recipe_file import LayerRecipes, check_patterns, recipe_of_layer
 from .shared_input import SharedInputs

@@ -13,8 +13,9 @@ from torch._compile import _disable_dynamo
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
+from .agreement import Conversion, meet
 from .config import Format, HaloConfig, resolve_recipe
-from .fsdp import Conversion, GatheredWeight, agreed_exponents, attach, meet, regather
+from .fsdp import GatheredWeight, agreed_exponents, attach, regather
 from .functional import halo_linear
 from .fused import Projected
 from .fused.functions import Layer
@@ -99,12 +100,9 @@ class HaloLinear(nn.Linear):
         self.config = resolve_recipe(recipe)
         self.equalizer_taken = False
         self.fqn = ""
-        self.conversion = None
         self.to_meet = 0
         self.ranks_agree = self.tied = self.input_is_kept = False
-        self.shared_inputs = None
-        self.input_group = None
-        self.joint = None
+        self.conversion = self.shared_inputs = self.input_group = self.joint = None
         self.operand_hooks = OrderedDict()
         self._weight_cache = WeightCache()
         self._kept_equalizer = KeptEqualizer()

@@ -22,7 +22,7 @@ LAYERS = [
     ["recipe_file", "cost", "hadamard", "quantize"],
     ["gemm"],
     ["reuse"],
-    ["operands", "weight_cache"],
+    ["operands", "weight_cache", "agreement"],
     ["products"],
     ["functional", "fused"],
     ["fsdp", "shared_input"],

@@ -43,6 +43,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from halo_train import (
+    agreement,
     convert_to_halo_training,
     equalizer_state_dict,
     fsdp,
@@ -272,16 +273,16 @@ def check_a_rank_that_does_not_come(rank: int, world: int, device: str, folder: 
     mesh = init_device_mesh(device, (world,))
     if rank == 0 and world > 1:  # the others have not converted their models
         patch = pytest.MonkeyPatch()
-        patch.setattr(fsdp, "AGREEMENT_TIMEOUT", timedelta(seconds=1))
-        patch.setattr(fsdp, "PATIENCE", timedelta(seconds=0.1))
-        patch.setattr(fsdp, "_sharded_so_far", fsdp._sharded_so_far.copy())
+        patch.setattr(agreement, "AGREEMENT_TIMEOUT", timedelta(seconds=1))
+        patch.setattr(agreement, "PATIENCE", timedelta(seconds=0.1))
+        patch.setattr(agreement, "_sharded_so_far", agreement._sharded_so_far.copy())
         with (
             pytest.warns(match=r"for the ranks \[1.* to shard 0\.up .*have they converted the model\?"),
             pytest.raises(ValueError, match="a rank that is not named did not come"),
         ):
             shard(build(device=device), mesh=mesh)
         patch.undo()
-    fsdp._sharded_so_far[tuple(range(world))] += 1  # that number is taken in the store
+    agreement._sharded_so_far[tuple(range(world))] += 1  # that number is taken in the store
 
 
 def check_fsdp1_is_refused(rank: int, world: int, device: str, folder: Path) -> None:

@@ -12,7 +12,7 @@ from metrics_fixtures import ALL, measure, toy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from halo_train import RECIPES, QuantMetrics, convert_to_halo_training, fsdp
+from halo_train import RECIPES, QuantMetrics, agreement, convert_to_halo_training
 from halo_train.linear import halo_linears
 
 
@@ -86,8 +86,8 @@ def check_metrics_on_one_rank_only(rank: int, world: int, device: str, folder: P
     model = fully_shard(toy("fp8"))
     if rank == 0:  # and no other, which would wait for it in its forward
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fsdp, "AGREEMENT_TIMEOUT", timedelta(seconds=1))
-            patch.setattr(fsdp, "PATIENCE", timedelta(seconds=0.1))
+            patch.setattr(agreement, "AGREEMENT_TIMEOUT", timedelta(seconds=1))
+            patch.setattr(agreement, "PATIENCE", timedelta(seconds=0.1))
             _, layer = next(halo_linears(model))
             with (
                 pytest.warns(
