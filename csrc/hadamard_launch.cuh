@@ -8,6 +8,7 @@
 
 #include "hadamard.h"
 #include "hadamard_kernel.cuh"
+#include "hadamard_products.cuh"
 #include "occupancy.cuh"
 
 namespace halo_train::detail {
@@ -42,6 +43,18 @@ cudaError_t launch_warps(const HadamardParams<typename L::T>& p, cudaStream_t st
     hadamard_warp<L, kThreads, true><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p);
   } else {
     hadamard_warp<L, kThreads, false><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p);
+  }
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch_256(const HadamardParams<T>& p, cudaStream_t stream) {
+  constexpr int kThreads = 128;
+  const unsigned grid = static_cast<unsigned>((p.total / 8 + kThreads - 1) / kThreads);
+  if (p.out_scale != nullptr) {
+    hadamard_warp_256<T, kThreads, true><<<grid, kThreads, 0, stream>>>(p);
+  } else {
+    hadamard_warp_256<T, kThreads, false><<<grid, kThreads, 0, stream>>>(p);
   }
   return cudaGetLastError();
 }
@@ -117,7 +130,7 @@ cudaError_t launch_sized(const HadamardParams<T>& p, int device, cudaStream_t st
       case 7:
         return launch_warps<HadamardLayout<T, 7, 3>>(p, stream);
       case 8:
-        return launch_warps<HadamardLayout<T, 8, 4, 2, true>>(p, stream);
+        return launch_256(p, stream);
       case 9:
         return launch_blocks<HadamardLayout<T, 9, 4, 0, true>, 4, 10, 320>(p, device, stream);
       case 10:

@@ -57,7 +57,8 @@ cudaError_t launch_power(const MatrixParams<T>& p, int log_power, int device, cu
       return launch_matrix<MatrixLayout<T, kTiles, 6, 4>, kResident, kAhead>(p, device, stream);
     case 7:
       if constexpr (kTiles == 3) return launch_matrix<MatrixLayout<T, 3, 7, 1>, 8, kAhead>(p, device, stream);
-      return launch_matrix<MatrixLayout<T, kTiles, 7, 2>, kResident, kAhead>(p, device, stream);
+      return launch_matrix<MatrixLayout<T, kTiles, 7, 2>, kResident, kTiles == 2 ? 60 : kAhead>(p, device,
+                                                                                                stream);
     case 8:
       return launch_matrix<MatrixLayout<T, kTiles, 8, 1>, kResident, kAhead>(p, device, stream);
     case 9:

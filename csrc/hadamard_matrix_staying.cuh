@@ -148,7 +148,6 @@ __global__ void __launch_bounds__(L::kThreads, kMinBlocks)
     }
     __syncwarp();
     fetch(block);
-    call_ahead(block + stride);
   }
 
   // The warp's rows of M.
@@ -204,6 +203,8 @@ __global__ void __launch_bounds__(L::kThreads, kMinBlocks)
     }
 
     detail::wait_barrier(arrived, phase);
+    // Not with the loads of the first block, which would wait for it.
+    if (tile == 0 && block == blockIdx.x) call_ahead(block + stride);
     // d[4 n + 2 h + c]: row member + 8 h of the tile, column 8 n + 2 quad + c.
     float d[4 * L::kColumns];
     const uint32_t from = raw + (lane & 15) * L::kRawRow + (lane >> 4) * 16;
