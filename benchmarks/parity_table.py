@@ -110,29 +110,40 @@ def table(results: list[dict[str, Any]], outliers: list[int]) -> str:
 
 
 def draw(results: list[dict[str, Any]], outliers: list[int], path: Path) -> None:
-    """Gap to bf16 over the steps, one panel for each c, first seed."""
+    """Gap to bf16 over the steps, one panel for each c, first seed; schemes in int8 are dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(outliers), figsize=(4.6 * len(outliers), 4), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(outliers), figsize=(4.4 * len(outliers) + 2, 4), squeeze=False, layout="constrained"
+    )
+    families = [
+        [name for name in SCHEMES if name != "bf16" and ("int8" in name) is is_int8]
+        for is_int8 in (False, True)
+    ]
+    styles = {
+        name: {"color": f"C{i}", "linestyle": line}
+        for family, line in zip(families, ("-", "--"), strict=True)
+        for i, name in enumerate(family)
+    }
     for axis, c in zip(axes[0], outliers, strict=True):
         curves = {r["scheme"]: r["curve"] for r in results if r["outlier"] == c and r["seed"] == 0}
         for scheme, curve in curves.items():
             if scheme != "bf16" and "bf16" in curves:
                 points = [(s, v - b) for (s, v), (_, b) in zip(curve, curves["bf16"], strict=True)]
                 bold = 2.2 if scheme in MAIN else 1.0
-                axis.plot(*zip(*points, strict=True), label=scheme, linewidth=bold)
+                axis.plot(*zip(*points, strict=True), label=scheme, linewidth=bold, **styles[scheme])
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_yscale("symlog", linthresh=1e-3)
         axis.set_title(f"outliers x {c}", loc="left", fontsize=10)
         axis.set_xlabel("fine-tuning step")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("validation loss over bf16")
-    if axes[0, 0].get_legend_handles_labels()[0]:
-        axes[0, 0].legend(fontsize=6, frameon=False, loc="upper left")
-    figure.tight_layout()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside right center")
     figure.savefig(path, dpi=130)
 
 
