@@ -15,7 +15,7 @@ CATEGORIES = (
     (COMMUNICATION, r"nccl"),
     ("attention", r"flash|fmha|cudnn|sdpa"),
     ("triton", r"^triton"),
-    ("8-bit GEMM", r"nvjet_sm90_q|int8_matmul"),
+    ("8-bit GEMM", r"nvjet_sm90_q|matmul"),
     ("GEMM", r"gemm|nvjet|cutlass|xmma"),
     ("rotate, round", r"halo_train|quantize"),
     ("optimiser", r"multi_tensor|adam"),

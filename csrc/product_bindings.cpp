@@ -1,6 +1,6 @@
 // The 8-bit matrix products, and what is done to an operand before or to the result after in the same call:
 // small layers wait for the host, which needs longer for a call from Python than the GPU for what is called.
-// The products themselves are PyTorch's (cuBLASLt) for float8 and our own kernel for int8.
+// The products themselves are PyTorch's (cuBLASLt for float8), or our own kernel's (takes_kernel).
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -11,9 +11,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "int8_matmul.h"
 #include "operators.h"
 #include "quantize_binding_helpers.h"
+#include "scaled_matmul.h"
 
 namespace {
 
@@ -74,6 +74,12 @@ Tensor times(const Tensor& x, const Tensor& factor) {
 Tensor column(const Tensor& scale) { return view(scale, {scale.numel(), 1}, {1, 1}); }
 Tensor row(const Tensor& scale) { return view(scale, {1, scale.numel()}, {scale.numel(), 1}); }
 
+// Whether PyTorch's product applies these scales: of rows and columns to bfloat16 results only.
+bool library_scales(const Tensor& scale_a, const Tensor& scale_b, ScalarType out_dtype) {
+  const bool rows = scale_a.dim() == 1, columns = scale_b.dim() == 1;
+  return rows && columns ? out_dtype == ScalarType::BFloat16 : !rows && !columns;
+}
+
 Tensor float8_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
                      ScalarType out_dtype, bool fast_accum) {
   const Tensor b_t = view(b, {b.size(1), b.size(0)}, {b.stride(1), b.stride(0)});
@@ -83,13 +89,12 @@ Tensor float8_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, co
                                                       nullptr, nullptr, &dtype, fast_accum, &handle));
     return Tensor(handle);
   };
-  const bool rows = scale_a.dim() == 1, columns = scale_b.dim() == 1;
-  if (rows && columns && out_dtype == ScalarType::BFloat16) {
-    return product(column(scale_a), row(scale_b), code_of(out_dtype));
+  const bool rows = scale_a.dim() == 1;
+  if (library_scales(scale_a, scale_b, out_dtype)) {
+    return rows ? product(column(scale_a), row(scale_b), code_of(out_dtype))
+                : product(scale_a, scale_b, code_of(out_dtype));
   }
-  if (!rows && !columns) return product(scale_a, scale_b, code_of(out_dtype));
-  // The library applies row scales for bfloat16 output only; raw sums stay in float32, float16 would
-  // overflow.
+  // Raw sums stay in float32, float16 would overflow.
   Tensor one = halo_train::empty_floats({}, scale_a);
   torch::stable::fill_(one, 1.0);
   const Tensor sums = product(one, one, code_of(ScalarType::Float));
@@ -98,64 +103,77 @@ Tensor float8_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, co
 }
 
 // Of Hopper, and only in a build for it: other machine code of the kernel is empty.
-bool runs_int8_kernel(int device) {
+bool has_kernel(int device) {
   static const bool built = std::strstr(HALO_TRAIN_ARCHS, "sm_90a") != nullptr;
   return built && capability(device) == 90;
 }
 
-// Rows that start at multiples of 16 bytes, as copies by the tensor memory accelerator want them.
-bool aligned_rows(const Tensor& x) {
-  return x.stride(1) == 1 && x.stride(0) % 16 == 0 && halo_train::aligned(x.data_ptr());
-}
-
-Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
-                   ScalarType out_dtype) {
-  const int64_t m = a.size(0), n = b.size(0), k = a.size(1);
+// Which products our kernel computes: of int8 all that it can; of float8, where both are as fast, those whose
+// scales the library does not apply.
+bool takes_kernel(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
+                  ScalarType out_dtype, bool fast_accum) {
+  const int64_t n = b.size(0), k = a.size(1);
   const int device = a.get_device_index();
   const auto dtype = halo_train::kernel_dtype(out_dtype);
-  const bool sizes = n % 16 == 0 && k % 16 == 0 && 0 < k && k <= halo_train::kInt8MaxContraction;
-  if (!sizes || !dtype || *dtype == halo_train::DType::kFloat64 || !runs_int8_kernel(device)) {
-    using torch::stable::detail::from;
-    std::array<StableIValue, 5> stack{from(a), from(b), from(scale_a), from(scale_b), from(out_dtype)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("halo_train::int8_matmul", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
-  }
-  const DeviceGuard guard(device);
-  Tensor c = halo_train::empty({m, n}, a, code_of(out_dtype));
-  if (m == 0 || n == 0) return c;
-  const auto rows_of = [](const Tensor& x) {
-    if (aligned_rows(x)) return x;
-    return x.is_contiguous() ? torch::stable::clone(x) : torch::stable::contiguous(x);
-  };
-  const Tensor left = rows_of(a), right = rows_of(b);
+  if (!has_kernel(device) || !dtype || *dtype == halo_train::DType::kFloat64) return false;
+  if (n % 16 != 0 || k % 16 != 0 || k == 0) return false;
+  if (a.scalar_type() == ScalarType::Char) return k <= halo_train::kInt8MaxContraction;
+  const bool e4m3 =
+      a.scalar_type() == ScalarType::Float8_e4m3fn && b.scalar_type() == ScalarType::Float8_e4m3fn;
+  return e4m3 && fast_accum && !library_scales(scale_a, scale_b, out_dtype) &&
+         halo_train::fills_gpu(a.size(0), n, device);
+}
+
+// Rows that start at multiples of 16 bytes, as copies by the tensor memory accelerator want them.
+Tensor aligned_rows(const Tensor& x) {
+  if (x.stride(1) == 1 && x.stride(0) % 16 == 0 && halo_train::aligned(x.data_ptr())) return x;
+  return x.is_contiguous() ? torch::stable::clone(x) : torch::stable::contiguous(x);
+}
+
+Tensor kernel_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
+                     ScalarType out_dtype) {
+  const int device = a.get_device_index();
+  Tensor c = halo_train::empty({a.size(0), b.size(0)}, a, code_of(out_dtype));
+  if (c.numel() == 0) return c;
+  const Tensor left = aligned_rows(a), right = aligned_rows(b);
   const Tensor by_row = halo_train::dense(scale_a), by_column = halo_train::dense(scale_b);
-  halo_train::Int8Product product{};
+  halo_train::ScaledProduct product{};
+  product.type = halo_train::quantised_type(a.scalar_type()).type;
   product.a = left.data_ptr();
   product.b = right.data_ptr();
   product.c = c.data_ptr();
   product.a_stride = left.stride(0);
   product.b_stride = right.stride(0);
-  product.m = m;
-  product.n = n;
-  product.k = k;
+  product.m = a.size(0);
+  product.n = b.size(0);
+  product.k = a.size(1);
   product.scale_a = static_cast<const float*>(by_row.data_ptr());
   product.scale_b = static_cast<const float*>(by_column.data_ptr());
   product.rows_a = scale_a.dim() == 1;
   product.rows_b = scale_b.dim() == 1;
-  product.dtype = *dtype;
+  product.dtype = *halo_train::kernel_dtype(out_dtype);
   product.device = device;
   halo_train::check_launch("scaled_matmul",
-                           halo_train::int8_matmul(product, halo_train::current_stream(device)), device);
+                           halo_train::scaled_matmul(product, halo_train::current_stream(device)), device);
   return c;
 }
 
 Tensor scaled_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
                      ScalarType out_dtype, bool fast_accum) {
-  if (a.scalar_type() == ScalarType::Char) return int8_matmul(a, b, scale_a, scale_b, out_dtype);
-  check_float8_gpu(a.get_device_index());
-  const DeviceGuard guard(a.get_device_index());
-  return float8_matmul(a, b, scale_a, scale_b, out_dtype, fast_accum);
+  const int device = a.get_device_index();
+  const DeviceGuard guard(device);
+  if (takes_kernel(a, b, scale_a, scale_b, out_dtype, fast_accum)) {
+    return kernel_matmul(a, b, scale_a, scale_b, out_dtype);
+  }
+  if (a.scalar_type() != ScalarType::Char) {
+    check_float8_gpu(device);
+    return float8_matmul(a, b, scale_a, scale_b, out_dtype, fast_accum);
+  }
+  using torch::stable::detail::from;
+  std::array<StableIValue, 5> stack{from(a), from(b), from(scale_a), from(scale_b), from(out_dtype)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("halo_train::int8_matmul", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // Contracted over the rows of b, which have no scales of their own.

@@ -27,6 +27,15 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
+STORED = [torch.int8, torch.float8_e4m3fn]
+
+
+def exact_operand(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random integers whose sums of products have no more bits than the tensor cores keep."""
+    largest = 127 if dtype == torch.int8 else 2
+    return torch.randint(-largest, largest + 1, shape, dtype=torch.int8, device="cuda").to(dtype)
+
+
 @pytest.mark.parametrize("fmt", ["e4m3", "int8"])
 @pytest.mark.parametrize("scaling", ["rowwise", "tensorwise"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -38,6 +47,27 @@ def test_gemm_against_float64(fmt, scaling, dtype):
     product = matmul(a, b, dtype)
     assert product.dtype is dtype
     assert relative(product, exact) < bound
+
+
+@pytest.mark.parametrize("k", [4096, 16384])
+def test_fast_sums_are_as_good_as_those_of_the_gpu_library(k):
+    a, b = (quantize(torch.randn(rows, k, device="cuda"), "e4m3") for rows in (6144, 4096))
+    one = torch.ones((), device="cuda")
+    sums = torch._scaled_mm(a.data, b.data.t(), one, one, out_dtype=torch.float32, use_fast_accum=True)
+    theirs = sums * a.scale[:, None] * b.scale
+    exact = a.dequantize().double() @ b.dequantize().double().t()
+    assert relative(matmul(a, b, torch.float32), exact) < 1.01 * relative(theirs, exact)
+
+
+def test_float8_gemm_of_our_kernel_carries_nan_and_inf():
+    a, b = (exact_operand(rows, 64, dtype=torch.float8_e4m3fn) for rows in (4000, 3200))
+    a.view(torch.uint8)[3, 5] = 0x7F
+    scales = torch.ones(4000, device="cuda"), torch.ones(3200, device="cuda")
+    scales[0][7] = float("inf")
+    product = ops.scaled_matmul(a, b, *scales, torch.float16)
+    assert product[3].isnan().all()
+    assert not product[7].isfinite().any()
+    assert product.isfinite().all(1).sum() == 3998
 
 
 def test_gemm_takes_e5m2_gradients():
@@ -57,41 +87,59 @@ def test_int8_gemm_is_exact(m, k):
     assert torch.equal(product, a.double() @ b.double().t())
 
 
-@pytest.mark.parametrize(
-    ("m", "n", "k"),
-    [
-        (1, 16, 16),
-        (17, 48, 64),
-        (300, 208, 528),
-        (129, 272, 4112),
-        (4096, 6144, 512),
-        (4097, 4112, 1040),
-        (300, 30000, 272),
-        (30000, 304, 272),
-        (0, 32, 64),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("row_scales", [(True, True), (True, False), (False, False)])
-def test_int8_gemm_equals_the_reference_bit_by_bit(m, n, k, dtype, row_scales):
-    a, b = (torch.randint(-127, 128, (rows, k), dtype=torch.int8, device="cuda") for rows in (m, n))
+SMALL_PRODUCTS = [(1, 16, 16), (17, 48, 64), (300, 208, 528), (129, 272, 4112), (0, 32, 64)]
+LARGE_PRODUCTS = [
+    (4096, 6144, 512),
+    (4097, 4112, 1040),
+    (300, 30000, 272),
+    (30000, 304, 272),
+    (2560, 4096, 4112),
+]
+"""(m, n, k); the large ones have a tile for every multiprocessor."""
+
+
+def check_bit_by_bit(stored, m, n, k, dtype, row_scales):
+    a, b = (exact_operand(rows, k, dtype=stored) for rows in (m, n))
     scales = [
         torch.rand(rows if vector else (), device="cuda") * 1e-3
         for rows, vector in zip((m, n), row_scales, strict=True)
     ]
     mine = ops.scaled_matmul(a, b, *scales, dtype)
-    assert torch.equal(mine.cpu(), reference.int8_matmul(a.cpu(), b.cpu(), *(s.cpu() for s in scales), dtype))
+    expected = reference.scaled_matmul(a.cpu(), b.cpu(), *(s.cpu() for s in scales), dtype)
+    assert torch.equal(mine.cpu(), expected)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [*SMALL_PRODUCTS, *LARGE_PRODUCTS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("row_scales", [(True, True), (True, False), (False, False)])
+def test_int8_gemm_equals_the_reference_bit_by_bit(m, n, k, dtype, row_scales):
+    check_bit_by_bit(torch.int8, m, n, k, dtype, row_scales)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), LARGE_PRODUCTS)
+@pytest.mark.parametrize(
+    ("dtype", "row_scales"),
+    [
+        (torch.float16, (True, True)),
+        (torch.float32, (True, True)),
+        (torch.float32, (True, False)),
+        (torch.bfloat16, (False, True)),
+    ],
+)
+def test_float8_gemm_of_our_kernel_equals_the_reference_bit_by_bit(m, n, k, dtype, row_scales):
+    check_bit_by_bit(torch.float8_e4m3fn, m, n, k, dtype, row_scales)
 
 
 @pytest.mark.parametrize("offset", [16, 3])
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_int8_gemm_of_strided_operands(offset, by_columns):
-    wide = torch.randint(-127, 128, (2, 300, 1024), dtype=torch.int8, device="cuda")
-    a, b = wide[0, :, offset : offset + 512], wide[1, :288, offset : offset + 512]
+@pytest.mark.parametrize("stored", STORED)
+def test_gemm_of_strided_operands(offset, by_columns, stored):
+    wide = exact_operand(2, 3000, 1024, dtype=stored)
+    a, b = wide[0, :, offset : offset + 512], wide[1, :2880, offset : offset + 512]
     if by_columns:  # dense, but along columns
         a, b = a.t().contiguous().t(), b.t().contiguous().t()
-    one = torch.ones((), device="cuda")
-    assert torch.equal(ops.scaled_matmul(a, b, one, one, torch.float32).double(), a.double() @ b.double().t())
+    ones = torch.ones(3000, device="cuda"), torch.ones(2880, device="cuda")
+    assert torch.equal(ops.scaled_matmul(a, b, *ones, torch.float32).double(), a.double() @ b.double().t())
 
 
 def test_int8_gemm_with_the_longest_contraction_and_largest_sums():
@@ -101,19 +149,20 @@ def test_int8_gemm_with_the_longest_contraction_and_largest_sums():
     assert torch.equal(product, torch.full_like(product, 127.0 * 127.0 * reference.INT8_MAX_CONTRACTION))
 
 
-def test_int8_gemm_in_a_cuda_graph_and_again():
-    a, b = (torch.randint(-127, 128, (rows, 4096), dtype=torch.int8, device="cuda") for rows in (4000, 2064))
-    scales = torch.rand(4000, device="cuda"), torch.rand(2064, device="cuda")
-    expected = ops.scaled_matmul(a, b, *scales, torch.bfloat16)
+@pytest.mark.parametrize("stored", STORED)
+def test_gemm_in_a_cuda_graph_and_again(stored):
+    a, b = (exact_operand(rows, 4096, dtype=stored) for rows in (4000, 2064))
+    scales = torch.rand(4000, device="cuda") * 1e-3, torch.rand(2064, device="cuda")
+    expected = ops.scaled_matmul(a, b, *scales, torch.float16)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = ops.scaled_matmul(a, b, *scales, torch.bfloat16)
+        captured = ops.scaled_matmul(a, b, *scales, torch.float16)
     for _ in range(20):  # any order of the thread blocks
         graph.replay()
         assert torch.equal(captured, expected)
-    a.copy_(a.flip(0))
+    a.copy_(a.view(torch.uint8).flip(0).view(stored))
     graph.replay()
-    assert torch.equal(captured, ops.scaled_matmul(a, b, *scales, torch.bfloat16))
+    assert torch.equal(captured, ops.scaled_matmul(a, b, *scales, torch.float16))
 
 
 @pytest.mark.parametrize("recipe", QUANTISED)

@@ -1,23 +1,28 @@
-// The int8 product on small odd shapes, without PyTorch, for compute-sanitizer; every result is compared.
-//     nvcc -std=c++17 -O3 -lineinfo -arch=sm_90a -Icsrc csrc/tests/sanitize_matmul.cu csrc/int8_matmul.cu
-//     -o build/sanitize_matmul
-//     for tool in memcheck synccheck racecheck; do compute-sanitizer --tool $tool --error-exitcode 1
-//     build/sanitize_matmul; done
+// The 8-bit products on small odd shapes, without PyTorch, for compute-sanitizer; every result is compared.
+//     nvcc -std=c++17 -O3 -lineinfo -gencode=arch=compute_90a,code=sm_90a -Icsrc
+//     csrc/tests/sanitize_matmul.cu csrc/scaled_matmul.cu -o build/sanitize_matmul for tool in memcheck
+//     synccheck racecheck; do compute-sanitizer --tool $tool --error-exitcode 1 build/sanitize_matmul; done
 
 #include <cmath>
 #include <vector>
 
-#include "int8_matmul.h"
 #include "sanitize.h"
+#include "scaled_matmul.h"
 
 namespace {
 
-void run(int64_t m, int64_t n, int64_t k) {
-  const Buffer a(m * k, 3), b(n * k, 5), c(sizeof(float) * m * n), scales(sizeof(float) * (m + n));
+using halo_train::QType;
+
+// Operands of one value each: in e4m3 1 and 2.
+void run(QType type, int64_t m, int64_t n, int64_t k) {
+  const bool int8 = type == QType::kInt8;
+  const Buffer a(m * k, int8 ? 3 : 0x38), b(n * k, int8 ? 5 : 0x40);
+  const Buffer c(sizeof(float) * m * n), scales(sizeof(float) * (m + n));
   std::vector<float> by_row(m + n);
   for (int64_t i = 0; i < m + n; ++i) by_row[i] = 1.0f + 0.25f * static_cast<float>(i % 7);
   CHECK(cudaMemcpy(scales.get(), by_row.data(), sizeof(float) * (m + n), cudaMemcpyHostToDevice));
-  halo_train::Int8Product product{};
+  halo_train::ScaledProduct product{};
+  product.type = type;
   product.a = a.get();
   product.b = b.get();
   product.c = c.get();
@@ -31,31 +36,34 @@ void run(int64_t m, int64_t n, int64_t k) {
   product.rows_a = true;
   product.rows_b = true;
   product.dtype = halo_train::DType::kFloat32;
-  CHECK(halo_train::int8_matmul(product, nullptr));
+  CHECK(halo_train::scaled_matmul(product, nullptr));
   std::vector<float> found(m * n);
   CHECK(cudaMemcpy(found.data(), c.get(), sizeof(float) * m * n, cudaMemcpyDeviceToHost));
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
-      const float expected = static_cast<float>(15 * k) * by_row[i] * by_row[m + j];
+      const float expected = static_cast<float>((int8 ? 15 : 2) * k) * by_row[i] * by_row[m + j];
       if (found[i * n + j] != expected) {
-        std::printf("%lld x %lld x %lld: [%lld, %lld] is %f, not %f\n", static_cast<long long>(m),
-                    static_cast<long long>(n), static_cast<long long>(k), static_cast<long long>(i),
-                    static_cast<long long>(j), found[i * n + j], expected);
+        std::printf("%s %lld x %lld x %lld: [%lld, %lld] is %f, not %f\n", int8 ? "int8" : "e4m3",
+                    static_cast<long long>(m), static_cast<long long>(n), static_cast<long long>(k),
+                    static_cast<long long>(i), static_cast<long long>(j), found[i * n + j], expected);
         std::exit(1);
       }
     }
   }
   product.dtype = halo_train::DType::kBFloat16;
-  CHECK(halo_train::int8_matmul(product, nullptr));
+  CHECK(halo_train::scaled_matmul(product, nullptr));
   CHECK(cudaDeviceSynchronize());
 }
 
 }  // namespace
 
 int main() {
-  run(1, 16, 16);
-  run(129, 272, 144);
-  run(300, 48, 1040);
-  run(2500, 2064, 528);  // more tiles than clusters, the wide ones
+  for (const QType type : {QType::kInt8, QType::kE4M3}) {
+    run(type, 1, 16, 16);
+    run(type, 129, 272, 144);
+    run(type, 300, 48, 1040);
+    run(type, 2500, 2064, 528);   // more tiles than clusters, the wide ones
+    run(type, 2500, 2064, 1040);  // and long enough for the groups to be apart
+  }
   std::printf("done\n");
 }

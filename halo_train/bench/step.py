@@ -34,7 +34,7 @@ WARM_UP = 3
 
 _CATEGORIES = {
     "attention": ("flash", "fmha", "attention", "sdpa"),
-    "GEMM": ("gemm", "nvjet", "cutlass", "wgmma", "int8_matmul"),
+    "GEMM": ("gemm", "nvjet", "cutlass", "wgmma", "matmul"),
     "rotate and round": ("halo_train", "transpose_bytes"),
     "optimiser": ("multi_tensor", "adam"),
 }

@@ -1,10 +1,10 @@
-// Launches of int8_matmul_kernel.cuh.
+// Launches of scaled_matmul_kernel.cuh.
 
 #include <algorithm>
 
-#include "int8_matmul.h"
-#include "int8_matmul_kernel.cuh"
 #include "occupancy.cuh"
+#include "scaled_matmul.h"
+#include "scaled_matmul_kernel.cuh"
 
 namespace halo_train {
 
@@ -39,16 +39,16 @@ bool describe(CUtensorMap& map, CUtensorMapDataType type, int size, const void* 
                    CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-int64_t tiles_of(const Int8Product& p, int tile_n) {
+int64_t tiles_of(int64_t m, int64_t n, int tile_n) {
   constexpr int kRows = detail::kClusterBlocks * detail::kBlockRows;
-  return (p.m + kRows - 1) / kRows * ((p.n + tile_n - 1) / tile_n);
+  return (m + kRows - 1) / kRows * ((n + tile_n - 1) / tile_n);
 }
 
-template <int kTileN, typename Out>
-cudaError_t launch(const Int8Product& p, CUtensorMapDataType type, cudaStream_t stream) {
+template <QType kType, int kTileN, typename Out>
+cudaError_t launch(const ScaledProduct& p, CUtensorMapDataType type, cudaStream_t stream) {
   using namespace detail;
-  constexpr auto kKernel = int8_matmul_kernel<kTileN, Out>;
-  constexpr size_t kShared = Int8Layout<kTileN>::kShared;
+  constexpr auto kKernel = scaled_matmul_kernel<kType, kTileN, Out>;
+  constexpr size_t kShared = MatmulLayout<kTileN>::kShared;
   CUtensorMap a, b, c;
   if (encoder() == nullptr) return cudaErrorNotSupported;
   if (!describe(a, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.a_stride, kBlockRows) ||
@@ -57,16 +57,16 @@ cudaError_t launch(const Int8Product& p, CUtensorMapDataType type, cudaStream_t 
     return cudaErrorInvalidValue;
   }
   int blocks;
-  const cudaError_t error = resident_blocks<kKernel>(p.device, 0, kInt8Threads, kShared, blocks);
+  const cudaError_t error = resident_blocks<kKernel>(p.device, 0, kMatmulThreads, kShared, blocks);
   if (error != cudaSuccess) return error;
-  const int64_t clusters = std::min<int64_t>(tiles_of(p, kTileN), blocks / kClusterBlocks);
-  const Int8Scales scales{p.scale_a, p.scale_b, p.rows_a, p.rows_b};
+  const int64_t clusters = std::min<int64_t>(tiles_of(p.m, p.n, kTileN), blocks / kClusterBlocks);
+  const MatmulScales scales{p.scale_a, p.scale_b, p.rows_a, p.rows_b};
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {kClusterBlocks, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(clusters * kClusterBlocks));
-  config.blockDim = dim3(kInt8Threads);
+  config.blockDim = dim3(kMatmulThreads);
   config.dynamicSmemBytes = kShared;
   config.stream = stream;
   config.attrs = &cluster;
@@ -75,23 +75,40 @@ cudaError_t launch(const Int8Product& p, CUtensorMapDataType type, cudaStream_t 
                             static_cast<int>((p.k + kStageBytes - 1) / kStageBytes));
 }
 
-// Half as wide where wide tiles would leave multiprocessors idle.
-template <typename Out>
-cudaError_t launch(const Int8Product& p, CUtensorMapDataType type, cudaStream_t stream) {
-  const bool few = tiles_of(p, 256) * detail::kClusterBlocks < detail::multiprocessors(p.device);
-  return few ? launch<128, Out>(p, type, stream) : launch<256, Out>(p, type, stream);
+template <QType kType, typename Out>
+cudaError_t launch(const ScaledProduct& p, CUtensorMapDataType type, cudaStream_t stream) {
+  if constexpr (kType == QType::kInt8) {  // half as wide where wide tiles would leave multiprocessors idle
+    if (!fills_gpu(p.m, p.n, p.device)) return launch<kType, 128, Out>(p, type, stream);
+  }
+  return launch<kType, 256, Out>(p, type, stream);
+}
+
+template <QType kType>
+cudaError_t launch(const ScaledProduct& p, cudaStream_t stream) {
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return launch<kType, __nv_bfloat16>(p, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, stream);
+    case DType::kFloat16:
+      return launch<kType, __half>(p, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, stream);
+    case DType::kFloat32:
+      return launch<kType, float>(p, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace
 
-cudaError_t int8_matmul(const Int8Product& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(p, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, stream);
-    case DType::kFloat16:
-      return launch<__half>(p, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, stream);
-    case DType::kFloat32:
-      return launch<float>(p, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, stream);
+bool fills_gpu(int64_t m, int64_t n, int device) {
+  return tiles_of(m, n, 256) * detail::kClusterBlocks >= detail::multiprocessors(device);
+}
+
+cudaError_t scaled_matmul(const ScaledProduct& p, cudaStream_t stream) {
+  switch (p.type) {
+    case QType::kInt8:
+      return launch<QType::kInt8>(p, stream);
+    case QType::kE4M3:
+      return launch<QType::kE4M3>(p, stream);
     default:
       return cudaErrorInvalidValue;
   }

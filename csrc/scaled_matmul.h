@@ -1,4 +1,4 @@
-// The int8 matrix product with row scales on Hopper. See int8_matmul_kernel.cuh.
+// The 8-bit matrix product with row scales on Hopper. See scaled_matmul_kernel.cuh.
 
 #pragma once
 
@@ -6,14 +6,15 @@
 
 #include <cstdint>
 
-#include "hadamard.h"
+#include "quantize.h"
 
 namespace halo_train {
 
 // The longest contraction whose sums cannot leave int32: 127 * 127 * 2^17 < 2^31.
 constexpr int64_t kInt8MaxContraction = 131072;
 
-struct Int8Product {
+struct ScaledProduct {
+  QType type;     // of a and b, kInt8 or kE4M3
   const void* a;  // [m, k]
   const void* b;  // [n, k]
   void* c;        // [m, n], bfloat16, float16 or float32
@@ -22,11 +23,15 @@ struct Int8Product {
   const float* scale_a;  // one a row, or one for all
   const float* scale_b;
   bool rows_a, rows_b;  // one a row
-  DType dtype;
+  DType dtype;          // of c
   int device;
 };
 
+// Whether the product has a tile for every multiprocessor. With fewer, other libraries split contractions of
+// float8, which is faster there, and more accurate.
+bool fills_gpu(int64_t m, int64_t n, int device);
+
 // c = diag(scale_a) (a b^T) diag(scale_b), c dense. Addresses and strides must be multiples of 16, as must n.
-cudaError_t int8_matmul(const Int8Product& product, cudaStream_t stream);
+cudaError_t scaled_matmul(const ScaledProduct& product, cudaStream_t stream);
 
 }  // namespace halo_train

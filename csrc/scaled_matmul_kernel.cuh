@@ -1,0 +1,371 @@
+// C = diag(scale_a) (A B^T) diag(scale_b) of 8-bit matrices on Hopper, A [M, K], B [N, K]: int8 with sums in
+// int32, e4m3 with those of the tensor cores, which have fewer bits than float32.
+//
+// A thread block stays and computes tiles of 128 x kTileN; the two of a cluster lie one below the other, so
+// that each fetches half of the rows of B for both (multicast). One thread sends for the operands, a ring of
+// stages ahead; two warp groups of 64 rows each multiply (wgmma takes both operands from shared memory) with
+// kTileN / 2 sums a thread in registers. Sums are scaled in float32, rounded once, and leave through a
+// staging buffer, from where they are stored while the next tile is multiplied. Large tiles and shared
+// fetches count twice here: long products run at the power limit of the GPU, where what does not move is
+// clock.
+
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "quantize.h"
+#include "shared_address.cuh"
+
+namespace halo_train {
+
+namespace detail {
+
+// What the two sizes of tiles share.
+constexpr int kClusterBlocks = 2, kMultipliers = 2;
+constexpr int kGroupRows = 64, kBlockRows = kMultipliers * kGroupRows;
+constexpr int kStageBytes = 128;  // of a row, as wide as the swizzle
+constexpr int kStagingBytes = kGroupRows * 128;
+constexpr int kMatmulThreads = 128 * (1 + kMultipliers);
+// Rows of tiles of clusters that are walked together, so that their operands are still in the L2 cache.
+constexpr uint32_t kWalk = 8;
+
+template <int kTileN>
+struct MatmulLayout {
+  static constexpr int kBytesA = kBlockRows * kStageBytes, kBytesB = kTileN * kStageBytes;
+  static constexpr int kStages = kTileN == 256 ? 3 : 6;
+  static constexpr int kBuffers = kTileN / 64;    // of a group: all of its sums in 16 bits
+  static constexpr int kScaleBytes = kTileN * 4;  // of the columns of a tile, for each group
+  static constexpr int kStaging = kStages * (kBytesA + kBytesB);
+  static constexpr int kScales = kStaging + kMultipliers * kBuffers * kStagingBytes;
+  static constexpr int kBarriers = kScales + kMultipliers * kScaleBytes;
+  static constexpr size_t kShared = 1024 + kBarriers + 16 * kStages;  // 1024: to align
+};
+
+__device__ __forceinline__ void wait_parity(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra done;\n"
+      "bra again;\n"
+      "done:\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// An operand in shared memory, as wgmma wants it described: rows of 128 bytes, swizzled, groups of eight rows
+// 1024 bytes apart.
+__device__ __forceinline__ uint64_t operand(uint32_t address) {
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+#define HALO_8(c, d, i)                                                                             \
+  "+" c(d[i]), "+" c(d[i + 1]), "+" c(d[i + 2]), "+" c(d[i + 3]), "+" c(d[i + 4]), "+" c(d[i + 5]), \
+      "+" c(d[i + 6]), "+" c(d[i + 7])
+#define HALO_32(c, d, i) HALO_8(c, d, i), HALO_8(c, d, i + 8), HALO_8(c, d, i + 16), HALO_8(c, d, i + 24)
+#define HALO_64(c, d, i) HALO_32(c, d, i), HALO_32(c, d, i + 32)
+#define HALO_0_TO_63                                                                           \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
+  "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,"   \
+  "%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define HALO_64_TO_127                                                                          \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,"    \
+  "%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106," \
+  "%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,"  \
+  "%125,%126,%127"
+
+// sums = a b + (keep ? sums : 0), 64 rows by 256 or 128 columns and 32 bytes of K.
+__device__ __forceinline__ void multiply(int (&sums)[128], uint64_t a, uint64_t b, int keep) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {" HALO_0_TO_63 "," HALO_64_TO_127
+      "}, %128, %129, p;\n}"
+      : HALO_64("r", sums, 0), HALO_64("r", sums, 64)
+      : "l"(a), "l"(b), "r"(keep));
+}
+__device__ __forceinline__ void multiply(int (&sums)[64], uint64_t a, uint64_t b, int keep) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" HALO_0_TO_63 "}, %64, %65, p;\n}"
+      : HALO_64("r", sums, 0)
+      : "l"(a), "l"(b), "r"(keep));
+}
+__device__ __forceinline__ void multiply(float (&sums)[128], uint64_t a, uint64_t b, int keep) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {" HALO_0_TO_63 "," HALO_64_TO_127
+      "}, %128, %129, p, 1, 1;\n}"
+      : HALO_64("f", sums, 0), HALO_64("f", sums, 64)
+      : "l"(a), "l"(b), "r"(keep));
+}
+#undef HALO_8
+#undef HALO_32
+#undef HALO_64
+#undef HALO_0_TO_63
+#undef HALO_64_TO_127
+
+// Not read earlier than here.
+__device__ __forceinline__ void stays(int& sum) { asm volatile("" : "+r"(sum)::"memory"); }
+__device__ __forceinline__ void stays(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
+
+__device__ __forceinline__ void fetch(const CUtensorMap* map, uint32_t to, uint32_t barrier, int column,
+                                      int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+      "[%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+
+// Into the same place of all thread blocks of the cluster, and the barriers of all are told.
+__device__ __forceinline__ void fetch_for_all(const CUtensorMap* map, uint32_t to, uint32_t barrier,
+                                              int column, int row) {
+  constexpr uint16_t kAll = (1 << kClusterBlocks) - 1;
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(kAll)
+      : "memory");
+}
+
+// Scales of columns 2 quad and the next in each of four times eight columns.
+__device__ __forceinline__ void load_factors(float2 (&factors)[4], uint32_t scales, int column, int quad) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(factors[i].x), "=f"(factors[i].y)
+                 : "r"(scales + 4 * (column + 8 * i + 2 * quad)));
+  }
+}
+
+template <typename Out>
+__device__ __forceinline__ uint32_t pair(float x, float y) {
+  std::conditional_t<std::is_same_v<Out, __half>, __half2, __nv_bfloat162> both;
+  both.x = static_cast<Out>(x);
+  both.y = static_cast<Out>(y);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+
+// 64 rows and 32 columns of sums, scaled, into a staging buffer, from its given column; in each eight columns
+// a thread has two of row lane / 4 of its warp's 16 and of the row 8 below.
+template <typename Out, typename Sum>
+__device__ __forceinline__ void put(uint32_t buffer, int column, const Sum* sums, const float2 (&factors)[4],
+                                    float top, float bottom, int thread) {
+  const int warp = thread / 32, lane = thread % 32;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    float x[2][4];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const Sum* s = sums + 4 * (i + j);
+      const float2 f = factors[i + j];
+      x[j][0] = static_cast<float>(s[0]) * top * f.x;
+      x[j][1] = static_cast<float>(s[1]) * top * f.y;
+      x[j][2] = static_cast<float>(s[2]) * bottom * f.x;
+      x[j][3] = static_cast<float>(s[3]) * bottom * f.y;
+    }
+    if constexpr (sizeof(Out) == 2) {
+      const int row = 16 * warp + lane % 16, piece = column / 8 + i + lane / 16;
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                       buffer + row * 128 + (piece ^ (row & 7)) * 16),
+                   "r"(pair<Out>(x[0][0], x[0][1])), "r"(pair<Out>(x[0][2], x[0][3])),
+                   "r"(pair<Out>(x[1][0], x[1][1])), "r"(pair<Out>(x[1][2], x[1][3]))
+                   : "memory");
+    } else {
+      const int row = 16 * warp + lane / 4, quad = lane % 4;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int piece = 2 * (i + j) + quad / 2;
+        const uint32_t to = buffer + row * 128 + (piece ^ (row & 7)) * 16 + quad % 2 * 8;
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x[j][0]), "f"(x[j][1]) : "memory");
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to + 8 * 128), "f"(x[j][2]), "f"(x[j][3])
+                     : "memory");
+      }
+    }
+  }
+}
+
+// Row and column of a cluster's tile.
+__device__ __forceinline__ void place(uint32_t index, uint32_t tiles_m, uint32_t tiles_n, int& m, int& n) {
+  const uint32_t walk = kWalk * tiles_n;
+  const uint32_t first = index / walk * kWalk, rest = index % walk;
+  const uint32_t rows = min(tiles_m - first, kWalk);
+  m = static_cast<int>(first + rest % rows);
+  n = static_cast<int>(rest / rows);
+}
+
+struct MatmulScales {
+  const float* a;
+  const float* b;
+  int a_step, b_step;  // 1: one a row; 0: one for all
+};
+
+}  // namespace detail
+
+// Launched in clusters of kClusterBlocks. Empty but in a build for sm_90a.
+template <QType kType, int kTileN, typename Out>
+__global__ void __launch_bounds__(detail::kMatmulThreads, 1)
+    scaled_matmul_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+                         const __grid_constant__ CUtensorMap c_map, const detail::MatmulScales scales,
+                         const int m_rows, const int n_rows, const int steps) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using namespace detail;
+  using L = MatmulLayout<kTileN>;
+  extern __shared__ char unaligned[];
+  const uint32_t a_tiles = (shared_address(unaligned) + 1023) & ~1023u;
+  const uint32_t b_tiles = a_tiles + L::kStages * L::kBytesA, staging = a_tiles + L::kStaging;
+  const uint32_t column_scales = a_tiles + L::kScales;
+  const uint32_t full = a_tiles + L::kBarriers, empty = full + 8 * L::kStages;
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  const int group = static_cast<int>(threadIdx.x) / 128 - 1, thread = threadIdx.x % 128;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < L::kStages; ++i) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * i) : "memory");
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * i),
+                   "n"(kClusterBlocks * kMultipliers)
+                   : "memory");
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  cluster_sync();
+
+  const uint32_t tiles_m = (m_rows + kClusterBlocks * kBlockRows - 1) / (kClusterBlocks * kBlockRows);
+  const uint32_t tiles_n = (n_rows + kTileN - 1) / kTileN;
+  const uint32_t tiles = tiles_m * tiles_n, clusters = gridDim.x / kClusterBlocks;
+  int stage = 0;
+  uint32_t phase = 0;
+  const auto advance = [&] {
+    if (++stage == L::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  };
+  if (group < 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 0) {
+      for (uint32_t tile = blockIdx.x / kClusterBlocks; tile < tiles; tile += clusters) {
+        int m, n;
+        place(tile, tiles_m, tiles_n, m, n);
+        const int row_a = (m * kClusterBlocks + rank) * kBlockRows;
+        const int row_b = n * kTileN + rank * (kTileN / kClusterBlocks);
+        for (int k = 0; k < steps; ++k, advance()) {
+          wait_parity(empty + 8 * stage, phase ^ 1);
+          const uint32_t barrier = full + 8 * stage;
+          asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                       "n"(L::kBytesA + L::kBytesB)
+                       : "memory");
+          fetch(&a_map, a_tiles + stage * L::kBytesA, barrier, k * kStageBytes, row_a);
+          fetch_for_all(&b_map, b_tiles + stage * L::kBytesB + rank * (L::kBytesB / kClusterBlocks), barrier,
+                        k * kStageBytes, row_b);
+        }
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    // A thread for each thread block of the cluster tells it that this group has read the stage before. No
+    // fence of the cluster, which took 0.4 us: wgmma has read, and nothing was written.
+    const auto release = [&] {
+      if (thread < kClusterBlocks) {
+        asm volatile(
+            "{\n.reg .b32 remote;\n"
+            "mapa.shared::cluster.u32 remote, %0, %1;\n"
+            "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(
+                empty + 8 * (stage == 0 ? L::kStages - 1 : stage - 1)),
+            "r"(thread)
+            : "memory");
+      }
+    };
+    constexpr int kColumns = 128 / sizeof(Out);  // of a staging buffer
+    constexpr int kThreadScales = kTileN / 128;  // of columns, that a thread fetches
+    const int warp = thread / 32, lane = thread % 32, quad = lane % 4;
+    const int row_in_group = 16 * warp + lane / 4;
+    std::conditional_t<kType == QType::kInt8, int, float> sums[kTileN / 2];
+    int next_m, next_n;
+    place(blockIdx.x / kClusterBlocks, tiles_m, tiles_n, next_m, next_n);
+    for (uint32_t tile = blockIdx.x / kClusterBlocks; tile < tiles; tile += clusters) {
+      const int m = next_m, n = next_n;
+      // Scales now, so that they are there when the sums are.
+      const int first_row = (m * kClusterBlocks + rank) * kBlockRows + group * kGroupRows;
+      const int row = first_row + row_in_group;
+      const float top = row < m_rows ? __ldg(scales.a + row * scales.a_step) : 0.0f;
+      const float bottom = row + 8 < m_rows ? __ldg(scales.a + (row + 8) * scales.a_step) : 0.0f;
+      float by_column[kThreadScales];
+#pragma unroll
+      for (int i = 0; i < kThreadScales; ++i) {
+        const int column = n * kTileN + 128 * i + thread;
+        by_column[i] = column < n_rows ? __ldg(scales.b + column * scales.b_step) : 0.0f;
+      }
+      for (int k = 0; k < steps; ++k) {
+        wait_parity(full + 8 * stage, phase);
+        const uint64_t a = operand(a_tiles + stage * L::kBytesA + group * kGroupRows * kStageBytes);
+        const uint64_t b = operand(b_tiles + stage * L::kBytesB);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < kStageBytes / 32; ++i) multiply(sums, a + 2 * i, b + 2 * i, k | i);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        if (k > 0) {
+          asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+          release();
+        }
+        advance();
+      }
+      place(min(tile + clusters, tiles - 1), tiles_m, tiles_n, next_m, next_n);
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      release();
+#pragma unroll
+      for (int i = 0; i < kTileN / 2; ++i) stays(sums[i]);
+
+      const uint32_t of_columns = column_scales + group * L::kScaleBytes;
+#pragma unroll
+      for (int i = 0; i < kThreadScales; ++i) {
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(of_columns + 4 * (128 * i + thread)), "f"(by_column[i])
+                     : "memory");
+      }
+#pragma unroll
+      for (int first = 0; first < kTileN; first += L::kBuffers * kColumns) {  // once in 16 bits
+        const uint32_t buffers = staging + group * L::kBuffers * kStagingBytes;
+        if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+        asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+        float2 factors[2][4];  // of four times eight columns, and of the next
+        load_factors(factors[0], of_columns, first, quad);
+#pragma unroll
+        for (int i = 0; i < L::kBuffers * kColumns / 32; ++i) {
+          const int column = first + 32 * i;
+          if (column + 32 < first + L::kBuffers * kColumns) {
+            load_factors(factors[(i + 1) % 2], of_columns, column + 32, quad);
+          }
+          const uint32_t buffer = buffers + 32 * i / kColumns * kStagingBytes;
+          put<Out>(buffer, 32 * i % kColumns, sums + column / 2, factors[i % 2], top, bottom, thread);
+        }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+        if (thread == 0) {
+#pragma unroll
+          for (int i = 0; i < L::kBuffers; ++i) {
+            asm volatile(
+                "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&c_map),
+                "r"(buffers + i * kStagingBytes), "r"(n * kTileN + first + i * kColumns), "r"(first_row)
+                : "memory");
+          }
+          asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        }
+      }
+    }
+    if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  }
+  cluster_sync();  // nobody leaves while another may still send or tell something
+#endif
+}
+
+}  // namespace halo_train
