@@ -1,11 +1,10 @@
 // Hadamard blocks of 256 16-bit elements, one load of a warp each, without shuffles or shared memory.
 //
-// 1. Products of the raw input with a +-1 matrix do index bits 0, 1, 3 and 4 (see sign_matrix). They leave
-// bits 5 and 2 in
-//    registers and bits 6 and 7 in lanes 0 and 1.
-// 2. Products of these fp32 sums do those four. A sum goes to the tensor cores, which take 11 bits of a
-// significand, in two
-//    parts: its upper 11 bits exactly, and of what is left, at most 13 bits, the upper 11.
+// First, products of the raw input with a +-1 matrix do index bits 0, 1, 3 and 4 (see sign_matrix). They
+// leave bits 5 and 2 in registers and bits 6 and 7 in lanes 0 and 1.
+//
+// Then products of these fp32 sums do those four. A sum goes to the tensor cores, which take 11 bits of a
+// significand, in two parts: its upper 11 bits exactly, and of what is left, at most 13 bits, the upper 11.
 //
 // The layouts of results and of inputs of a product are such that a lane ends with eight neighbours. An
 // infinity makes its block NaN.

@@ -1,7 +1,10 @@
 // The 8-bit products on small odd shapes, without PyTorch, for compute-sanitizer; every result is compared.
-//     nvcc -std=c++17 -O3 -lineinfo -gencode=arch=compute_90a,code=sm_90a -Icsrc
-//     csrc/tests/sanitize_matmul.cu csrc/scaled_matmul.cu -o build/sanitize_matmul for tool in memcheck
-//     synccheck racecheck; do compute-sanitizer --tool $tool --error-exitcode 1 build/sanitize_matmul; done
+//
+//   S="csrc/tests/sanitize_matmul.cu csrc/scaled_matmul.cu"
+//
+//   nvcc -std=c++17 -O3 -lineinfo -arch=sm_90a -Icsrc $S -o build/sanitize_matmul
+//
+//   compute-sanitizer --tool memcheck --error-exitcode 1 build/sanitize_matmul   # synccheck, racecheck
 
 #include <cmath>
 #include <vector>
