@@ -50,7 +50,7 @@ def test_a_wrong_override_is_named_with_its_remedy(file: Path, override: str, me
 def test_recomputing_twice_is_refused(file: Path) -> None:
     both = ["quant.recompute=mlp", "train.activation_checkpointing=full"]
     with pytest.raises(
-        UserError, match=r"quant\.recompute=mlp and .*checkpointing=full would both recompute"
+        UserError, match=r"[^:]: quant\.recompute=mlp and .*checkpointing=full would both recompute"
     ):
         load_config(file, both)
     assert load_config(file, both[:1]).quant.recompute == "mlp"

@@ -367,7 +367,8 @@ def _describe(error: ValidationError) -> str:
             lines.append(f"{key}: required, but not given")
         elif fault["type"] == "value_error":
             got = "" if isinstance(fault["input"], dict) else f"; got {fault['input']!r}"
-            lines.append(f"{key}: {fault['ctx']['error']}{got}")
+            prefix = f"{key}: " if key else ""  # a fault between sections names its keys itself
+            lines.append(f"{prefix}{fault['ctx']['error']}{got}")
         else:
             message = fault["msg"].removeprefix("Input ")
             lines.append(f"{key}: {message}; got {fault['input']!r}")
