@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import RESULTS, environment, save_json
+from common import RESULTS, check_only, environment, save_json
 from llama import Shape
 from timeline import timeline
 from torch import Tensor, nn
@@ -296,6 +296,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
+    check_only(parser, args.only, [variant.name for variant in variants(args.device)])
     rank = int(os.environ["LOCAL_RANK"])
     device = torch.device(args.device, rank if args.device == "cuda" else None)
     if args.device == "cuda":

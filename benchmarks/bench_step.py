@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, environment
+from common import RESULTS, check_only, environment
 from step_table import save
 from torch import nn
 
@@ -77,6 +77,7 @@ def main() -> None:
         *(case for recipe in recipes(args)[1:] for case in variants(recipe)),
         *torchao_cases(),
     ]
+    check_only(parser, args.only, [case.name for case in cases])
     if args.only:
         cases = [case for case in cases if case.name in args.only]
     rows = measure(size_of(args), cases, args)

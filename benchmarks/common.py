@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,17 @@ def save_json(name: str, record: dict[str, Any], folder: Path = RESULTS) -> Path
     path = folder / f"{record['environment']['date']}-{name}-{gpu}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def check_only(parser: argparse.ArgumentParser, only: Sequence[str] | None, names: Sequence[str]) -> None:
+    """Ends the program if ``--only`` names something that is not there, or leaves out bf16, which all are compared with."""
+    unknown = [name for name in only or () if name not in names]
+    if unknown:
+        parser.error(
+            f"--only must name some of {', '.join(map(repr, names))}; got {', '.join(map(repr, unknown))}"
+        )
+    if only and "bf16" not in only:
+        parser.error(f"--only must have 'bf16' among its names; got {', '.join(map(repr, only))}")
 
 
 def _output(*command: str) -> str:
