@@ -109,7 +109,9 @@ def test_few_operations_a_layer(monkeypatch):
     stacked, _ = operations(4, 4)
     a_layer = (many - few - many_plain + few_plain) / 4
     a_stack = (alone - stacked) / 3
-    assert a_layer <= 22  # at once
+    assert (
+        a_layer <= 23
+    )  # at once; one is W as the what-if recipe int8 rounds it, whose scales its dgrad takes
     assert a_stack <= 140  # later, for all layers of a stack: 4 to 16 of a Llama-3-8B
 
 

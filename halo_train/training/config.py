@@ -367,8 +367,7 @@ def _describe(error: ValidationError) -> str:
             lines.append(f"{key}: required, but not given")
         elif fault["type"] == "value_error":
             got = "" if isinstance(fault["input"], dict) else f"; got {fault['input']!r}"
-            prefix = f"{key}: " if key else ""  # a fault between sections names its keys itself
-            lines.append(f"{prefix}{fault['ctx']['error']}{got}")
+            lines.append(f"{key}: {fault['ctx']['error']}{got}".removeprefix(": "))  # none between sections
         else:
             message = fault["msg"].removeprefix("Input ")
             lines.append(f"{key}: {message}; got {fault['input']!r}")
