@@ -270,7 +270,7 @@ def _reshards_to_fewer() -> bool:
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        owner = frame.f_locals.get("self")
+        owner: Any = frame.f_locals.get("self")
         if type(owner).__name__ == "FSDPParam":
-            return owner.post_forward_mesh_info not in (None, owner.mesh_info)  # type: ignore[union-attr]
+            return owner.post_forward_mesh_info not in (None, owner.mesh_info)
     return False

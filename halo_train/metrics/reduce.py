@@ -17,7 +17,7 @@ from .. import ops
 from ..config import Format, HaloConfig, Scaling, storage_dtype
 from ..gemm import MULTIPLE
 from ..hadamard import hadamard_transform
-from ..operands import rotation_block
+from ..operands import levels_of, rotation_block
 from ..ops.reference import QMAX
 from ..quantize import Quantized, quantize
 from .batches import Sample
@@ -267,7 +267,8 @@ def _dgrad_weight(t: Sample, i: int, config: HaloConfig) -> tuple[Tensor, Tensor
         if not config.levels_w_dgrad:
             return values_of(quantize(t["w"].mT, config.format)).mT, None
         scale = t[f"scale{i}"] if f"scale{i}" in t else _round_with(t["w"], t["w_amax"], config).scale
-        levels = scale.sqrt()
+        levels = levels_of(scale, config)
+        assert levels is not None
         return values_of(quantize((t["w"] / levels[..., None]).mT, config.format)).mT, levels
     if f"values{i}" in t:
         values, scale = t[f"values{i}"].double(), t[f"scale{i}"]
