@@ -69,7 +69,7 @@ def joined(records: list[dict[str, Any]]) -> dict[str, Any]:
 def write_report(record: dict[str, Any], path: Path) -> str:
     """Table and picture beside the record at ``path``; returns the table."""
     outliers = sorted({run["outlier"] for run in record["runs"]})
-    text = table(record["runs"], outliers)
+    text = table(record["runs"], outliers) + "\n" + run_table(record["runs"], outliers)
     path.with_suffix(".md").write_text(text)
     if outliers:
         draw(record["runs"], outliers, path.with_suffix(".png"))
@@ -81,6 +81,35 @@ def gaps(results: list[dict[str, Any]], scheme: str, outlier: int) -> list[float
     losses = {(r["scheme"], r["seed"]): r["loss"] for r in results if r["outlier"] == outlier}
     pairs = [(loss, losses.get(("bf16", seed))) for (name, seed), loss in losses.items() if name == scheme]
     return [loss - base for loss, base in pairs if base is not None]
+
+
+def gaps_over_the_run(results: list[dict[str, Any]], scheme: str, outlier: int) -> list[float]:
+    """As :func:`gaps`, the mean over all validation losses of a run: fewer digits of it are chance."""
+    curves = {(r["scheme"], r["seed"]): r["curve"] for r in results if r["outlier"] == outlier}
+    pairs = [(curve, curves.get(("bf16", seed))) for (name, seed), curve in curves.items() if name == scheme]
+    return [
+        statistics.fmean(loss - bf16 for (_, loss), (_, bf16) in zip(curve, base, strict=True))
+        for curve, base in pairs
+        if base is not None
+    ]
+
+
+def run_table(results: list[dict[str, Any]], outliers: list[int]) -> str:
+    """Markdown: :func:`gaps_over_the_run` of the schemes with several seeds, mean and standard error of the mean."""
+    lines = [
+        "| mean over the run | " + " | ".join(f"c={c}" for c in outliers) + " |",
+        "|---" * (len(outliers) + 1) + "|",
+    ]
+    for scheme in MAIN[1:]:
+        found = [gaps_over_the_run(results, scheme, c) for c in outliers]
+        cells = [
+            f"{statistics.fmean(each):+.5f} ± {statistics.stdev(each) / math.sqrt(len(each)):.5f}, {len(each)} seeds"
+            if len(each) > 1
+            else ""
+            for each in found
+        ]
+        lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def table(results: list[dict[str, Any]], outliers: list[int]) -> str:
