@@ -3,7 +3,7 @@
 from .calibrate import Calibration, calibrate
 from .config import RECIPES, Format, HaloConfig, Scaling
 from .convert import ConversionReport, convert_to_halo_training, revert
-from .equalizer_state import equalizer_state_dict, load_equalizer_state_dict
+from .equalizer_state import collect_equalizers, equalizer_state_dict, load_equalizer_state_dict
 from .functional import halo_linear
 from .hadamard import hadamard_transform, random_rotation
 from .linear import HaloLinear
@@ -26,6 +26,7 @@ __all__ = [
     "Quantized",
     "Scaling",
     "calibrate",
+    "collect_equalizers",
     "convert_to_halo_training",
     "equalizer_state_dict",
     "hadamard_transform",

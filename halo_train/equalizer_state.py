@@ -1,15 +1,103 @@
-"""The equalisation factors of a model's layers, to save beside its weights."""
+"""The equalisation factors of a model's layers: taken from several batches, saved beside its weights."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .fsdp import GatheredWeight
+from .fsdp import GatheredWeight, agreed_amax, regather, shards_amax
 from .linear import HaloLinear, halo_linears
+from .quantize import column_amax, exponents_of_amax
 from .shared_input import group_by_factors
+
+
+@contextmanager
+def collect_equalizers(model: nn.Module) -> Iterator[None]:
+    """Has the layers that have no equalisation factors yet take them from all batches that they see inside, when it ends::
+
+        with halo_train.collect_equalizers(model):  # before the first step
+            for batch in first_micro_batches:
+                model(batch)
+
+    Inside there are no gradients, compiled modules run eager, and those layers round without factors and run one by one.
+    The factors depend on the largest magnitude in each column alone: not on how the rows are shared out over batches and, under
+    FSDP2, ranks, of which each must call this and the model equally often. One all-reduce then serves all layers of a mesh. Layers that
+    saw nothing, on any rank, take theirs from their next batch. After an error inside no layer has taken any.
+
+    Call ``model.eval()`` before where dropout should not decide, and ``model.train()`` after.
+    """
+    layers = _without_factors(model)
+    for layer in layers:
+        layer.equalizer_taken = False
+        regather(layer, _sharded_weight(layer))
+        shape, device = (layer.in_features,), layer.equalizer_exponent.device
+        layer.input_amax = torch.full(shape, -1.0, device=device)
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+            _take_collected(layers)
+    finally:
+        for layer in layers:
+            layer.input_amax = None
+
+
+def _without_factors(model: nn.Module) -> list[HaloLinear]:
+    """Layers that have still to take them, and those that take theirs together with one of them."""
+    layers = [layer for _, layer in halo_linears(model) if layer.config.equalize]
+    missing = {layer for layer in layers if not layer.equalizer_taken and layer.input_amax is None}
+    joint = {layer.joint for layer in missing} - {None}
+    return [layer for layer in layers if layer in missing or layer.joint in joint]
+
+
+def _take_collected(layers: Sequence[HaloLinear]) -> None:
+    together: dict[object, list[HaloLinear]] = defaultdict(list)
+    for layer in layers:
+        together[layer.joint or layer].append(layer)
+    by_mesh: dict[Any, list[list[HaloLinear]]] = defaultdict(list)
+    for members in together.values():
+        shard = _sharded_weight(members[0])
+        by_mesh[None if shard is None else shard.device_mesh].append(members)
+    for mesh, groups in by_mesh.items():
+        found = [_column_amax_of(members) for members in groups]
+        if mesh is not None:
+            agreed = agreed_amax(torch.cat([amax.flatten() for amax in found]), mesh)
+            parts = agreed.split([amax.numel() for amax in found])
+            found = [part.view(2, -1) for part in parts]
+        for members, (x_amax, w_amax) in zip(groups, found, strict=True):
+            if x_amax[0] < 0:
+                continue
+            exponent = exponents_of_amax(x_amax, w_amax)
+            for layer in members:
+                layer.equalizer_exponent.copy_(exponent)
+                layer.equalizer_taken = True
+                regather(layer, _sharded_weight(layer))
+                if layer.input_group is not None:
+                    layer.input_group.record(x_amax, w_amax)
+    for layer in layers:
+        if layer.input_group is not None:
+            layer.input_group.settle()
+
+
+def _column_amax_of(members: Sequence[HaloLinear]) -> Tensor:
+    """Of the inputs that layers have seen and, over all of them, of their weights as far as they are on this rank, [2, K]."""
+    seen = [layer.input_amax for layer in members if layer.input_amax is not None]
+    x_amax = torch.stack(seen).amax(0)
+    if (shards := [_sharded_weight(layer) for layer in members])[0] is not None:
+        w_amax = shards_amax(shards, x_amax.device)
+    else:
+        w_amax = torch.stack([column_amax(layer.weight) for layer in members]).amax(0)
+    return torch.stack([x_amax, w_amax])
+
+
+def _sharded_weight(layer: HaloLinear) -> Any:
+    """The DTensor that FSDP2 keeps for the layer, or None."""
+    return layer.__dict__.get("_sharded_weight")
 
 
 def equalizer_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import agreement
 from .agreement import check_agreement
@@ -37,6 +39,11 @@ class Layer(agreement.Layer, Protocol):
 
     ranks_agree: bool
     tied: bool
+    equalizer_exponent: Tensor
+    equalizer_taken: bool
+
+    @property
+    def weight(self) -> Tensor: ...
 
     def equalizer(self) -> Tensor | None: ...
 
@@ -155,13 +162,12 @@ class GatheredWeight(Tensor):
         self.rounded, self.row_scale = rounded, row_scale
 
     def quantized(self) -> Quantized:
-        """As :func:`halo_train.functional.quantize_weight` returns it: rows padded to a multiple of 16 with zeros and scale 1."""
+        """As :func:`halo_train.functional.quantize_weight` returns it, with its padding to a multiple of 16 rows only if that was gathered
+        too: the products pad for themselves what they would otherwise keep for backward, beside what FSDP2 keeps."""
         rows = self.shape[0] + -self.shape[0] % MULTIPLE
-        missing = max(rows - self.rounded.shape[0], 0)
-        if not missing:
-            return Quantized(self.rounded[:rows], self.row_scale[:rows])
-        data = F.pad(self.rounded.view(torch.uint8), (0, 0, 0, missing)).view(self.rounded.dtype)
-        return Quantized(data, F.pad(self.row_scale, (0, missing), value=1.0))
+        if self.rounded.shape[0] < rows:
+            rows = self.shape[0]
+        return Quantized(self.rounded[:rows], self.row_scale[:rows])
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[tuple[int, ...], torch.dtype]]:
         return ["rounded", "row_scale"], (tuple(self.shape), self.dtype)
@@ -229,31 +235,53 @@ def attach(layer: Layer, weight: Any) -> None:
 _WIRE_FORMATS = (Format.E4M3, Format.E5M2, Format.INT8)
 
 
-def agreed_exponents(x: Tensor, weights: Sequence[Any]) -> Tensor:
-    """log2 d of sharded layers that read x, from the batches of all ranks, [in_features] int8. Every rank must call it.
+@_disable_dynamo  # torch.compiler.disable would import the compiler with this file
+def take_agreed_exponents(layers: Sequence[Layer], shards: Sequence[Any], x: Tensor) -> None:
+    """Gives sharded layers that read x one log2 d, from the batches of all ranks. Every rank must call it.
 
     One all-reduce of 2 K floats over each dimension of the mesh. See :func:`halo_train.quantize.equalizer_exponents`.
 
     Args:
+        shards: the parameters of the layers, DTensors of one mesh.
         x: [M, K], the tokens of this rank; M may be 0.
-        weights: the sharded parameters, DTensors of one mesh.
     """
-    w_amax = torch.stack([column_amax(weight._local_tensor.to(x.device)) for weight in weights]).amax(0)
-    amax = torch.stack([column_amax(x), w_amax])
+    # Selective activation checkpointing is a mode that would keep what is rounded here for the recompute, which does not.
+    with _disable_current_modes():
+        amax = torch.stack([column_amax(x), shards_amax(shards, x.device)])
+        exponent = exponents_of_amax(*agreed_amax(amax, shards[0].device_mesh))
+        for layer, shard in zip(layers, shards, strict=True):
+            layer.equalizer_exponent.copy_(exponent)
+            layer.equalizer_taken = True
+            regather(layer, shard)
+
+
+def shards_amax(shards: Sequence[Any], device: torch.device) -> Tensor:
+    """column_amax over what this rank holds of weights [N_i, K], DTensors."""
+    return torch.stack([column_amax(shard._local_tensor.to(device)) for shard in shards]).amax(0)
+
+
+def agreed_amax(amax: Tensor, mesh: Any) -> Tensor:
+    """The maximum over all ranks of the mesh, inf where one of them is not finite. Every rank must call it."""
     # Not finite on one rank must be the same on all; how a maximum treats nan depends on the backend.
     amax = torch.nan_to_num(amax, nan=torch.inf, posinf=torch.inf)
-    mesh = weights[0].device_mesh
     for dim in range(mesh.ndim):
         dist.all_reduce(amax, dist.ReduceOp.MAX, group=mesh.get_group(dim))
-    return exponents_of_amax(amax[0], amax[1])
+    return amax
 
 
-def regather(weight: Any, gathered: GatheredWeight) -> None:
-    """Gathers the weight again, in place, after the layer's equalizer has changed. Every rank must call it."""
-    mesh = weight.device_mesh
+def regather(layer: Layer, shard: Any) -> None:
+    """Where the weight of the layer is gathered: gathers it again, in place, after the factors have changed. Every rank must call it.
+
+    Args:
+        shard: the parameter, a DTensor.
+    """
+    gathered = layer.weight
+    if not isinstance(gathered, GatheredWeight):
+        return
+    mesh = shard.device_mesh
     group = mesh.get_group(mesh.ndim - 1)
     ranks = dist.get_world_size(group)
-    quantized = weight._local_tensor.to(gathered.device)._quantize(ranks)
+    quantized = shard._local_tensor.to(gathered.device)._quantize(ranks)
     for whole, part in zip((gathered.rounded, gathered.row_scale), quantized, strict=True):
         out, part = whole.view(torch.uint8).view(-1), part.contiguous().view(torch.uint8).view(-1)
         dist.all_gather(list(out.chunk(ranks)), part, group=group)

@@ -268,7 +268,12 @@ def _check(
         padded = tuple(n + -n % MULTIPLE for n in weight.shape)
         rows, columns = rounded_weight
         shapes = [tuple(rows.data.shape), None if columns is None else tuple(columns.data.shape)]
-        if shapes != [padded, padded[::-1] if config.requantize_w_dgrad else None]:
+        wanted = (
+            [[padded, padded[::-1]]]
+            if config.requantize_w_dgrad
+            else [[padded, None], [(weight.shape[0], padded[1]), None]]
+        )
+        if shapes not in wanted:
             raise ValueError(
                 f"halo_linear: rounded_weight must have rows of shape {padded}, the weight padded to multiples of {MULTIPLE}, and "
                 f"columns of the transposed shape if requantize_w_dgrad is set (here {config.requantize_w_dgrad}), else None; got "

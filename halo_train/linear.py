@@ -9,13 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from .agreement import Conversion, meet
 from .config import Format, HaloConfig, resolve_recipe
-from .fsdp import GatheredWeight, agreed_exponents, attach, regather
+from .fsdp import GatheredWeight, attach, take_agreed_exponents
 from .functional import halo_linear
 from .fused import Projected
 from .fused.functions import Layer
@@ -44,6 +42,7 @@ _OWN_STATE = {
     "shared_inputs",
     "input_group",
     "joint",
+    "input_amax",
     "operand_hooks",
 }
 """What from_linear and to_linear do not carry over as it is; hooks and everything else a user attached go along."""
@@ -56,8 +55,8 @@ OperandHook = Callable[["HaloLinear", Tensor, Tensor], None]
 class HaloLinear(nn.Linear):
     """y = x W^T + b, with fprop, dgrad and wgrad as the recipe says. Same parameters and ``state_dict`` as nn.Linear.
 
-    With an equalising recipe the factors d are taken from the first batch that the layer sees and kept; see
-    :meth:`reset_equalizer` and :func:`halo_train.equalizer_state_dict`.
+    With an equalising recipe the factors d are taken from the first batch that the layer sees and kept; see :meth:`reset_equalizer`,
+    :func:`halo_train.collect_equalizers` and :func:`halo_train.equalizer_state_dict`.
 
     Args:
         recipe: a recipe name or a HaloConfig; the other arguments are those of nn.Linear.
@@ -83,6 +82,9 @@ class HaloLinear(nn.Linear):
     """The layers that this one shares its input with, once it has seen one."""
     joint: JointFactors | None
     """The same in layers of a block that read one input and take one d together (:mod:`halo_train.blocks.modules`)."""
+    input_amax: Tensor | None
+    """Inside :func:`halo_train.collect_equalizers`, while the factors are to be taken: column_amax of the inputs so far, [in_features]
+    float32, -1 before the first."""
     operand_hooks: OrderedDict[int, OperandHook]
     """See :meth:`register_operand_hook`."""
 
@@ -102,7 +104,7 @@ class HaloLinear(nn.Linear):
         self.fqn = ""
         self.to_meet = 0
         self.ranks_agree = self.tied = self.input_is_kept = False
-        self.conversion = self.shared_inputs = self.input_group = self.joint = None
+        self.conversion = self.shared_inputs = self.input_group = self.joint = self.input_amax = None
         self.operand_hooks = OrderedDict()
         self._weight_cache = WeightCache()
         self._kept_equalizer = KeptEqualizer()
@@ -228,6 +230,7 @@ class HaloLinear(nn.Linear):
         """Whether x may be rounded for other layers too; where not, the layer rounds it itself, to the same bits."""
         return (
             self.shared_inputs is not None
+            and (self.joint is None or self.input_amax is None)
             and not torch.compiler.is_compiling()
             and type(x) is Tensor
             and not torch.is_inference_mode_enabled()
@@ -355,8 +358,12 @@ def take_equalizers(layers: Sequence[HaloLinear], x: Tensor) -> tuple[Tensor, Te
     if not first._is_usable(x):
         return None
     tokens = x.reshape(-1, first.in_features)
+    if first.input_amax is not None:
+        if x.numel():
+            torch.maximum(first.input_amax, column_amax(tokens), out=first.input_amax)
+        return None
     if "_sharded_weight" in first.__dict__:
-        _take_sharded_equalizers(layers, tokens)
+        take_agreed_exponents(layers, [layer.__dict__["_sharded_weight"] for layer in layers], tokens)
         return None
     if not x.numel():
         return None
@@ -368,19 +375,6 @@ def take_equalizers(layers: Sequence[HaloLinear], x: Tensor) -> tuple[Tensor, Te
         layer.equalizer_exponent.copy_(exponent)
         layer.equalizer_taken = True
     return x_amax, w_amax
-
-
-@_disable_dynamo  # torch.compiler.disable would import the compiler with this file
-def _take_sharded_equalizers(layers: Sequence[HaloLinear], tokens: Tensor) -> None:
-    shards = [layer.__dict__["_sharded_weight"] for layer in layers]
-    # Selective activation checkpointing is a mode that would keep what is rounded here for the recompute, which does not.
-    with _disable_current_modes():
-        exponent = agreed_exponents(tokens, shards)
-        for layer, shard in zip(layers, shards, strict=True):
-            layer.equalizer_exponent.copy_(exponent)
-            layer.equalizer_taken = True
-            if isinstance(layer.weight, GatheredWeight):
-                regather(shard, layer.weight)
 
 
 def _is_sharded(weight: Any) -> bool:

@@ -127,6 +127,15 @@ def pad_matrix(x: Tensor, rows: int, columns: int) -> Tensor:
     return F.pad(x, (0, right, 0, below)) if below or right else x
 
 
+def pad_rows(q: Quantized) -> Quantized:
+    """A rounded W [N, K'] with its rows padded to a multiple of 16 as :func:`quantize_weight` pads them: zeros, with scale 1."""
+    missing = -q.data.shape[0] % MULTIPLE
+    if not missing:
+        return q
+    data = F.pad(q.data.view(torch.uint8), (0, 0, 0, missing)).view(q.data.dtype)
+    return Quantized(data, F.pad(q.scale, (0, missing), value=1.0))
+
+
 def pad_tokens(e: Tensor) -> Tensor:
     """E with zero tokens appended where its M is too odd for a rotation along M."""
     m = e.shape[0]

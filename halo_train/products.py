@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ops
 from .config import HaloConfig, Scaling, storage_dtype
 from .gemm import MULTIPLE, matmul, matmul_rows
-from .operands import levels_of, pad_matrix, pad_vector, quantize_weight, rotation_block, round_grad
+from .operands import levels_of, pad_matrix, pad_rows, pad_vector, quantize_weight, rotation_block, round_grad
 from .quantize import Quantized
 
 
@@ -22,15 +22,27 @@ class ForDgrad(NamedTuple):
     weight: Tensor | None = None
     """W itself, which takes no memory; else what is rounded of it:"""
     data: Tensor | None = None
-    """Its columns [K', N'], or where dgrad is folded its rows [N', K']."""
+    """Its columns [K', N'], or where dgrad is folded its rows [N', K'], or [N, K'] as FSDP2 has gathered them."""
     scale: Tensor | None = None
     """Of data."""
     levels: Tensor | None = None
     """:func:`halo_train.operands.levels_of` its rows."""
 
-    def fold(self, config: HaloConfig) -> Tensor | None:
-        """What the columns of E are multiplied by before E is rounded for dgrad, [N'] or None."""
-        return self.levels if config.requantize_w_dgrad else self.scale
+    def fold(self, config: HaloConfig, columns: int) -> Tensor | None:
+        """What the columns of E, of which there are so many, are multiplied by before E is rounded for dgrad, or None.
+
+        Raises:
+            RuntimeError: FSDP2 has taken its memory away; reading it would be a segmentation fault.
+        """
+        fold = self.levels if config.requantize_w_dgrad else self.scale
+        if fold is None or fold.dim() == 0:
+            return fold
+        if not torch.compiler.is_compiling() and _is_freed(fold):
+            raise RuntimeError(
+                "HaloLinear: FSDP2 has freed the gathered weight and not gathered it again for backward, which multiplies by it; leave "
+                "set_unshard_in_backward(True), and call backward on what the module that fully_shard was called on has returned"
+            )
+        return pad_vector(fold, columns)
 
 
 _AUTOCAST_DEVICES = frozenset(
@@ -50,7 +62,7 @@ def fprop(
     """X W^T [M', N'], padded, and of the rounded rows of W [N, K] the data, where dgrad needs it, and the scales.
 
     Args:
-        rows: those of a RoundedWeight, or None: W is rounded here.
+        rows: those of a RoundedWeight, padded or not, or None: W is rounded here.
     """
     if rows is None and config.scaling is Scaling.ROWWISE and config.requantize_w_dgrad:
         padded = pad_matrix(weight, MULTIPLE, MULTIPLE)
@@ -61,7 +73,8 @@ def fprop(
         return y, None, scale
     if rows is None:
         rows = quantize_weight(weight, d, config)
-    return matmul(x, rows, dtype, config.fast_accum), *rows
+    # What pads them is not what is kept.
+    return matmul(x, pad_rows(rows), dtype, config.fast_accum), *rows
 
 
 def for_dgrad(
@@ -88,12 +101,8 @@ def round_gradient(
     Args:
         bias_dtype: dtype of the bias gradient [N], or None for no third result.
     """
-    padded, fold = pad_matrix(e, MULTIPLE, MULTIPLE), w.fold(config)
-    if fold is not None and needs_dx and not torch.compiler.is_compiling() and _is_freed(fold):
-        raise RuntimeError(
-            "HaloLinear: FSDP2 has freed the gathered weight and not gathered it again for backward, which multiplies by it; leave "
-            "set_unshard_in_backward(True), and call backward on what the module that fully_shard was called on has returned"
-        )
+    padded = pad_matrix(e, MULTIPLE, MULTIPLE)
+    fold = w.fold(config, padded.shape[1])
     needs_db = bias_dtype is not None
     for_dx, for_dw, sums = round_grad(padded, fold, x_scale, needs_dx, needs_dw, needs_db, config)
     if bias_dtype is None:
@@ -104,7 +113,6 @@ def round_gradient(
 
 
 def _is_freed(t: Tensor) -> bool:
-    """Whether FSDP2 has taken its memory away; reading it would be a segmentation fault."""
     return t.numel() > 0 and t.untyped_storage().size() == 0
 
 
@@ -118,7 +126,7 @@ def dgrad(e: Quantized, w: ForDgrad, dtype: torch.dtype, config: HaloConfig) -> 
     assert w.data is not None
     assert w.scale is not None
     product = matmul if config.requantize_w_dgrad else matmul_rows
-    return product(e, Quantized(w.data, w.scale), dtype, config.fast_accum)
+    return product(e, pad_rows(Quantized(w.data, w.scale)), dtype, config.fast_accum)
 
 
 def undo_fold(dx: Tensor, block: int, inverse: Tensor | None, config: HaloConfig) -> Tensor:

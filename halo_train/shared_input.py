@@ -123,7 +123,8 @@ class SharedInputs:
     def meet(self, layer: Layer, x: Tensor) -> None:
         """Before the layer takes or uses its factors: finds its group in its first forward, settles it later."""
         if layer.input_group is not None:
-            layer.input_group.settle_after_its_step()
+            if layer.equalizer_taken or not layer.config.equalize:
+                layer.input_group.settle_after_its_step()
         elif not layer.equalizer_taken:
             read = self._find(x, layer.config)
             if read is None or read.group.settled:

@@ -60,6 +60,7 @@ from halo_train.training.loop import (
     StopSignals,
     evaluate,
     pick_device,
+    take_equalizers,
 )
 from halo_train.training.loss import TokenLoss
 from halo_train.training.model import build_loss, export_model
@@ -159,7 +160,7 @@ def train(
         with weights_while_used(model, path):
             require_isolation(model, config.model.path)
 
-    # The first validation comes before the conversion: the layers take their equaliser from a training batch.
+    # The first validation comes before the conversion: that is of the model as it was.
     checkpoint = latest_checkpoint(checkpoints)
     valid_before = None if checkpoint or ranks.several else evaluate(loss_of, data.valid, device)
 
@@ -175,10 +176,10 @@ def train(
     progress = load_checkpoint(checkpoint, model, optimizer) if checkpoint else Progress()
     if checkpoint:
         print(f"resumed from {checkpoint}", flush=True)
-    if (cfg.compile or ranks.several) and not checkpoint:
-        first = ShuffledBatches(data.train, cfg.micro_batch, data.pad_id, config.run.seed)[ranks.rank]
-        with torch.no_grad():  # the layers take their equaliser
-            loss_of(**first.inputs(device))
+    if not checkpoint and any(recipe.equalize for recipe in recipes.values()):
+        batches = ShuffledBatches(data.train, cfg.micro_batch, data.pad_id, config.run.seed)
+        first_step = (batches[i] for i in range(ranks.rank, cfg.grad_accum, ranks.world_size))
+        take_equalizers(loss_of, first_step, device)
     if ranks.several and not checkpoint:  # what is sharded is converted already
         valid_before = evaluate(loss_of, data.valid, device, ranks)
     if cfg.compile:
@@ -230,7 +231,7 @@ def train(
             total = torch.zeros((), device=device)
             for batch in micro_batches:
                 loss = loss_of(**batch.inputs(device)) / trained
-                (loss * ranks.world_size).backward()  # FSDP2 takes the mean over the processes
+                loss.backward()
                 total += loss.detach()
             grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), cfg.clip))
             # The loop's only wait for the GPU in a step.

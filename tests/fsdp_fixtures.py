@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from halo_train import HaloLinear, convert_to_halo_training, fsdp
 from halo_train.linear import halo_linears
-from halo_train.operands import quantize_weight
+from halo_train.operands import pad_rows, quantize_weight
 
 Check = Callable[[int, int, str, Path], None]
 """Of rank, world size, kind of device and a folder of all ranks."""
@@ -155,7 +155,9 @@ def weights_seen(model: nn.Module) -> Iterator[dict[str, Any]]:
     def look(layer: HaloLinear, args: Any, output: Any) -> None:
         weight = layer.weight
         rounded = isinstance(weight, fsdp.GatheredWeight)
-        seen[layer.fqn] = tuple(t.clone() for t in weight.quantized()) if rounded else weight.detach().clone()
+        seen[layer.fqn] = (
+            tuple(t.clone() for t in pad_rows(weight.quantized())) if rounded else weight.detach().clone()
+        )
 
     handles = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, HaloLinear)]
     yield seen

@@ -30,7 +30,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from halo_train import convert_to_halo_training, equalizer_state_dict, fsdp, operands, products
+from halo_train import (
+    collect_equalizers,
+    convert_to_halo_training,
+    equalizer_state_dict,
+    fsdp,
+    operands,
+    products,
+)
 from halo_train.linear import halo_linears
 from halo_train.operands import quantize_weight
 
@@ -79,9 +86,61 @@ def check_the_wire_carries_one_byte_a_weight(rank: int, world: int, device: str,
         sent[recipe] = counts
     assert 0.5 < sent["fp8"]["all_gather"] / sent["bf16"]["all_gather"] < 0.51, sent
     assert sent["fp8"]["reduce_scatter"] == sent["bf16"]["reduce_scatter"] > 0
+    with bytes_sent() as counts, collect_equalizers(model):
+        model[0](x)
+    assert counts["all_reduce"] == 2 * 4 * 768  # of the other layer, which has none yet
     # Two floats a column, when the factors are taken and never after.
     assert [counts["all_reduce"] for counts in reduced["fp8"]] == [2 * 4 * 768, 0]
     assert [counts["all_reduce"] for counts in reduced["bf16"]] == [0, 0]
+
+
+def check_collected_factors_are_those_of_one_rank(rank: int, world: int, device: str, folder: Path) -> None:
+    batches = [batch(step, 0, device) for step in range(2 * world)]
+    batches[-1] = batches[-1][:0]  # a rank without tokens in one of its batches
+    reference = folding_dgrad(build("int8", device=device))
+    with collect_equalizers(reference):
+        for x in batches:
+            reference(x)
+    expected = equalizer_state_dict(reference)
+    assert any(exponent.any() for exponent in expected.values())
+    variants: list[dict[str, Any]] = [{}, {"reshard_after_forward": False}]
+    if world == 4:
+        variants.append({"mesh": init_device_mesh(device, (2, 2), mesh_dim_names=("replicate", "shard"))})
+    for kwargs in variants:
+        model = shard(build("int8", device=device), **kwargs)
+        for _ in range(2):  # again where weights may be gathered, rounded with the factors before
+            with collect_equalizers(model):
+                for x in batches[rank::world]:
+                    model(x)
+            found = equalizer_state_dict(model)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], exponent) for name, exponent in expected.items()), kwargs
+            with weights_seen(model) as seen:
+                y = model(batches[0])
+            assert torch.equal(y, reference(batches[0])), kwargs
+            assert_gathered_bits(model, seen)
+            for _, layer in halo_linears(model):
+                layer.reset_equalizer()
+
+
+def check_backward_keeps_what_fsdp_keeps(rank: int, world: int, device: str, folder: Path) -> None:
+    """Of weights whose rows are no multiple of 16 too: what is padded is not kept beside what was gathered, which FSDP2 frees."""
+    model = shard(build(device=device))
+    x = torch.randn(64, WIDTH, device=device).requires_grad_()
+    model(x)  # takes the factors
+    saved: list[torch.Tensor] = []
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = model(x)
+    weights = [t for t in saved if t.dtype == torch.float8_e4m3fn and len(t) != len(x)]
+    assert [len(t) for t in weights[:3]] == [96, 33, 4]
+    assert len(weights) == len(list(halo_linears(model)))
+    assert all(t.untyped_storage().size() == 0 for t in weights)
+    y.sum().backward()
 
 
 def check_a_shard_is_rounded_once_for_a_gather(rank: int, world: int, device: str, folder: Path) -> None:
@@ -247,6 +306,8 @@ def check_float64(rank: int, world: int, device: str, folder: Path) -> None:
 
 CHECKS = checks_of(__name__)
 WORLD_SIZE_MATTERS = [
+    check_collected_factors_are_those_of_one_rank,
+    check_backward_keeps_what_fsdp_keeps,
     check_one_step_has_the_bits_of_one_rank,
     check_a_rank_without_tokens,
     check_sharding_variants,

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from halo_train import (
     RECIPES,
     HaloConfig,
+    collect_equalizers,
     convert_to_halo_training,
     equalizer_state_dict,
     load_equalizer_state_dict,
@@ -25,7 +26,7 @@ from halo_train import (
 from halo_train.blocks.modules import FusedModule
 from halo_train.fsdp import GatheredWeight
 from halo_train.linear import halo_linears
-from halo_train.operands import quantize_weight
+from halo_train.operands import pad_rows, quantize_weight
 from halo_train.training import blocks
 
 TOKENS, HIDDEN, WIDE = 24, 48, 80
@@ -101,6 +102,22 @@ def check_equals_one_process(rank: int, world: int, device: str, folder: Path) -
             assert noise(ours.grad.full_tensor(), theirs.grad) < 2e-3, (recipe, name)
 
 
+def check_factors_of_several_batches(rank: int, world: int, device: str, folder: Path) -> None:
+    batches = [batch(number, device) for number in range(2 * world)]
+    reference, model = build(device, output_layer=True), shard(build(device, output_layer=True))
+    for each, own in ((reference, batches), (model, batches[rank::world])):
+        with collect_equalizers(each):
+            for ids in own:
+                each(input_ids=ids)
+    expected, found = equalizer_state_dict(reference), equalizer_state_dict(model)
+    assert found.keys() == expected.keys() == dict(halo_linears(model)).keys()
+    assert all(torch.equal(found[name], exponent) for name, exponent in expected.items())
+    loss = loss_of(model, batches[0])
+    torch.testing.assert_close(loss, loss_of(reference, batches[0]), rtol=1e-6, atol=0)
+    loss.backward()
+    assert all(torch.equal(exponent, found[name]) for name, exponent in equalizer_state_dict(model).items())
+
+
 def check_one_vector_for_a_group(rank: int, world: int, device: str, folder: Path) -> None:
     model = shard(build(device))
     loss_of(model, batch(rank, device))
@@ -123,7 +140,7 @@ def check_gathered_bits(rank: int, world: int, device: str, folder: Path) -> Non
         def hook(module: nn.Module, *_: Any) -> None:
             for inner, layer in halo_linears(module):
                 assert isinstance(layer.weight, GatheredWeight)
-                seen[f"{name}.{inner}"] = tuple(t.clone() for t in layer.weight.quantized())
+                seen[f"{name}.{inner}"] = tuple(t.clone() for t in pad_rows(layer.weight.quantized()))
 
         return hook
 

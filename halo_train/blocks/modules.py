@@ -278,7 +278,12 @@ def _new(kind: type[FusedModule], original: type[nn.Module]) -> FusedModule:
 
 def lacks_equalizer(layer: Any) -> bool:
     """Whether the layer takes its factors from the next batch that it sees."""
-    return isinstance(layer, HaloLinear) and layer.config.equalize and not layer.equalizer_taken
+    return (
+        isinstance(layer, HaloLinear)
+        and layer.config.equalize
+        and not layer.equalizer_taken
+        and layer.input_amax is None  # else the layers are called one by one and see for themselves
+    )
 
 
 def take_jointly(layers: Sequence[Any], x: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..config import HaloConfig, Recompute, storage_dtype
 from ..gemm import MULTIPLE, matmul
-from ..operands import contract_rows, pad_matrix, pad_vector, quantize_input, rotation_block
+from ..operands import contract_rows, pad_matrix, pad_rows, pad_vector, quantize_input, rotation_block
 from ..products import (
     ForDgrad,
     after,
@@ -209,7 +209,7 @@ class GatedMLPFunction(torch.autograd.Function):
                 dh = undo_fold(
                     dgrad(for_dh, down_w, arguments.out_dtype, config), down_block, down_inverse, config
                 )
-                folds = gate_w.fold(config), up_w.fold(config)
+                folds = (w.fold(config, gate.shape[1]) for w in (gate_w, up_w))
                 dtype = storage_dtype(config.grad_format, dh.dtype)
                 parts = ops.gated_grad_quantize(dh, gate, up, arguments.activation, dtype, scale, *folds)
                 dgate, dup, dgate_t, dup_t = (Quantized(*parts[i : i + 2]) for i in (0, 2, 4, 6))
@@ -340,7 +340,8 @@ def _fprop_again(x: Quantized, w: ForDgrad, d: Tensor | None, arguments: Argumen
         return fprop(x, w.weight, d, None, arguments.out_dtype, arguments.config)[0]
     assert w.data is not None
     assert w.scale is not None
-    return matmul(x, Quantized(w.data, w.scale), arguments.out_dtype, arguments.config.fast_accum)
+    rows = pad_rows(Quantized(w.data, w.scale))
+    return matmul(x, rows, arguments.out_dtype, arguments.config.fast_accum)
 
 
 def _input_backward(

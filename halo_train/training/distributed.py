@@ -168,6 +168,11 @@ def shard(loss_of: nn.Module, model: nn.Module, ranks: Ranks, path: Path) -> Non
     for block in blocks(model, "a run of several processes"):
         fully_shard(block, mesh=mesh)
     fully_shard(loss_of, mesh=mesh)
+    for module in loss_of.modules():
+        if isinstance(module, FSDPModule):
+            # Sums, not means: a loss times three would be rounded to other bfloat16 gradients on three processes than on one.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # for one, as gloo has no multiplied sum
     if any(parameter.is_meta for parameter in model.parameters()):
         fill_shards(model, path, ranks.device)
     # Equal weights, but other dropout on each process.

@@ -10,6 +10,8 @@ from types import FrameType, TracebackType
 
 import torch
 
+from halo_train import collect_equalizers
+
 from .config import TrainSection
 from .data import Batch, batches_per_epoch
 from .distributed import Ranks
@@ -53,6 +55,18 @@ def evaluate(
     loss.train(was_training)
     whole, tokens = ranks.sums([total, trained])
     return whole / tokens
+
+
+def take_equalizers(loss: TokenLoss, batches: Iterable[Batch], device: torch.device) -> None:
+    """From the batches of this process, those of its first step, and of the others, whose turn it is too: the same factors however many
+    processes share them. In evaluation mode: no dropout, and the random numbers of the run stay as they were.
+    """
+    was_training = loss.training
+    loss.eval()
+    with collect_equalizers(loss):
+        for batch in batches:
+            loss(**batch.inputs(device))
+    loss.train(was_training)
 
 
 def total_steps(train: TrainSection, rows: int) -> int:

@@ -12,7 +12,14 @@ from halo_train import HaloConfig, HaloLinear
 from halo_train.config import Format
 from halo_train.gemm import matmul
 from halo_train.hadamard import hadamard_transform
-from halo_train.operands import contract_rows, quantize_input, quantize_weight, rotation_block, round_weight
+from halo_train.operands import (
+    contract_rows,
+    pad_rows,
+    quantize_input,
+    quantize_weight,
+    rotation_block,
+    round_weight,
+)
 from halo_train.products import crop, dgrad, for_dgrad, round_gradient, undo_fold, undo_wgrad
 from halo_train.quantize import Equalizer, Quantized, RoundedWeight
 
@@ -101,7 +108,8 @@ class RoundedProducts:
         self._inverse = None if equalizer is None else equalizer.inverse
         if rounded is None and needs_dh:
             rounded = round_weight(weight, d, self._config)
-        self._rows, columns = rounded or (quantize_weight(weight, d, self._config), None)
+        rows, columns = rounded or (quantize_weight(weight, d, self._config), None)
+        self._rows = pad_rows(rows)  # once for all chunks
         # Of the weight itself nothing is needed any more; without dgrad there are no columns either.
         self._for_dgrad = for_dgrad(weight, *self._rows, columns, self._config)
         self._bias = None if bias is None else bias.to(dtype)
