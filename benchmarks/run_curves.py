@@ -21,16 +21,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, ROOT, environment, save_json
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from halo_train import RECIPES, cli
 from halo_train.recipe_file import save_recipe
 from halo_train.recipes import finetune
+from halo_train.training.checkpoint import latest_checkpoint
 from halo_train.training.config import load_config
 from halo_train.training.data import Batch, BatchStream
 from halo_train.training.model import build_model, export_model
@@ -75,7 +78,7 @@ def start(
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = f"{Path(__file__).parent}:{environment.get('PYTHONPATH', '')}"
     if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     command = [*code, "run", str(RUN), *(f"{key}={value}" for key, value in settings.items())]
     with (folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen(
@@ -169,20 +172,39 @@ def main() -> None:
             raise SystemExit(f"exit codes {codes}\n{failed}")
         names = [*same, "1-process", *several]
         curves = {name: read(folder / name) for name in names}
+        exponents = {name: factors(folder / name) for name in names}
     print(table(curves, same[0]))
+    other = {name: int((found != exponents[same[0]]).sum()) for name, found in exponents.items()}
+    print(f"equalisation factors that differ, of {exponents[same[0]].numel()}: {max(other.values())}")
     print(verdict(curves, "several processes", list(several), same))
     print(verdict(curves, "one that does not fold", ["1-process"], same))
     command = (
         f"python benchmarks/run_curves.py --device {args.device} --processes {' '.join(map(str, args.processes))} "
         f"--orders {args.orders} --steps {args.steps} --recipe {args.recipe}"
     )
-    record = {"environment": environment(args.commit), "command": command, "curves": curves}
+    record = {
+        "environment": environment(args.commit),
+        "command": command,
+        "curves": curves,
+        "other_factors": other,
+    }
     print(save_json("fsdp-curves", record, args.out))
 
 
 def read(run: Path) -> Curve:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {key: {line["step"]: line[key] for line in lines if key in line} for key in ("loss", "valid_loss")}
+
+
+def factors(run: Path) -> torch.Tensor:
+    """log2 d of all layers, from the last checkpoint."""
+    path = latest_checkpoint(run / "checkpoints")
+    assert path is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no process group, and none is needed
+        dcp_to_torch_save(path, run / "state.pt")
+    state = torch.load(run / "state.pt", weights_only=False)["equalizer"]
+    return torch.cat([state[name] for name in sorted(state)]) if state else torch.empty(0)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,8 @@ def check_equals_one_process(rank: int, world: int, device: str, folder: Path) -
 def check_factors_of_several_batches(rank: int, world: int, device: str, folder: Path) -> None:
     batches = [batch(number, device) for number in range(2 * world)]
     reference, model = build(device, output_layer=True), shard(build(device, output_layer=True))
+    for _, layer in halo_linears(reference):
+        layer.config = layer.config.with_folded_dgrad
     for each, own in ((reference, batches), (model, batches[rank::world])):
         with collect_equalizers(each):
             for ids in own:
