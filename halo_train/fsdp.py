@@ -162,8 +162,8 @@ class GatheredWeight(Tensor):
         self.rounded, self.row_scale = rounded, row_scale
 
     def quantized(self) -> Quantized:
-        """As :func:`halo_train.functional.quantize_weight` returns it, with its padding to a multiple of 16 rows only if that was gathered
-        too: the products pad for themselves what they would otherwise keep for backward, beside what FSDP2 keeps."""
+        """As :func:`halo_train.operands.quantize_weight` returns it, but padded to a multiple of 16 rows only if what was gathered is: the
+        products pad it each time, because a padded copy would be kept for backward beside what FSDP2 keeps."""
         rows = self.shape[0] + -self.shape[0] % MULTIPLE
         if self.rounded.shape[0] < rows:
             rows = self.shape[0]

@@ -60,7 +60,7 @@ from halo_train.training.loop import (
     StopSignals,
     evaluate,
     pick_device,
-    take_equalizers,
+    prepare_equalizers,
 )
 from halo_train.training.loss import TokenLoss
 from halo_train.training.model import build_loss, export_model
@@ -179,7 +179,7 @@ def train(
     if not checkpoint and any(recipe.equalize for recipe in recipes.values()):
         batches = ShuffledBatches(data.train, cfg.micro_batch, data.pad_id, config.run.seed)
         first_step = (batches[i] for i in range(ranks.rank, cfg.grad_accum, ranks.world_size))
-        take_equalizers(loss_of, first_step, device)
+        prepare_equalizers(loss_of, first_step, device)
     if ranks.several and not checkpoint:  # what is sharded is converted already
         valid_before = evaluate(loss_of, data.valid, device, ranks)
     if cfg.compile:

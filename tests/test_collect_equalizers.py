@@ -24,7 +24,7 @@ from halo_train import (
 from halo_train.linear import halo_linears
 from halo_train.training.blocks import checkpoint_activations, compile_blocks
 from halo_train.training.data import Batch
-from halo_train.training.loop import take_equalizers
+from halo_train.training.loop import prepare_equalizers
 from halo_train.training.loss import TokenLoss
 
 IDS = torch.randint(1, 64, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -189,13 +189,13 @@ def test_the_training_program_draws_no_random_numbers_for_it() -> None:
         for ids in IDS.split(1)
     ]
     before = torch.get_rng_state()
-    take_equalizers(loss, batches, torch.device("cpu"))
+    prepare_equalizers(loss, batches, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)
     assert loss.training
     assert loss.model.training
     found = equalizer_state_dict(loss.model)
     other = TokenLoss(build(output_layer=True))
-    take_equalizers(
+    prepare_equalizers(
         other, [Batch(ids=IDS, labels=IDS, positions=None, tokens=48, trained=48)], torch.device("cpu")
     )
     assert same(found, equalizer_state_dict(other.model))

@@ -106,6 +106,8 @@ def check_collected_factors_are_those_of_one_rank(rank: int, world: int, device:
     variants: list[dict[str, Any]] = [{}, {"reshard_after_forward": False}]
     if world == 4:
         variants.append({"mesh": init_device_mesh(device, (2, 2), mesh_dim_names=("replicate", "shard"))})
+    if device == "cuda":
+        variants.append({"offload_policy": CPUOffloadPolicy()})
     for kwargs in variants:
         model = shard(build("int8", device=device), **kwargs)
         for _ in range(2):  # again where weights may be gathered, rounded with the factors before
@@ -118,7 +120,8 @@ def check_collected_factors_are_those_of_one_rank(rank: int, world: int, device:
             with weights_seen(model) as seen:
                 y = model(batches[0])
             assert torch.equal(y, reference(batches[0])), kwargs
-            assert_gathered_bits(model, seen)
+            if "offload_policy" not in kwargs:
+                assert_gathered_bits(model, seen)
             for _, layer in halo_linears(model):
                 layer.reset_equalizer()
 

@@ -209,7 +209,7 @@ class GatedMLPFunction(torch.autograd.Function):
                 dh = undo_fold(
                     dgrad(for_dh, down_w, arguments.out_dtype, config), down_block, down_inverse, config
                 )
-                folds = (w.fold(config, gate.shape[1]) for w in (gate_w, up_w))
+                folds = gate_w.fold(config, gate.shape[1]), up_w.fold(config, up.shape[1])
                 dtype = storage_dtype(config.grad_format, dh.dtype)
                 parts = ops.gated_grad_quantize(dh, gate, up, arguments.activation, dtype, scale, *folds)
                 dgate, dup, dgate_t, dup_t = (Quantized(*parts[i : i + 2]) for i in (0, 2, 4, 6))

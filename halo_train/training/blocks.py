@@ -56,7 +56,7 @@ def checkpoint_activations(model: nn.Module, mode: Literal["selective", "full"])
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile on each block; the code of one serves all blocks of its kind.
 
-    After :func:`checkpoint_activations`, and after a first forward: compiled code that recomputes cannot take equalisers.
+    After :func:`checkpoint_activations`; compiled code that recomputes cannot take equalisers (:func:`halo_train.collect_equalizers`).
 
     Raises:
         UserError: a model without blocks.

@@ -57,9 +57,9 @@ def evaluate(
     return whole / tokens
 
 
-def take_equalizers(loss: TokenLoss, batches: Iterable[Batch], device: torch.device) -> None:
-    """From the batches of this process, those of its first step, and of the others, whose turn it is too: the same factors however many
-    processes share them. In evaluation mode: no dropout, and the random numbers of the run stay as they were.
+def prepare_equalizers(loss: TokenLoss, batches: Iterable[Batch], device: torch.device) -> None:
+    """Has the layers take their equalisation factors from ``batches``, what this process has of the first step, and from what the others
+    have: the same factors on any number of processes. In evaluation mode, so without dropout and the random numbers of the run.
     """
     was_training = loss.training
     loss.eval()
