@@ -159,7 +159,7 @@ def require_several_possible(config: Config, world_size: int) -> None:
 
 
 def shard(loss_of: nn.Module, model: nn.Module, ranks: Ranks, path: Path) -> None:
-    """FSDP2 around each block of the model and around the loss, whose forward reads the output layer itself.
+    """FSDP2 around each block of the model and around the loss, whose forward reads the output layer itself. Gradients are summed.
 
     Args:
         path: of the model; parameters on the meta device get their values from there.
@@ -170,7 +170,7 @@ def shard(loss_of: nn.Module, model: nn.Module, ranks: Ranks, path: Path) -> Non
     fully_shard(loss_of, mesh=mesh)
     for module in loss_of.modules():
         if isinstance(module, FSDPModule):
-            # Sums, not means: a loss times three would be rounded to other bfloat16 gradients on three processes than on one.
+            # Not averaged: a loss times three, against it, would be rounded to other bfloat16 gradients on three processes than on one.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # for one, as gloo has no multiplied sum
     if any(parameter.is_meta for parameter in model.parameters()):
