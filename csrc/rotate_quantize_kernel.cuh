@@ -9,13 +9,16 @@
 //
 // 1. Tensor-core products with a constant +-1 matrix do bits 0, 1, 4, 5 and 6, in fp32 sums of exact
 // products.
-// 2. Bits 2, 3 and those of the loads are register bits.
-// 3. Blocks within a tile: the two bits in lanes trade places with register bits, half a shuffle for each
-//    value. Blocks of several warps: one exchange through shared memory makes the other bits register bits.
+// 2. Bit 2 is a register bit, as are 3 and those of the loads. Where the block has bits in lanes too,
+// products
+//    of the sums, in two bfloat16 terms, do bit 3, those in lanes and the highest of the loads.
+// 3. Blocks of two warps: the bit of the warp trades places with a register bit, half of the values through
+//    shared memory. Blocks of more: one exchange, instead of products of sums, makes all other bits register
+//    bits.
 // 4. The last butterfly is not done before the largest magnitude is known, max(|a + b|, |a - b|) = |a| + |b|,
 //    but with the rounding, in three operations for two values.
 //
-// In 3, blocks within a tile end with 16 neighbouring elements in a thread: one store of 16 bytes.
+// But for exchanges, a thread ends with 16 neighbouring elements: one store of 16 bytes.
 
 #pragma once
 
@@ -47,15 +50,14 @@ struct RotateShared {
   using Factors = typename Source::template Factors<kRotated, L::kLogWarps>;
   static constexpr bool kStaged = !std::is_same_v<Loader, detail::RegisterLoader<typename Source::T, L>>;
   static constexpr int kTile = 1 << L::kTileBits;
-  static constexpr int kExchange = L::kExchange ? 4 * kTile : 0;  // bytes of a warp, likewise
+  static constexpr int kExchange = 4 * 32 * L::kGiven;  // bytes of a warp, likewise
   static constexpr int kStage =
       kStaged ? static_cast<int>(sizeof(typename Source::T)) * Source::kInputs * kTile : 0;
   static constexpr int kFactors =
       static_cast<int>(sizeof(typename Factors::Word)) * Factors::kWords * kTile / 8;
 
-  // Several rows in a thread block, which share the factors. Where two warps share a block and rows wait in
-  // registers, thread blocks of one row are faster.
-  static constexpr bool kGrouped = kStaged || (kFactors > 0 && L::kLogWarps != 1);
+  // Several rows in a thread block, which share the factors.
+  static constexpr bool kGrouped = kStaged || (kFactors > 0 && L::kLogWarps == 0);
 
   // Bytes of a thread block.
   static __host__ __device__ size_t bytes(int warps, int rows_at_once, int stages, bool shared_stage) {
@@ -65,6 +67,9 @@ struct RotateShared {
 };
 
 namespace detail {
+
+template <int kLogValues, int kLogWarps, int kBlockBits>
+using RotatedLayout = RotateLayout<kLogValues, kLogWarps, (kLogWarps > 0 || kBlockBits == kLogValues + 5)>;
 
 // Barrier of the warps that share a block of the rotation, the group-th of the thread block.
 template <bool kGroups, int kThreads, typename Row>
@@ -87,8 +92,12 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
     rotate_quantize_kernel(const RotateParams<Source> p) {
   using namespace detail;
   using T = typename Source::T;
-  using L = RotateLayout<kLogValues, kLogWarps>;
+  using L = RotatedLayout<kLogValues, kLogWarps, kBlockBits>;
   constexpr bool kRotated = kBlockBits != kNotRotated;
+  // Products of sums, where the block has bits in lanes, and the register bit of the last butterfly.
+  constexpr bool kSums =
+      kRotated && !L::kExchange && (L::kTrade || kLogValues < 6 || kBlockBits > L::kLaneBit);
+  constexpr int kLast = L::kExchange ? kLogValues - 1 : !kSums ? 3 : kLogValues > 5 ? L::kTraded : 2;
   using Shared = RotateShared<Source, L, kRotated>;
   using Loader = typename Shared::Loader;
   using Factors = typename Shared::Factors;
@@ -97,11 +106,12 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
   __shared__ float warp_sums[2][kMaxRowWarps];
   __shared__ uint64_t full[kMaxRowWarps][kMaxStages];
   __shared__ uint4 matrix[32];
+  __shared__ SumMatrix sums[kSums ? 32 : 1];
 
   const RowGroup<!Shared::kGrouped> group(p.warps);
   const int lane = group.lane, warp = group.warp, first_warp = group.group * p.warps;
   const int block_warp = first_warp + warp;
-  const int log_block = L::kExchange ? L::kTileBits + kLogWarps : kBlockBits > 0 ? kBlockBits : p.log_block;
+  const int log_block = kLogWarps > 0 ? L::kTileBits + kLogWarps : kBlockBits > 0 ? kBlockBits : p.log_block;
 
   float* const exchange = reinterpret_cast<float*>(shared);
   uint4* memory = shared + p.warps * p.rows_at_once * (Shared::kExchange / 16);
@@ -135,10 +145,12 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
 #pragma unroll 4
     for (int j = group.group; j < L::kLoads; j += rows_at_once) keep(j);  // the rows share the work
   }
-  if (kRotated && block_warp == 0) matrix[lane] = rotate_matrix(kBlockBits == 7 ? p.log_block : log_block);
-  const bool trade0 = !L::kExchange && log_block > L::kLaneBit;
-  const bool trade1 = !L::kExchange && log_block > L::kLaneBit + 1;
-  const float sign0 = trade0 && (lane & 1) ? -1.0f : 1.0f, sign1 = trade1 && (lane & 2) ? -1.0f : 1.0f;
+  if (kRotated && block_warp == 0) {
+    matrix[lane] = rotate_matrix(kBlockBits == 7 ? p.log_block : log_block);
+    if constexpr (kSums) {
+      if (log_block > 7) sums[lane] = sum_matrix<L>(log_block);
+    }
+  }
 
   __syncthreads();
   uint32_t largest = 0;
@@ -187,10 +199,22 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
       if (lane == 0) warp_sums[parity][block_warp] = squares;
     }
 
-    if constexpr (kRotated) butterfly_registers<2>(v);
-    if constexpr (L::kExchange) {
-      // Where the stages share the memory: other lanes have read theirs.
-      if constexpr (Shared::kStaged) __syncwarp();
+    // Where the stages share the memory of other warps: other lanes have read theirs.
+    if constexpr (Shared::kStaged && kLogWarps > 0) __syncwarp();
+    if constexpr (kRotated && kLast != 2) butterfly_registers<2>(v);
+    if constexpr (kSums) {
+      if (kLogValues > 5 || log_block > 7) {
+        multiply_sums(v, sums[lane]);
+      } else {
+        butterfly_registers<3>(v);
+      }
+    }
+    if constexpr (L::kTrade) {
+      const int thread = read_thread(), own = first_warp + (thread >> 5);
+      float4* const mine = reinterpret_cast<float4*>(exchange) + own * 8 * L::kGiven + (thread & 31);
+      trade_values<L>(v, mine, mine + (own & 1 ? -8 : 8) * L::kGiven, own & 1,
+                      [&] { exchange_barrier<kGroups, 32 * L::kWarps>(group, block_warp >> kLogWarps); });
+    } else if constexpr (L::kExchange) {
       butterfly_registers<3>(v);
       butterfly_registers<4>(v);
       if constexpr (kLogValues > 5) butterfly_registers<5>(v);
@@ -236,41 +260,32 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
       if constexpr (kFirst + 2 < kLogValues - 1) butterfly_registers<kFirst + 2>(v);
       if constexpr (kFirst + 3 < kLogValues - 1) butterfly_registers<kFirst + 3>(v);
       if constexpr (kFirst + 4 < kLogValues - 1) butterfly_registers<kFirst + 4>(v);
-    } else if constexpr (kRotated) {
-      if (log_block > 7) butterfly_for_trade<4>(v, sign0);
+    } else if constexpr (kRotated && !kSums) {
+      if (log_block > 7) butterfly_registers<4>(v);
       if constexpr (kLogValues > 5) {
-        if (log_block > 8) butterfly_for_trade<5>(v, sign1);
-      }
-      if (trade0) trade_lanes<4>(v, 1, sign0);
-      if (trade1) {
-        if constexpr (kLogValues > 5) {
-          trade_lanes<5>(v, 2, sign1);
-        } else {
-          butterfly_lanes(v, 2);
-        }
+        if (log_block > 8) butterfly_registers<5>(v);
       }
     }
 
-    constexpr int kLast = L::kExchange ? kLogValues - 1 : 3;  // register bit of the last butterfly
-    float best[4] = {};
+    uint32_t best[2] = {};  // of floats, whose bits compare as they do and NaN above all
 #pragma unroll
-    for (int i = 0; i < L::kValues; ++i) {
-      if constexpr (!kRotated) {
-        best[i & 3] = max_nan(best[i & 3], fabsf(v[i]));
-      } else if (!(i >> kLast & 1)) {
-        best[i & 3] = max_nan(best[i & 3], fabsf(v[i]) + fabsf(v[i | 1 << kLast]));
-      }
+    for (int i = 0; i < L::kValues; i += 2) {
+      const auto size = [&](int k) {
+        return kRotated ? __float_as_uint(fabsf(v[k]) + fabsf(v[k | 1 << kLast])) : magnitude(v[k]);
+      };
+      if (!kRotated || !(i >> kLast & 1))
+        best[i >> 1 & 1] = __vimax3_u32(best[i >> 1 & 1], size(i), size(i + 1));
     }
-    uint32_t amax = __float_as_uint(max_nan(max_nan(best[0], best[1]), max_nan(best[2], best[3])));
+    uint32_t amax = max(best[0], best[1]);
     if (p.q == nullptr) {
       largest = max(largest, amax);
-      if constexpr (L::kExchange) group.barrier();  // the shared memory has been read
+      if constexpr (kLogWarps > 0) group.barrier();  // the shared memory has been read
       continue;
     }
-    if (Shared::kStaged && L::kExchange && p.shared_stage) order_before_copies();
+    if (Shared::kStaged && kLogWarps > 0 && p.shared_stage) order_before_copies();
     if (p.tensor_amax != nullptr) {
       amax = __ldg(p.tensor_amax);
-      if constexpr (L::kExchange) group.barrier();
+      if constexpr (kLogWarps > 0) group.barrier();
     } else {
       amax = __reduce_max_sync(0xffffffffu, amax);
       if (p.warps > 1) {
@@ -293,7 +308,7 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
 
     uint8_t* q = p.q + static_cast<int64_t>(row) * p.cols;
     if constexpr (kRotated) {
-      butterfly_registers_scaled<kLast>(v, factor);
+      last_butterfly<kLast>(v, factor, L::kTrade && (read_thread() & 32) != 0);
     } else {
 #pragma unroll
       for (int i = 0; i < L::kValues; ++i) v[i] *= factor;
@@ -329,20 +344,17 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
           }
         }
       } else {
-        constexpr bool kBoth = kLogValues > 5;  // lane bits can trade places
-        const int lane0 = trade0 ? 7 : L::kLaneBit, register0 = trade0 ? L::kLaneBit : 7;
-        const int lane1 = kBoth && trade1 ? 8 : L::kLaneBit + 1;
-        const int register1 = kBoth && trade1 ? L::kLaneBit + 1 : 8;
-        const int out =
-            (lane & 1) << lane0 | (lane >> 1 & 1) << lane1 | (lane >> 2) << 4 | warp << L::kTileBits;
+        const int upper = L::kTrade ? warp & 1 : 0;
+        const int out = L::of_lane(lane) | (warp - upper) << L::kTileBits | L::before(upper << L::kTraded);
 #pragma unroll
-        for (int g = 0; g < L::kValues / 16; ++g) {
-          const int at = out + ((g & 1) << register0) + (g >> 1 << register1);
-          const float* d = v + 16 * g;
+        for (int i = 0; i < L::kValues; i += 16) {
+          const bool other = L::kTrade && (i >> L::kTraded & 1);
+          const int at = out + (other ? L::before(i ^ 1 << L::kTraded) | 1 << L::kTileBits : L::before(i));
+          const float* d = v + i;
           const uint4 bytes =
               make_uint4(round4<kType>(d[0], d[1], d[2], d[3]), round4<kType>(d[4], d[5], d[6], d[7]),
                          round4<kType>(d[8], d[9], d[10], d[11]), round4<kType>(d[12], d[13], d[14], d[15]));
-          if (at < p.cols) *reinterpret_cast<uint4*>(q + at) = bytes;
+          if (L::kWhole || at < p.cols) *reinterpret_cast<uint4*>(q + at) = bytes;
         }
       }
     };

@@ -1,5 +1,5 @@
-// Arithmetic on a tile of rotate_quantize_kernel.cuh: where the bits of an index sit in a warp, products, and
-// lane bits that trade places with register bits.
+// Arithmetic on a tile of rotate_quantize_kernel.cuh: where the bits of an index sit in a warp, products of
+// inputs and of their sums, and a bit of the warp that trades places with a register bit.
 
 #pragma once
 
@@ -13,25 +13,36 @@ namespace halo_train {
 //     loads: pair of 16-bit values (0) | 16 bytes (1, 2) | lane 2 (3) | lanes 0, 1 (4, 5) | loads (6...) |
 //            lanes 3, 4 (kLaneBit, kLaneBit + 1) | warps
 //     after the products: registers (0..3) | lanes 2, 3, 4 (4, 5, 6) | registers (7...) | lanes 0, 1 | warps
-template <int kLogValues_, int kLogWarps_>
+// kLogWarps: bits of a block beyond a tile. kWhole: rows are made of whole tiles.
+template <int kLogValues_, int kLogWarps_, bool kWhole_>
 struct RotateLayout {
   static constexpr int kLogValues = kLogValues_;
-  static constexpr int kLogWarps = kLogWarps_;  // bits of a block beyond a tile
+  static constexpr int kLogWarps = kLogWarps_;
+  static constexpr bool kWhole = kWhole_;
   static constexpr int kValues = 1 << kLogValues;
   static constexpr int kLoads = kValues / 8;
   static constexpr int kLaneBit = kLogValues + 3;
   static constexpr int kTileBits = kLaneBit + 2;
   static constexpr int kWarps = 1 << kLogWarps;
-  static constexpr bool kExchange = kLogWarps > 0;
+
+  // Two warps of a block trade one register bit for theirs; more exchange all values.
+  static constexpr bool kTrade = kLogWarps == 1, kExchange = kLogWarps > 1;
+  static constexpr int kTraded = 4;
+  static constexpr int kGiven = kTrade      ? kValues / 2
+                                : kExchange ? kValues
+                                            : 0;  // by a thread, to other warps
 
   // After the exchange a thread holds the kLowBits lowest bits and those from kLaneBit on.
   static constexpr int kLowBits = kLogValues - 2 - kLogWarps;
   static_assert(!kExchange || kLowBits >= 0, "more bits are left than a thread has registers");
 
-  // Index of a register before the exchange.
+  // Index of a register, as the products leave it and after the exchange; of a lane, as they leave it.
   static __host__ __device__ constexpr int before(int i) { return (i & 15) | i >> 4 << 7; }
   static __host__ __device__ constexpr int after(int i) {
     return (i & ((1 << kLowBits) - 1)) | i >> kLowBits << kLaneBit;
+  }
+  static __host__ __device__ constexpr int of_lane(int lane) {
+    return (lane & 3) << kLaneBit | (lane >> 2 & 7) << 4;
   }
 
   // Shared-memory word of an index: three bits are added to bank bits 2 and 3, which makes the 16-byte writes
@@ -146,29 +157,106 @@ __device__ __forceinline__ void multiply_tile(const Terms<kCount>& low, const Te
   }
 }
 
-// Butterfly on a register bit, and where `sign` is negative its results in the other order and the first
-// negated: what trade_lanes() wants of the upper lane.
-template <int kBit, int kValues>
-__device__ __forceinline__ void butterfly_for_trade(float (&v)[kValues], float sign) {
+// Second operands of multiply_sums(), with k (rows) and n (columns): bits 3, kLaneBit and kLaneBit + 1 of the
+// index. signs: x and y for the lower half of the results, z and w for the upper one, each of both halves of
+// the values.
+struct SumMatrix {
+  uint4 signs;
+  uint32_t minus_identity;
+};
+
+// Bits beyond the block are left alone, as in rotate_matrix().
+template <typename L>
+__device__ __forceinline__ SumMatrix sum_matrix(int log_block) {
+  const int lane = threadIdx.x & 31, n = lane >> 2, beyond = -1 << (log_block - L::kLaneBit + 1);
+  uint32_t signs = 0, minus_identity = 0;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    if (i >> kBit & 1) continue;
-    const float a = v[i], b = v[i | 1 << kBit];
-    v[i] = fmaf(sign, a, b);
-    v[i | 1 << kBit] = fmaf(-sign, b, a);
+  for (int h = 0; h < 2; ++h) {
+    const int k = 2 * (lane & 3) + h;
+    const uint32_t one = Pair<__nv_bfloat16>::kOne, negative = __popc(k & n & ~beyond) & 1;
+    if (!((k ^ n) & beyond)) signs |= (one | negative << 15) << (16 * h);
+    if (k == n) minus_identity |= (one | 1u << 15) << (16 * h);
+  }
+  const bool halves = log_block >= L::kLaneBit;
+  const uint32_t other = halves ? signs : 0, upper = halves ? signs ^ 0x80008000u : signs;
+  return {make_uint4(signs, other, other, upper), minus_identity};
+}
+
+// Butterflies on bit 3 of the register index, on its highest, and on lane bits 0 and 1, which all stay where
+// they are: products of the values, in two bfloat16 terms each, with a +-1 matrix. What a product gives is
+// laid out as the first operand of the next one. So the second terms are products too, v - first I.
+template <int kValues>
+__device__ __forceinline__ void multiply_sums(float (&v)[kValues], const SumMatrix& b) {
+  using P = Pair<__nv_bfloat16>;
+  constexpr int kHalf = kValues / 2;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    if (i & 9) continue;
+    uint32_t first[4], second[4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* from = v + i + half * kHalf;
+      float rest[4] = {from[0], from[8], from[1], from[9]};
+      uint32_t* a = first + 2 * half;
+      a[0] = P::pack(rest[0], rest[1]), a[1] = P::pack(rest[2], rest[3]);
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+          : "+f"(rest[0]), "+f"(rest[1]), "+f"(rest[2]), "+f"(rest[3])
+          : "r"(a[0]), "r"(a[1]), "r"(b.minus_identity));
+      second[2 * half] = P::pack(rest[0], rest[1]), second[2 * half + 1] = P::pack(rest[2], rest[3]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint2 signs = half == 0 ? make_uint2(b.signs.x, b.signs.y) : make_uint2(b.signs.z, b.signs.w);
+      float d[4];
+      P::mma(d, second, signs, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+      P::mma(d, first, signs, make_float4(d[0], d[1], d[2], d[3]));
+      float* to = v + i + half * kHalf;
+      to[0] = d[0], to[8] = d[1], to[1] = d[2], to[9] = d[3];
+    }
   }
 }
 
-// A bit of the lane and a register bit trade places, and the former gets its butterfly. `sign` is negative in
-// the upper lane: of the register bit it keeps the values with 1, negated, the lower lane those with 0.
+// Two warps of a block: bit kTraded of the register index gets its butterfly and trades places with the bit
+// of the warp. A warp keeps half of its values and gets the other half of what the other one keeps, by way of
+// `mine` and `others`, 16 bytes for each lane of a warp. The upper one keeps differences, with the opposite
+// sign: the lower registers are what is kept in both. barrier(): of the two.
+template <typename L, typename Barrier>
+__device__ __forceinline__ void trade_values(float (&v)[L::kValues], float4* mine, const float4* others,
+                                             bool upper, const Barrier& barrier) {
+  constexpr int kBit = 1 << L::kTraded;
+  const float sign = upper ? -1.0f : 1.0f;
+#pragma unroll
+  for (int i = 0; i < L::kValues; ++i) {
+    if (i & kBit) continue;
+    const float a = v[i], b = v[i | kBit];
+    v[i] = fmaf(sign, a, b);
+    v[i | kBit] = fmaf(-sign, b, a);
+  }
+  const auto given = [](int i) { return (4 * i & (kBit - 1)) | kBit | 4 * i / kBit * 2 * kBit; };
+#pragma unroll
+  for (int i = 0; i < L::kGiven / 4; ++i) {
+    const float* from = v + given(i);
+    mine[32 * i] = make_float4(from[0], from[1], from[2], from[3]);
+  }
+  barrier();
+#pragma unroll
+  for (int i = 0; i < L::kGiven / 4; ++i) {
+    const float4 f = others[32 * i];
+    float* to = v + given(i);
+    to[0] = f.x, to[1] = f.y, to[2] = f.z, to[3] = f.w;
+  }
+}
+
+// The last butterfly, with the scale in it; after trade_values() for the upper warp.
 template <int kBit, int kValues>
-__device__ __forceinline__ void trade_lanes(float (&v)[kValues], int lane_mask, float sign) {
+__device__ __forceinline__ void last_butterfly(float (&v)[kValues], float scale, bool upper) {
+  if (!upper) return butterfly_registers_scaled<kBit>(v, scale);
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
     if (i >> kBit & 1) continue;
-    const float other = __shfl_xor_sync(0xffffffffu, v[i | 1 << kBit], lane_mask), own = v[i];
-    v[i] = fmaf(sign, own, other);
-    v[i | 1 << kBit] = fmaf(-sign, other, own);
+    const float a = v[i | 1 << kBit] * scale, b = v[i];
+    v[i] = fmaf(-b, scale, a);
+    v[i | 1 << kBit] = fmaf(b, scale, a);
   }
 }
 

@@ -51,7 +51,7 @@ class RegisterLoader {
     }
   }
   __device__ __forceinline__ void wait(int) {}
-  __device__ __forceinline__ bool inside(int j) const { return L::kExchange || in_ + (j << 6) < columns_; }
+  __device__ __forceinline__ bool inside(int j) const { return L::kWhole || in_ + (j << 6) < columns_; }
   __device__ __forceinline__ void read(uint4 (&raw)[1][kQuads], int, int j) const {
 #pragma unroll
     for (int k = 0; k < kQuads; ++k) raw[0][k] = raw_[j][k];
@@ -139,7 +139,7 @@ class SharedLoader {
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
   }
-  __device__ __forceinline__ bool inside(int j) const { return L::kExchange || in_ + (j << 6) < columns_; }
+  __device__ __forceinline__ bool inside(int j) const { return L::kWhole || in_ + (j << 6) < columns_; }
   __device__ __forceinline__ void read(uint4 (&raw)[kInputs][kQuads], int stage, int j) const {
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) {
