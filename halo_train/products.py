@@ -126,7 +126,7 @@ def dgrad(e: Quantized, w: ForDgrad, dtype: torch.dtype, config: HaloConfig) -> 
     assert w.data is not None
     assert w.scale is not None
     product = matmul if config.requantize_w_dgrad else matmul_rows
-    return product(e, pad_rows(Quantized(w.data, w.scale)), dtype, config.fast_accum)
+    return product(e, pad_rows_again(Quantized(w.data, w.scale), e.data), dtype, config.fast_accum)
 
 
 def undo_fold(dx: Tensor, block: int, inverse: Tensor | None, config: HaloConfig) -> Tensor:
@@ -181,6 +181,11 @@ def again(factors: Tensor | None, k: int, e: Tensor) -> Tensor | None:
 def after(x: Tensor, e: Tensor) -> Tensor:
     """x; under torch.compile a copy that depends on E, see :func:`again`."""
     return ops.copy_after(x, e) if torch.compiler.is_compiling() else x
+
+
+def pad_rows_again(q: Quantized, e: Tensor) -> Quantized:
+    """:func:`halo_train.operands.pad_rows` of what forward has padded before; see :func:`again`."""
+    return pad_rows(Quantized(after(q.data, e), q.scale)) if q.data.shape[0] % MULTIPLE else q
 
 
 def as_matrix(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..config import HaloConfig, Recompute, storage_dtype
 from ..gemm import MULTIPLE, matmul
-from ..operands import contract_rows, pad_matrix, pad_rows, pad_vector, quantize_input, rotation_block
+from ..operands import contract_rows, pad_matrix, pad_vector, quantize_input, rotation_block
 from ..products import (
     ForDgrad,
     after,
@@ -22,6 +22,7 @@ from ..products import (
     dgrad,
     for_dgrad,
     fprop,
+    pad_rows_again,
     round_gradient,
     undo_fold,
     wgrad,
@@ -340,7 +341,7 @@ def _fprop_again(x: Quantized, w: ForDgrad, d: Tensor | None, arguments: Argumen
         return fprop(x, w.weight, d, None, arguments.out_dtype, arguments.config)[0]
     assert w.data is not None
     assert w.scale is not None
-    rows = pad_rows(Quantized(w.data, w.scale))
+    rows = pad_rows_again(Quantized(w.data, w.scale), x.scale)
     return matmul(x, rows, arguments.out_dtype, arguments.config.fast_accum)
 
 
