@@ -160,7 +160,7 @@ def train(
         with weights_while_used(model, path):
             require_isolation(model, config.model.path)
 
-    # The first validation comes before the conversion: that is of the model as it was.
+    # Where it can be, the first validation is that of the model before its conversion.
     checkpoint = latest_checkpoint(checkpoints)
     valid_before = None if checkpoint or ranks.several else evaluate(loss_of, data.valid, device)
 
