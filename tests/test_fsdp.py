@@ -271,6 +271,11 @@ def check_sharding_variants(rank: int, world: int, device: str, folder: Path) ->
         assert torch.equal(y, expected), kwargs
         y.square().mean().backward()
         torch.optim.AdamW(model.parameters(), 0.1).step()
+        if "mesh" in kwargs:  # norms and all other weights are those of the other replicas
+            for name, p in model.named_parameters():
+                largest = p.to_local().detach().clone()
+                dist.all_reduce(largest, dist.ReduceOp.MAX, group=kwargs["mesh"].get_group("replicate"))
+                assert torch.equal(largest, p.to_local()), name
         with weights_seen(model) as seen:
             model(batch(1, rank, device))
         if "offload_policy" not in kwargs:
