@@ -2,19 +2,18 @@
 // diag(out_scale) for a +-1 matrix M of order m and the Sylvester matrix S of order P = 2^kLogP. 16-bit
 // input.
 //
-// A block is a matrix [m, P] of which S transforms the rows and M the columns. A warp takes a slab of 64
-// columns:
+// A block is a matrix [m, P] of which S transforms the rows and M the columns. A warp takes a slab of 64 or
+// 128 columns:
 //
 // 1. It brings its slab to shared memory and from there, transposed, to the tensor cores, which multiply it
-// by M. M is
-//    padded with zeros to tiles of 16. Products of the raw input with +-1 are exact and sums are fp32, so
-//    nothing is rounded. A lane then holds column bits 0 and 3 to 5 in registers and does their butterflies.
+//    by M in tiles of 16. Products of the raw input with +-1 are exact and sums are fp32, so nothing is
+//    rounded. A lane then holds column bit 0 and those of the slab from 3 on in registers and does their
+//    butterflies.
 // 2. One fp32 exchange through shared memory: a thread gets eight neighbouring columns of each slab and does
-// the
-//    butterflies on bits 1, 2 and from 6 on.
+//    the butterflies on bits 1, 2 and the others.
 // 3. Scale, factors, one rounding, whole lines to memory.
 //
-// Rows of 512 columns and more take hadamard_matrix_staying.cuh.
+// Some blocks of at least 512 columns take hadamard_matrix_staying.cuh.
 
 #pragma once
 
@@ -33,39 +32,51 @@ struct MatrixParams {
   int64_t blocks;
   int64_t row_stride;  // elements between rows of x
   uint32_t per_row;    // blocks in a row
+  bool split;          // blocks must be located by (row, column): x has gaps, or there are signs or factors
   float scale;
 };
 
 // kTiles: tiles of 16 that cover the order. kGroups blocks side by side in a thread block.
-template <typename T_, int kTiles_, int kLogP_, int kGroups_>
+template <typename T_, int kTiles_, int kLogP_, int kGroups_, int kLogSlab_ = 6>
 struct MatrixLayout {
   using T = T_;
   static constexpr int kTiles = kTiles_;
   static constexpr int kLogP = kLogP_;
   static constexpr int kGroups = kGroups_;
-  static_assert(kLogP >= 6 && kLogP <= 8, "up to 32 values of a thread");
-  static constexpr int kSlabs = 1 << (kLogP - 6);
-  static constexpr int kThreads = 32 * kSlabs;  // of a block
-  static constexpr int kValues = 8 * kSlabs;    // of a thread after the exchange
+  static constexpr int kLogSlab = kLogSlab_;
+  static constexpr int kSlabs = 1 << (kLogP - kLogSlab);
+  static_assert((kLogSlab == 6 || kLogSlab == 7) && kSlabs >= 1 && kSlabs <= 8,
+                "up to 64 values of a thread");
+  static constexpr int kColumns = 1 << (kLogSlab - 3);  // tiles of eight columns in a slab
+  static constexpr int kThreads = 32 * kSlabs;          // of a block
+  static constexpr int kValues = 8 * kSlabs;            // of a thread after the exchange
 
-  // The raw slab and the results share memory. Few tiles: the raw slab lies where the results of the last
-  // tile go, and is read once for each tile. Many: it is held in registers.
+  // The raw slab lies where the results of the first tile go. One or two tiles: it is read once for each, the
+  // first one last. More would not fit there: it is held in registers.
   static constexpr bool kHold = kTiles > 2;
-  static constexpr int kRawWords = kHold ? 0 : 1024 * (kTiles - 1);  // before the raw slab
-  // 32-bit words of a slab.
-  static __host__ __device__ constexpr int slab_words(int order) {
-    return kHold ? 64 * order : 1024 * kTiles;
+  // Fragments of the matrix in registers where those of one tile are few, else in shared memory.
+  static constexpr bool kOwnMatrix = kLogSlab == 7 && kTiles <= 2;
+  static constexpr int kFragments = kTiles * kTiles;
+  // Rows of results that a block has room for: the raw slab takes half as many as it has.
+  static __host__ __device__ constexpr int rows(int order) { return order < 8 * kTiles ? 8 * kTiles : order; }
+  static constexpr size_t shared_bytes(int order) {
+    return (sizeof(float) * kGroups * rows(order) << kLogP) + (kOwnMatrix ? 0 : 512 * kFragments);
   }
 
-  // Byte of a 16-byte chunk of the raw slab, conflict-free for the rows that one matrix load takes together.
-  static __device__ constexpr int chunk(int row, int column) {
-    return row << 7 | (column ^ ((row >> 1 & 6) | (row & 1))) << 4;
+  // Shared memory holds the results as rows of P words. A warp's raw slab lies in its own columns of the
+  // first rows, two raw rows in a piece of the slab's width.
+  static constexpr int kRow = 4 << kLogP;  // bytes
+  static constexpr int kPiece = 4 << kLogSlab;
+  // What is added to the number of a 16-byte vector in a raw row without carry: conflict-free for the rows
+  // that one matrix load takes together.
+  static __device__ constexpr int raw_swizzle(int row) { return (row >> 1 & 6) | (row & 1); }
+  static __device__ constexpr int raw_byte(int row, int vector) {
+    return (row >> 1) * kRow + (row & 1) * (kPiece / 2) + (vector ^ raw_swizzle(row)) * 16;
   }
-  // Word of a result, conflict-free for the writes (lanes: column bits 1 and 2, row bits from 0) as for the
-  // reads (lanes: column bits 3 to 5).
-  static __device__ constexpr int word(int row, int column) {
-    return row << 6 | (column ^ (column >> 5 & 1) << 2 ^ (row & 3) << 3);
-  }
+  // The same of a result and its column in a slab: conflict-free for the writes (lanes: column bits 1 and 2,
+  // row bits from 0) as for the reads (lanes: column bits 3 to 5).
+  static __device__ constexpr int row_swizzle(int row) { return (row & 3) << 3; }
+  static __device__ constexpr int column_swizzle(int column) { return (column >> 5 & 1) << 2; }
 };
 
 namespace detail {
@@ -86,26 +97,52 @@ __device__ __forceinline__ uint4 load_transposed(uint32_t address) {
   return b;
 }
 
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, const uint4& v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+
 }  // namespace detail
 
 // `ahead`: by how many blocks the L2 cache runs ahead of the loads.
+//
+// Issue slots count here. Addresses are those of a thread's first row, with swizzled bits flipped, plus
+// constants, which become part of the instructions, and the fragments of M come as the products want them.
 template <typename L, int kMinBlocks, bool kFactors>
 __global__ void __launch_bounds__(L::kThreads* L::kGroups, kMinBlocks)
     hadamard_matrix(const MatrixParams<typename L::T> p, const int64_t ahead) {
   using T = typename L::T;
   constexpr int kTiles = L::kTiles;
-  extern __shared__ float shared_memory[];
+  constexpr int kSure = 16 * (kTiles - 1) + 4;  // rows that every order of so many tiles has
+  constexpr int kAtOnce = 32 / L::kColumns;     // raw rows of a load
+  extern __shared__ __align__(1024) char matrix_memory[];
   const int group = L::kGroups == 1 ? 0 : threadIdx.x / L::kThreads;
   const int thread = L::kGroups == 1 ? threadIdx.x : threadIdx.x % L::kThreads;
   const int lane = thread & 31, warp = thread >> 5;
   const int64_t block = static_cast<int64_t>(blockIdx.x) * L::kGroups + group;
-  if (L::kGroups > 1 && block >= p.blocks) return;
-  const int slab = L::slab_words(p.order);
-  float* const shared = shared_memory + group * L::kSlabs * slab;
-  float* const mine = shared + warp * slab;
+  const bool exists = L::kGroups == 1 || block < p.blocks;
+  // Bits of addresses that are swizzled are zero in those of slabs.
+  const uint32_t shared =
+      static_cast<uint32_t>(__cvta_generic_to_shared(matrix_memory)) + group * L::rows(p.order) * L::kRow;
+  const uint32_t mine = shared + warp * L::kPiece;
 
   // First element of a block, and its column in the tensor.
   const auto source = [&](int64_t index, int64_t& column) {
+    column = 0;
+    if (!p.split) return p.x + index * (p.order << L::kLogP);
     int64_t row;
     uint32_t part;
     detail::locate(index, p.per_row, row, part);
@@ -113,27 +150,80 @@ __global__ void __launch_bounds__(L::kThreads* L::kGroups, kMinBlocks)
     return p.x + row * p.row_stride + column;
   };
   int64_t column;
-  const T* const x = source(block, column);
-  const uint32_t raw = static_cast<uint32_t>(__cvta_generic_to_shared(mine + L::kRawWords));
+  const int loaded = lane / L::kColumns, vector = lane % L::kColumns;  // row and 16-byte vector of a load
+  const int place = loaded << L::kLogP | warp << L::kLogSlab | vector << 3;
+  const T* const x = source(block, column) + place;
+  const uint32_t target = mine + L::raw_byte(loaded, vector);
+  const auto raw_place = [&](int r) { return (target ^ L::raw_swizzle(r) * 16) + r / 2 * L::kRow; };
+  if (exists) {
 #pragma unroll
-  for (int r = 0; r < 16 * kTiles; r += 4) {
-    const int row = r + (lane >> 3);
-    const bool valid = row < p.order;
-    detail::copy16_async(raw + L::chunk(row, lane & 7),
-                         x + ((valid ? row : 0) << L::kLogP) + (warp << 6 | (lane & 7) << 3), valid);
-  }
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  if (p.signs != nullptr) {
-    for (int row = lane >> 3; row < p.order; row += 4) {
-      uint4* const v =
-          reinterpret_cast<uint4*>(reinterpret_cast<char*>(mine + L::kRawWords) + L::chunk(row, lane & 7));
-      const T* s = p.signs + column + (row << L::kLogP) + (warp << 6 | (lane & 7) << 3);
-      uint4 value = *v;
-      detail::flip_signs<T>(value, __ldg(reinterpret_cast<const uint4*>(s)));
-      *v = value;
+    for (int r = 0; r < 16 * kTiles; r += kAtOnce) {
+      const bool valid = r + kAtOnce <= kSure || r + loaded < p.order;
+      detail::copy16_async(raw_place(r), x + (r << L::kLogP), valid);
     }
   }
-  __syncwarp();
+  // Fragments of M, for all: rows 8 h + member of tile t, columns 4 quad to 4 quad + 3 of tile k. The tensor
+  // cores' k numbers the rows of a tile of the block so that a lane's four are neighbours.
+  const int quad = lane & 3, member = lane >> 2;
+  const uint32_t fragments = static_cast<uint32_t>(__cvta_generic_to_shared(matrix_memory)) +
+                             L::kGroups * L::rows(p.order) * L::kRow + 16 * lane;
+  constexpr int kWarps = L::kOwnMatrix ? 1 : L::kThreads * L::kGroups / 32;  // that share the work
+  constexpr int kEach = (L::kFragments + kWarps - 1) / kWarps;
+  uint4 matrix[kEach];
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int i = L::kOwnMatrix ? j : j * kWarps + (threadIdx.x >> 5);
+    uint32_t a[4];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      // Rows beyond the last one give results that nobody stores, columns beyond the last one meet zeros.
+      const int row = min(16 * (i / kTiles) + 8 * h + member, p.order - 1);
+      const int at = min(16 * (i % kTiles) + 4 * quad, p.order - 4);
+      const T* const four = p.matrix + row * p.order + at;
+      if constexpr (L::kOwnMatrix) {  // straight to the registers where the products want them
+        a[h] = __ldg(reinterpret_cast<const uint32_t*>(four));
+        a[h + 2] = __ldg(reinterpret_cast<const uint32_t*>(four) + 1);
+      } else {
+        const uint2 pairs = __ldg(reinterpret_cast<const uint2*>(four));
+        a[h] = pairs.x;
+        a[h + 2] = pairs.y;
+      }
+    }
+    matrix[j] = make_uint4(a[0], a[1], a[2], a[3]);
+  }
+  if constexpr (!L::kOwnMatrix) {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int i = j * kWarps + (threadIdx.x >> 5);
+      if (i < L::kFragments) detail::store_shared(fragments + 512 * i, matrix[j]);
+    }
+  }
+  if (p.signs != nullptr && exists) {
+    // The signs come while the block does. A lane flips what it has sent for.
+    uint4 signs[16 * kTiles / kAtOnce];
+#pragma unroll
+    for (int r = 0; r < 16 * kTiles; r += kAtOnce) {
+      if (r + kAtOnce > kSure && r + loaded >= p.order) continue;
+      signs[r / kAtOnce] = __ldg(reinterpret_cast<const uint4*>(p.signs + column + place + (r << L::kLogP)));
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#pragma unroll
+    for (int r = 0; r < 16 * kTiles; r += kAtOnce) {
+      if (r + kAtOnce > kSure && r + loaded >= p.order) continue;
+      const uint32_t at = raw_place(r);
+      uint4 value = detail::load_shared(at);
+      detail::flip_signs<T>(value, signs[r / kAtOnce]);
+      detail::store_shared(at, value);
+    }
+  } else {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+  }
+  if constexpr (L::kOwnMatrix) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+  if (!exists) return;
 #if __CUDA_ARCH__ >= 900
   if (ahead > 0 && thread == 0 && block + ahead < p.blocks) {
     int64_t unused;
@@ -143,39 +233,32 @@ __global__ void __launch_bounds__(L::kThreads* L::kGroups, kMinBlocks)
   }
 #endif
 
-  // The tensor cores' k numbers the rows of a tile so that a lane's four are neighbours: rows 4 q to 4 q + 3.
-  const int quad = lane & 3, member = lane >> 2;
   const int from = 4 * (lane >> 1 & 3) + 2 * (lane >> 3 & 1) + (lane & 1);  // row that this lane addresses
+  const uint32_t rows = mine + L::raw_byte(from, lane >> 4);
   const auto fragment = [&](int k, int n) {
-    return detail::load_transposed(raw + L::chunk(16 * k + from, n + (lane >> 4)));
+    return detail::load_transposed((rows ^ n * 16) + 8 * k * L::kRow);
   };
-  uint4 held[L::kHold ? kTiles : 1][4];
+  uint4 held[L::kHold ? kTiles : 1][L::kColumns / 2];
   if constexpr (L::kHold) {
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) held[k][n] = fragment(k, 2 * n);
+      for (int n = 0; n < L::kColumns / 2; ++n) held[k][n] = fragment(k, 2 * n);
     }
     __syncwarp();
   }
+  const uint32_t base = mine + member * L::kRow + 4 * (2 * quad ^ L::row_swizzle(member));
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-    float d[8][4];
+  for (int t = kTiles - 1; t >= 0; --t) {
+    float d[L::kColumns][4];
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
-      // Rows of M: member and member + 8 of tile t; columns 4 quad to 4 quad + 3 of tile k.
-      uint32_t a[4];
+      const int index = kTiles * t + k;
+      const uint4 four =
+          L::kOwnMatrix ? matrix[L::kOwnMatrix ? index : 0] : detail::load_shared(fragments + 512 * index);
+      const uint32_t a[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = 16 * t + 8 * h + member, j = 16 * k + 4 * quad;
-        uint2 pairs = make_uint2(0, 0);
-        if (i < p.order && j < p.order)
-          pairs = __ldg(reinterpret_cast<const uint2*>(p.matrix + i * p.order + j));
-        a[h] = pairs.x;
-        a[h + 2] = pairs.y;
-      }
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
+      for (int n = 0; n < L::kColumns / 2; ++n) {
         uint4 b;
         if constexpr (L::kHold) {
           b = held[k][n];
@@ -191,64 +274,71 @@ __global__ void __launch_bounds__(L::kThreads* L::kGroups, kMinBlocks)
         }
       }
     }
-    if (!L::kHold && t == kTiles - 1) __syncwarp();  // the raw slab has been read
+    if (!L::kHold && t == 0) __syncwarp();  // the raw slab has been read
     // d[n][2 h + c]: row member + 8 h of the tile, column 8 n + 2 quad + c.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (16 * t + 8 * h >= p.order) continue;
-      float v[16];
+      constexpr int kCount = 2 * L::kColumns;
+      const int row = 16 * t + 8 * h;
+      if (row >= kSure && row >= p.order) continue;
+      float v[kCount];
 #pragma unroll
-      for (int i = 0; i < 16; ++i) v[i] = d[i >> 1][2 * h + (i & 1)];
+      for (int i = 0; i < kCount; ++i) v[i] = d[i >> 1][2 * h + (i & 1)];
       detail::butterfly_registers<0>(v);
       detail::butterfly_registers<1>(v);
       detail::butterfly_registers<2>(v);
       detail::butterfly_registers<3>(v);
-      const int row = 16 * t + 8 * h + member;
-      if (row < p.order) {
-        const int base = L::word(row, 2 * quad);
+      if constexpr (L::kColumns > 8) detail::butterfly_registers<4>(v);
+      if (row + 8 <= kSure || row + member < p.order) {
 #pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          *reinterpret_cast<float2*>(mine + (base ^ L::word(0, 8 * n))) = make_float2(v[2 * n], v[2 * n + 1]);
+        for (int n = 0; n < L::kColumns; ++n) {
+          const int flip = (8 * n & 31) | L::column_swizzle(8 * n);
+          detail::store_shared((base ^ 4 * flip) + 4 * (8 * n & ~31) + row * L::kRow, v[2 * n], v[2 * n + 1]);
         }
       }
     }
   }
   detail::group_barrier<L::kThreads, L::kGroups>(group);
 
-  // Eight columns of each slab, a lane in eight of the same row.
-  T* const y = p.y + block * (p.order << L::kLogP);
-  constexpr int kRounds = (128 * kTiles + L::kThreads - 1) / L::kThreads;
+  // Eight columns of each slab, neighbouring lanes in a row.
+  constexpr int kRows = L::kThreads / L::kColumns;  // at a time
+  static_assert(kRows % 4 == 0, "rows that a thread takes are swizzled alike");
+  const int first = thread / L::kColumns, low = thread % L::kColumns << 3;
+  uint32_t at = shared + first * L::kRow + 4 * (low ^ L::row_swizzle(first) ^ L::column_swizzle(low));
+  int offset = first << L::kLogP | low;
+  T* y = p.y + block * (p.order << L::kLogP) + offset;
 #pragma unroll 1
-  for (int round = 0; round < kRounds; ++round) {
-    const int item = thread + round * L::kThreads;
-    if (item >= p.order << 3) return;
-    const int row = item >> 3, low = (item & 7) << 3;
-    const float* const at = shared + L::word(row, low);
-    const float* const other = shared + (L::word(row, low) ^ 4);
+  for (int row = first; row < p.order; row += kRows) {
     float v[L::kValues];
 #pragma unroll
     for (int s = 0; s < L::kSlabs; ++s) {
-      const float4 f = *reinterpret_cast<const float4*>(at + s * slab);
-      const float4 g = *reinterpret_cast<const float4*>(other + s * slab);
-      v[8 * s] = f.x, v[8 * s + 1] = f.y, v[8 * s + 2] = f.z, v[8 * s + 3] = f.w;
-      v[8 * s + 4] = g.x, v[8 * s + 5] = g.y, v[8 * s + 6] = g.z, v[8 * s + 7] = g.w;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint4 four = detail::load_shared((at ^ 16 * h) + s * L::kPiece);
+        v[8 * s + 4 * h] = __uint_as_float(four.x), v[8 * s + 4 * h + 1] = __uint_as_float(four.y);
+        v[8 * s + 4 * h + 2] = __uint_as_float(four.z), v[8 * s + 4 * h + 3] = __uint_as_float(four.w);
+      }
     }
-    if constexpr (L::kLogP > 6) detail::butterfly_registers<3>(v);
-    if constexpr (L::kLogP > 7) detail::butterfly_registers<4>(v);
+    if constexpr (L::kSlabs > 1) detail::butterfly_registers<3>(v);
+    if constexpr (L::kSlabs > 2) detail::butterfly_registers<4>(v);
+    if constexpr (L::kSlabs > 4) detail::butterfly_registers<5>(v);
     detail::butterfly_registers<1>(v);
-    const int offset = (row << L::kLogP) + low;
     if constexpr (!kFactors) {
       detail::butterfly_registers_scaled<2>(v, p.scale);
     } else {
       detail::butterfly_registers<2>(v);
 #pragma unroll
       for (int s = 0; s < L::kSlabs; ++s) {
-        detail::multiply_values<8>(v + 8 * s, p.scale, p.out_scale + column + offset + 64 * s);
+        detail::multiply_values<8>(v + 8 * s, p.scale, p.out_scale + column + offset + (s << L::kLogSlab));
       }
     }
 #pragma unroll
-    for (int s = 0; s < L::kSlabs; ++s) detail::store_values<8>(y + offset + 64 * s, v + 8 * s);
+    for (int s = 0; s < L::kSlabs; ++s) detail::store_values<8>(y + (s << L::kLogSlab), v + 8 * s);
+    at += kRows * L::kRow;
+    offset += kRows << L::kLogP;
+    y += kRows << L::kLogP;
   }
 }
 
+// `ahead`: by how many blocks the L2 cache runs ahead of the loads.
 }  // namespace halo_train

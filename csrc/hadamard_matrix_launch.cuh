@@ -17,11 +17,11 @@ cudaError_t launch_matrix(const MatrixParams<typename L::T>& p, int device, cuda
     if (p.out_scale != nullptr) return launch_matrix<L, kMinBlocks, kAhead, true>(p, device, stream);
   }
   constexpr auto kKernel = hadamard_matrix<L, kMinBlocks, kFactors>;
-  constexpr size_t kMost = sizeof(float) * L::kGroups * L::kSlabs * L::slab_words(16 * L::kTiles);
+  constexpr size_t kMost = L::shared_bytes(16 * L::kTiles);
   const int count = multiprocessors(device);
   const cudaError_t error = allow_shared<kKernel, kMost>(device);
   if (error != cudaSuccess) return error;
-  const size_t shared = sizeof(float) * L::kGroups * L::kSlabs * L::slab_words(p.order);
+  const size_t shared = L::shared_bytes(p.order);
   const int64_t grid = (p.blocks + L::kGroups - 1) / L::kGroups;
   kKernel<<<static_cast<unsigned>(grid), L::kThreads * L::kGroups, shared, stream>>>(
       p, int64_t{count} * kAhead / 10);
@@ -47,25 +47,56 @@ cudaError_t launch_staying_matrix(const MatrixParams<typename L::T>& p, int devi
   return cudaGetLastError();
 }
 
+// Whether thread blocks stay that would otherwise be handed out, `places` of them on a multiprocessor. Signs
+// are as many bytes as a block. Those of 28 rows and more have no room in what such blocks leave of the L1
+// cache, so they come from the L2 cache for every block, where thread blocks that stay read them once.
+// Measured on an H200: that decides from about four blocks for each place on.
+template <typename S>
+bool signs_stay(const MatrixParams<typename S::T>& p, int device, int places) {
+  return p.signs != nullptr && p.out_scale == nullptr && p.order > 24 &&
+         p.blocks > int64_t{4} * places * multiprocessors(device) && S::kSharedBytes <= shared_limit(device);
+}
+
 template <typename T, int kTiles>
 cudaError_t launch_power(const MatrixParams<T>& p, int log_power, int device, cudaStream_t stream) {
-  // Measured on an H200. As many thread blocks side by side as registers allow.
+  // Measured on an H200. As many thread blocks side by side as registers and shared memory allow, and the L2
+  // cache ahead by about as many bytes. Thread blocks that the hardware hands out beat those that stay, which
+  // wait for the slowest multiprocessor. Only where one fills a multiprocessor (more than 48 rows of
+  // 512 columns) does it always stay.
   constexpr int kResident = kTiles == 1 ? 8 : kTiles == 2 ? 7 : 4;
-  constexpr int kAhead = kTiles == 1 ? 80 : kTiles == 2 ? 50 : 40;
   switch (log_power) {
     case 6:
-      return launch_matrix<MatrixLayout<T, kTiles, 6, 4>, kResident, kAhead>(p, device, stream);
+      return launch_matrix<MatrixLayout<T, kTiles, 6, 4>, kResident, 80>(p, device, stream);
     case 7:
-      if constexpr (kTiles == 3) return launch_matrix<MatrixLayout<T, 3, 7, 1>, 8, kAhead>(p, device, stream);
-      return launch_matrix<MatrixLayout<T, kTiles, 7, 2>, kResident, kTiles == 2 ? 60 : kAhead>(p, device,
-                                                                                                stream);
+      if constexpr (kTiles == 3) return launch_matrix<MatrixLayout<T, 3, 7, 1>, 8, 40>(p, device, stream);
+      return launch_matrix<MatrixLayout<T, kTiles, 7, 2>, kResident,
+                           kTiles == 1   ? 80
+                           : kTiles == 2 ? 90
+                                         : 40>(p, device, stream);
     case 8:
-      return launch_matrix<MatrixLayout<T, kTiles, 8, 1>, kResident, kAhead>(p, device, stream);
+      return launch_matrix<MatrixLayout<T, kTiles, 8, 1>, kResident,
+                           kTiles == 1   ? 80
+                           : kTiles == 2 ? 40
+                           : kTiles == 3 ? 30
+                                         : 20>(p, device, stream);
     case 9:
-      return launch_staying_matrix<StayingMatrixLayout<T, kTiles, 9>>(p, device, stream);
+      if constexpr (kTiles <= 2) {
+        if constexpr (kTiles == 2) {
+          using Staying = StayingMatrixLayout<T, 2, 9>;
+          if (signs_stay<Staying>(p, device, 4))
+            return launch_staying_matrix<Staying, true>(p, device, stream);
+        }
+        return launch_matrix<MatrixLayout<T, kTiles, 9, 1, 7>, 4, kTiles == 1 ? 40 : 20>(p, device, stream);
+      } else if constexpr (kTiles == 3) {
+        return launch_matrix<MatrixLayout<T, 3, 9, 1>, 2, 15>(p, device, stream);
+      } else {
+        return launch_staying_matrix<StayingMatrixLayout<T, kTiles, 9>>(p, device, stream);
+      }
     case 10:
       if constexpr (kTiles == 2) {
-        return launch_staying_matrix<StayingMatrixLayout<T, kTiles, 10>>(p, device, stream);
+        using Staying = StayingMatrixLayout<T, 2, 10>;
+        if (signs_stay<Staying>(p, device, 2)) return launch_staying_matrix<Staying, true>(p, device, stream);
+        return launch_matrix<MatrixLayout<T, 2, 10, 1, 7>, 2, 10>(p, device, stream);
       }
   }
   return cudaErrorInvalidValue;
@@ -83,6 +114,7 @@ cudaError_t launch_hadamard_matrix(const HadamardArgs& args, cudaStream_t stream
   p.blocks = args.total / args.block;
   p.row_stride = args.row_stride;
   p.per_row = static_cast<uint32_t>(args.axis / args.block);
+  p.split = args.signs != nullptr || args.out_scale != nullptr || args.row_stride != args.axis;
   p.scale = static_cast<float>(args.scale);
   int log_power = 0;
   while (args.order << log_power < args.block) ++log_power;

@@ -97,6 +97,16 @@ def test_infinities_stay_in_their_block() -> None:
     assert torch.equal(z, y)
 
 
+@pytest.mark.parametrize(("block", "rows"), [(14336, 2300), (28672, 1150)])
+def test_many_rows_with_signs(block: int, rows: int) -> None:
+    """Many blocks with signs take another kernel than few: the same bits."""
+    x = randn(rows, block)
+    signs = signs_of(block, dtype=torch.int8)
+    y = hadamard_transform(x, block=block, signs=signs)
+    for few in (slice(0, 3), slice(rows // 2, rows // 2 + 3), slice(rows - 3, rows)):
+        assert torch.equal(y[few], hadamard_transform(x[few], block=block, signs=signs))
+
+
 def test_opcheck_and_graph() -> None:
     x, matrix = randn(5, 5120).requires_grad_(), on_gpu(20)
     torch.library.opcheck(torch.ops.halo_train.hadamard.default, (x, 5120, 0.5, None, None, matrix))
