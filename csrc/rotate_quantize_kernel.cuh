@@ -56,8 +56,9 @@ struct RotateShared {
   static constexpr int kFactors =
       static_cast<int>(sizeof(typename Factors::Word)) * Factors::kWords * kTile / 8;
 
-  // Several rows in a thread block, which share the factors.
-  static constexpr bool kGrouped = kStaged || (kFactors > 0 && L::kLogWarps == 0);
+  // Several rows in a thread block, which share the factors. Those that wait in registers are faster in
+  // thread blocks of their own.
+  static constexpr bool kGrouped = kStaged;
 
   // Bytes of a thread block.
   static __host__ __device__ size_t bytes(int warps, int rows_at_once, int stages, bool shared_stage) {

@@ -13,12 +13,11 @@ namespace halo_train::detail {
 constexpr int kRotateTile = 2048;  // elements of a warp; half of it for rows that fill no more
 
 // As many rows at once as threads and memory allow, then as many stages; a stage that has no room takes turns
-// with the exchange. Rows of several warps that wait in registers are faster in thread blocks of their own.
-// False where a row does not fit.
+// with the exchange. False where a row does not fit.
 template <typename Shared, typename Source>
 bool fit_rows(RotateParams<Source>& p, size_t limit) {
   p.stages = Shared::kStaged ? kMaxStages : 1;
-  p.rows_at_once = Shared::kStaged || (Shared::kGrouped && p.warps == 1) ? kMaxRowWarps / p.warps : 1;
+  p.rows_at_once = Shared::kGrouped ? kMaxRowWarps / p.warps : 1;
   const auto fits = [&] { return Shared::bytes(p.warps, p.rows_at_once, p.stages, p.shared_stage) <= limit; };
   if (fits()) return true;
   p.stages = 1;

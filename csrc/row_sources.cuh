@@ -255,8 +255,9 @@ struct PlainRows {
   using Loader =
       std::conditional_t<sizeof(T) == 2, detail::RegisterLoader<T, L>, detail::SharedLoader<T, L, 1>>;
   template <bool kRotated, int kLogWarps>
-  using Factors = std::conditional_t<kScaled, detail::PowerFactors<(sizeof(T) == 4 && kLogWarps == 1)>,
-                                     detail::NoFactors>;
+  using Factors =
+      std::conditional_t<kScaled, detail::PowerFactors<kLogWarps == 2 || (sizeof(T) == 4 && kLogWarps == 1)>,
+                         detail::NoFactors>;
 
   const T* x;
   int64_t stride;
