@@ -71,8 +71,8 @@ cudaError_t launch(const ScaledProduct& p, CUtensorMapDataType type, cudaStream_
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kKernel, a, b, c, scales, static_cast<int>(p.m), static_cast<int>(p.n),
-                            static_cast<int>((p.k + kStageBytes - 1) / kStageBytes));
+  return cudaLaunchKernelEx(&config, kKernel, a, b, c, scales, static_cast<Out*>(p.c), static_cast<int>(p.m),
+                            static_cast<int>(p.n), static_cast<int>((p.k + kStageBytes - 1) / kStageBytes));
 }
 
 template <QType kType, typename Out>

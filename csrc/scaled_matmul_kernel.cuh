@@ -4,10 +4,13 @@
 // A thread block stays and computes tiles of 128 x kTileN; the two of a cluster lie one below the other, so
 // that each fetches half of the rows of B for both (multicast). One thread sends for the operands, a ring of
 // stages ahead; two warp groups of 64 rows each multiply (wgmma takes both operands from shared memory) with
-// kTileN / 2 sums a thread in registers. Sums are scaled in float32, rounded once, and leave through a
-// staging buffer, from where they are stored while the next tile is multiplied. Large tiles and shared
-// fetches count twice here: long products run at the power limit of the GPU, where what does not move is
-// clock.
+// kTileN / 2 sums a thread in registers. Large tiles and shared fetches count twice here: long products run
+// at the power limit of the GPU, where what does not move is clock.
+//
+// Between two tiles a group only scales its sums in float32 and rounds them once, in registers. Results of 16
+// bits stay there until products of the next tile are under way, and then leave through a staging buffer,
+// from where a warp for each group, its helper, stores them. The helper loads the scales, too: no group waits
+// for memory.
 
 #pragma once
 
@@ -29,7 +32,7 @@ namespace detail {
 constexpr int kClusterBlocks = 2, kMultipliers = 2;
 constexpr int kGroupRows = 64, kBlockRows = kMultipliers * kGroupRows;
 constexpr int kStageBytes = 128;  // of a row, as wide as the swizzle
-constexpr int kStagingBytes = kGroupRows * 128;
+constexpr int kBufferBytes = kGroupRows * 128;
 constexpr int kMatmulThreads = 128 * (1 + kMultipliers);
 // Rows of tiles of clusters that are walked together, so that their operands are still in the L2 cache.
 constexpr uint32_t kWalk = 8;
@@ -37,13 +40,14 @@ constexpr uint32_t kWalk = 8;
 template <int kTileN>
 struct MatmulLayout {
   static constexpr int kBytesA = kBlockRows * kStageBytes, kBytesB = kTileN * kStageBytes;
-  static constexpr int kStages = kTileN == 256 ? 3 : 6;
-  static constexpr int kBuffers = kTileN / 64;    // of a group: all of its sums in 16 bits
-  static constexpr int kScaleBytes = kTileN * 4;  // of the columns of a tile, for each group
+  static constexpr int kStages = kTileN == 256 ? 4 : 6;
+  static constexpr int kHalf = kTileN / 2;                       // columns whose results are staged together
+  static constexpr int kBuffers = kHalf / 64;                    // of a group, for them
+  static constexpr int kScaleBytes = (kTileN + kGroupRows) * 4;  // of columns and rows, for each group
   static constexpr int kStaging = kStages * (kBytesA + kBytesB);
-  static constexpr int kScales = kStaging + kMultipliers * kBuffers * kStagingBytes;
+  static constexpr int kScales = kStaging + kMultipliers * kBuffers * kBufferBytes;
   static constexpr int kBarriers = kScales + kMultipliers * kScaleBytes;
-  static constexpr size_t kShared = 1024 + kBarriers + 16 * kStages;  // 1024: to align
+  static constexpr size_t kShared = kBarriers + 16 * kStages;
 };
 
 __device__ __forceinline__ void wait_parity(uint32_t barrier, uint32_t parity) {
@@ -113,7 +117,8 @@ __device__ __forceinline__ void multiply(float (&sums)[128], uint64_t a, uint64_
 #undef HALO_0_TO_63
 #undef HALO_64_TO_127
 
-// Not read earlier than here.
+// Not read earlier and not written later than here.
+__device__ __forceinline__ void stays(uint32_t& word) { asm volatile("" : "+r"(word)::"memory"); }
 __device__ __forceinline__ void stays(int& sum) { asm volatile("" : "+r"(sum)::"memory"); }
 __device__ __forceinline__ void stays(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
 
@@ -155,43 +160,21 @@ __device__ __forceinline__ uint32_t pair(float x, float y) {
   return reinterpret_cast<const uint32_t&>(both);
 }
 
-// 64 rows and 32 columns of sums, scaled, into a staging buffer, from its given column; in each eight columns
-// a thread has two of row lane / 4 of its warp's 16 and of the row 8 below.
-template <typename Out, typename Sum>
-__device__ __forceinline__ void put(uint32_t buffer, int column, const Sum* sums, const float2 (&factors)[4],
-                                    float top, float bottom, int thread) {
-  const int warp = thread / 32, lane = thread % 32;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    float x[2][4];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const Sum* s = sums + 4 * (i + j);
-      const float2 f = factors[i + j];
-      x[j][0] = static_cast<float>(s[0]) * top * f.x;
-      x[j][1] = static_cast<float>(s[1]) * top * f.y;
-      x[j][2] = static_cast<float>(s[2]) * bottom * f.x;
-      x[j][3] = static_cast<float>(s[3]) * bottom * f.y;
-    }
-    if constexpr (sizeof(Out) == 2) {
-      const int row = 16 * warp + lane % 16, piece = column / 8 + i + lane / 16;
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                       buffer + row * 128 + (piece ^ (row & 7)) * 16),
-                   "r"(pair<Out>(x[0][0], x[0][1])), "r"(pair<Out>(x[0][2], x[0][3])),
-                   "r"(pair<Out>(x[1][0], x[1][1])), "r"(pair<Out>(x[1][2], x[1][3]))
-                   : "memory");
-    } else {
-      const int row = 16 * warp + lane / 4, quad = lane % 4;
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int piece = 2 * (i + j) + quad / 2;
-        const uint32_t to = buffer + row * 128 + (piece ^ (row & 7)) * 16 + quad % 2 * 8;
-        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x[j][0]), "f"(x[j][1]) : "memory");
-        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to + 8 * 128), "f"(x[j][2]), "f"(x[j][3])
-                     : "memory");
-      }
-    }
-  }
+__device__ __forceinline__ void store_shared(uint32_t to, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
+__device__ __forceinline__ float load_shared(uint32_t from) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
+  return x;
+}
+
+// Named barriers of a group and its helper. Who arrives does not wait.
+__device__ __forceinline__ void helper_sync(int barrier) {
+  asm volatile("bar.sync %0, 160;" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void helper_arrive(int barrier) {
+  asm volatile("bar.arrive %0, 160;" ::"r"(barrier) : "memory");
 }
 
 // Row and column of a cluster's tile.
@@ -215,19 +198,26 @@ struct MatmulScales {
 template <QType kType, int kTileN, typename Out>
 __global__ void __launch_bounds__(detail::kMatmulThreads, 1)
     scaled_matmul_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
-                         const __grid_constant__ CUtensorMap c_map, const detail::MatmulScales scales,
+                         const __grid_constant__ CUtensorMap c_map, const detail::MatmulScales scales, Out* c,
                          const int m_rows, const int n_rows, const int steps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using namespace detail;
   using L = MatmulLayout<kTileN>;
-  extern __shared__ char unaligned[];
-  const uint32_t a_tiles = (shared_address(unaligned) + 1023) & ~1023u;
+  constexpr bool kStaged = sizeof(Out) == 2;
+  extern __shared__ __align__(1024) char shared[];
+  const uint32_t a_tiles = shared_address(shared);
   const uint32_t b_tiles = a_tiles + L::kStages * L::kBytesA, staging = a_tiles + L::kStaging;
-  const uint32_t column_scales = a_tiles + L::kScales;
   const uint32_t full = a_tiles + L::kBarriers, empty = full + 8 * L::kStages;
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  const int group = static_cast<int>(threadIdx.x) / 128 - 1, thread = threadIdx.x % 128;
+  // Of the warps before the groups: 0 sends for operands, 1 and 2 help.
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, thread = threadIdx.x % 128;
+  const bool multiplies = warp >= 4;
+  const int group = multiplies ? warp / 4 - 1 : warp - 1;
+  const uint32_t buffers = staging + group * L::kBuffers * kBufferBytes;
+  const uint32_t column_scales = a_tiles + L::kScales + group * L::kScaleBytes;
+  const uint32_t row_scales = column_scales + 4 * kTileN;
+  const int is_free = 1 + group, is_full = 1 + kMultipliers + group;  // barriers of the staging buffers
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < L::kStages; ++i) {
@@ -251,7 +241,7 @@ __global__ void __launch_bounds__(detail::kMatmulThreads, 1)
       phase ^= 1;
     }
   };
-  if (group < 0) {
+  if (!multiplies) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
       for (uint32_t tile = blockIdx.x / kClusterBlocks; tile < tiles; tile += clusters) {
@@ -270,6 +260,63 @@ __global__ void __launch_bounds__(detail::kMatmulThreads, 1)
                         k * kStageBytes, row_b);
         }
       }
+    } else if (warp > 0 && warp <= kMultipliers) {
+      const auto store = [&](int half, int row, int column) {
+        if constexpr (kStaged) {
+          if (lane == 0 && column >= 0) {
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#pragma unroll
+            for (int i = 0; i < L::kBuffers; ++i) {
+              asm volatile(
+                  "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&c_map),
+                  "r"(buffers + i * kBufferBytes), "r"(column + half * L::kHalf + i * 64), "r"(row)
+                  : "memory");
+            }
+            asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+          }
+          __syncwarp();
+        }
+      };
+      int old_row = 0, old_column = -1;
+      helper_arrive(is_free);
+      for (uint32_t tile = blockIdx.x / kClusterBlocks; tile < tiles; tile += clusters) {
+        int m, n;
+        place(tile, tiles_m, tiles_n, m, n);
+        const int row = (m * kClusterBlocks + rank) * kBlockRows + group * kGroupRows, column = n * kTileN;
+        float by_column[kTileN / 32], by_row[kGroupRows / 32];
+#pragma unroll
+        for (int i = 0; i < kTileN / 32; ++i) {
+          const int at = column + 32 * i + lane;
+          by_column[i] = at < n_rows ? __ldg(scales.b + at * scales.b_step) : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < kGroupRows / 32; ++i) {
+          const int at = row + 32 * i + lane;
+          by_row[i] = at < m_rows ? __ldg(scales.a + at * scales.a_step) : 0.0f;
+        }
+#pragma unroll
+        for (float& scale : by_column) stays(scale);  // loaded before the wait
+#pragma unroll
+        for (float& scale : by_row) stays(scale);
+        helper_sync(is_full);  // and nobody needs the scales of the tile before
+#pragma unroll
+        for (int i = 0; i < kTileN / 32; ++i) store_shared(column_scales + 4 * (32 * i + lane), by_column[i]);
+#pragma unroll
+        for (int i = 0; i < kGroupRows / 32; ++i) store_shared(row_scales + 4 * (32 * i + lane), by_row[i]);
+        store(0, old_row, old_column);
+        helper_arrive(is_free);
+        helper_sync(is_full);
+        store(1, old_row, old_column);
+        helper_arrive(is_free);
+        old_row = row;
+        old_column = column;
+      }
+      helper_sync(is_full);
+      store(0, old_row, old_column);
+      helper_arrive(is_free);
+      helper_sync(is_full);
+      store(1, old_row, old_column);
+      if (kStaged && lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
@@ -286,83 +333,96 @@ __global__ void __launch_bounds__(detail::kMatmulThreads, 1)
             : "memory");
       }
     };
-    constexpr int kColumns = 128 / sizeof(Out);  // of a staging buffer
-    constexpr int kThreadScales = kTileN / 128;  // of columns, that a thread fetches
-    const int warp = thread / 32, lane = thread % 32, quad = lane % 4;
-    const int row_in_group = 16 * warp + lane / 4;
-    std::conditional_t<kType == QType::kInt8, int, float> sums[kTileN / 2];
-    int next_m, next_n;
-    place(blockIdx.x / kClusterBlocks, tiles_m, tiles_n, next_m, next_n);
-    for (uint32_t tile = blockIdx.x / kClusterBlocks; tile < tiles; tile += clusters) {
-      const int m = next_m, n = next_n;
-      // Scales now, so that they are there when the sums are.
-      const int first_row = (m * kClusterBlocks + rank) * kBlockRows + group * kGroupRows;
-      const int row = first_row + row_in_group;
-      const float top = row < m_rows ? __ldg(scales.a + row * scales.a_step) : 0.0f;
-      const float bottom = row + 8 < m_rows ? __ldg(scales.a + (row + 8) * scales.a_step) : 0.0f;
-      float by_column[kThreadScales];
+    using Sum = std::conditional_t<kType == QType::kInt8, int, float>;
+    const int quad = lane % 4;
+    Sum sums[kTileN / 2] = {};
+    uint32_t results[kTileN / 4] = {};  // of the tile before, two of 16 bits each
+    const auto send = [&](bool first) {
+      wait_parity(full + 8 * stage, phase);
+      const uint64_t a = operand(a_tiles + stage * L::kBytesA + group * kGroupRows * kStageBytes);
+      const uint64_t b = operand(b_tiles + stage * L::kBytesB);
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-      for (int i = 0; i < kThreadScales; ++i) {
-        const int column = n * kTileN + 128 * i + thread;
-        by_column[i] = column < n_rows ? __ldg(scales.b + column * scales.b_step) : 0.0f;
-      }
-      for (int k = 0; k < steps; ++k) {
-        wait_parity(full + 8 * stage, phase);
-        const uint64_t a = operand(a_tiles + stage * L::kBytesA + group * kGroupRows * kStageBytes);
-        const uint64_t b = operand(b_tiles + stage * L::kBytesB);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+      for (int i = 0; i < kStageBytes / 32; ++i) multiply(sums, a + 2 * i, b + 2 * i, !first || i > 0);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    };
+    const auto step = [&] {
+      send(false);
+      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+      release();
+      advance();
+    };
+    // Scales the sums of a tile and rounds them; results of 32 bits go to memory at once.
+    const auto finish = [&](uint32_t tile) {
 #pragma unroll
-        for (int i = 0; i < kStageBytes / 32; ++i) multiply(sums, a + 2 * i, b + 2 * i, k | i);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        if (k > 0) {
-          asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-          release();
+      for (Sum& sum : sums) stays(sum);
+      int m, n;
+      place(tile, tiles_m, tiles_n, m, n);
+      const int row_in_group = 16 * (warp % 4) + lane / 4;  // and 8 below
+      const int row = (m * kClusterBlocks + rank) * kBlockRows + group * kGroupRows + row_in_group;
+      const float top = load_shared(row_scales + 4 * row_in_group);
+      const float bottom = load_shared(row_scales + 4 * (row_in_group + 8));
+      float2 factors[2][4];  // of four times eight columns, and of the next
+      load_factors(factors[0], column_scales, 0, quad);
+#pragma unroll
+      for (int i = 0; i < kTileN / 8; ++i) {
+        if (i % 4 == 0 && i + 4 < kTileN / 8) {
+          load_factors(factors[(i / 4 + 1) % 2], column_scales, 8 * (i + 4), quad);
         }
-        advance();
+        const Sum* s = sums + 4 * i;
+        const float2 f = factors[i / 4 % 2][i % 4];
+        const float2 above{static_cast<float>(s[0]) * top * f.x, static_cast<float>(s[1]) * top * f.y};
+        const float2 below{static_cast<float>(s[2]) * bottom * f.x, static_cast<float>(s[3]) * bottom * f.y};
+        if constexpr (kStaged) {
+          results[2 * i] = pair<Out>(above.x, above.y);
+          results[2 * i + 1] = pair<Out>(below.x, below.y);
+        } else {
+          const int column = n * kTileN + 8 * i + 2 * quad;
+          Out* to = c + static_cast<int64_t>(row) * n_rows + column;
+          if (column < n_rows && row < m_rows) *reinterpret_cast<float2*>(to) = above;
+          if (column < n_rows && row + 8 < m_rows) *reinterpret_cast<float2*>(to + 8ll * n_rows) = below;
+        }
       }
-      place(min(tile + clusters, tiles - 1), tiles_m, tiles_n, next_m, next_n);
+      if constexpr (kStaged) {
+#pragma unroll
+        for (uint32_t& result : results) stays(result);
+      }
+    };
+    // Hands a half of the results of the tile before to the helper, who gives the scales of this one.
+    const auto put_away = [&](int half) {
+      helper_sync(is_free);
+      if constexpr (kStaged) {
+        const int row = 16 * (warp % 4) + lane % 16;
+#pragma unroll
+        for (int i = 0; i < L::kHalf / 16; ++i) {
+          const uint32_t* words = results + half * L::kHalf / 4 + 4 * i;
+          const int piece = 2 * (i % 4) + lane / 16;
+          asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                           buffers + i / 4 * kBufferBytes + row * 128 + (piece ^ (row & 7)) * 16),
+                       "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                       : "memory");
+        }
+      }
+      helper_arrive(is_full);
+    };
+    for (uint32_t tile = blockIdx.x / kClusterBlocks; tile < tiles; tile += clusters) {
+      send(true);
+      advance();
+      int k = 1;
+      const auto steps_to = [&](int end) {
+        for (; k < min(end, steps); ++k) step();
+      };
+      steps_to(2);
+      put_away(0);
+      steps_to(4);
+      put_away(1);
+      steps_to(steps);
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       release();
-#pragma unroll
-      for (int i = 0; i < kTileN / 2; ++i) stays(sums[i]);
-
-      const uint32_t of_columns = column_scales + group * L::kScaleBytes;
-#pragma unroll
-      for (int i = 0; i < kThreadScales; ++i) {
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(of_columns + 4 * (128 * i + thread)), "f"(by_column[i])
-                     : "memory");
-      }
-#pragma unroll
-      for (int first = 0; first < kTileN; first += L::kBuffers * kColumns) {  // once in 16 bits
-        const uint32_t buffers = staging + group * L::kBuffers * kStagingBytes;
-        if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-        asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-        float2 factors[2][4];  // of four times eight columns, and of the next
-        load_factors(factors[0], of_columns, first, quad);
-#pragma unroll
-        for (int i = 0; i < L::kBuffers * kColumns / 32; ++i) {
-          const int column = first + 32 * i;
-          if (column + 32 < first + L::kBuffers * kColumns) {
-            load_factors(factors[(i + 1) % 2], of_columns, column + 32, quad);
-          }
-          const uint32_t buffer = buffers + 32 * i / kColumns * kStagingBytes;
-          put<Out>(buffer, 32 * i % kColumns, sums + column / 2, factors[i % 2], top, bottom, thread);
-        }
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-        if (thread == 0) {
-#pragma unroll
-          for (int i = 0; i < L::kBuffers; ++i) {
-            asm volatile(
-                "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&c_map),
-                "r"(buffers + i * kStagingBytes), "r"(n * kTileN + first + i * kColumns), "r"(first_row)
-                : "memory");
-          }
-          asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-        }
-      }
+      finish(tile);
     }
-    if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    put_away(0);
+    put_away(1);
   }
   cluster_sync();  // nobody leaves while another may still send or tell something
 #endif
