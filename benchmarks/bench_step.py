@@ -4,7 +4,7 @@
     python benchmarks/bench_step.py --mode compiled --recipes fp8 int8 --no-save
     python benchmarks/bench_step.py --mode compiled --loss chunked --layers 32 --steps 4      # all of the model: fills an H200
 
-Measured as ``halo-train bench step`` does it. Writes a dated JSON file, a table and a picture.
+Measured as ``halo-train bench step`` does it. Writes a dated JSON file, after every row, and in the end a table and a picture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, check_only, environment
+from common import RESULTS, check_only, environment, save_json
 from step_table import save
 from torch import nn
 
@@ -80,10 +80,13 @@ def main() -> None:
     check_only(parser, args.only, [case.name for case in cases])
     if args.only:
         cases = [case for case in cases if case.name in args.only]
-    rows = measure(size_of(args), cases, args)
+    rows: list[dict[str, Any]] = []
+    record = {"environment": environment(args.commit), "size": size_of(args)._asdict(), "rows": rows}
+    for row in measure(size_of(args), cases, args):
+        rows.append(row)
+        if not args.no_save:
+            save_json("step", record, args.out)  # a later case may run out of memory or time
     if not args.no_save:
-        where = environment(args.commit)
-        record = {"environment": where, "size": size_of(args)._asdict(), "rows": rows}
         print(f"\n{save(record, args.out)}")
 
 

@@ -12,7 +12,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -171,13 +171,12 @@ def measure_case(
     }
 
 
-def measure(size: Size, cases: Sequence[Case], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each case, mode, checkpointing and loss; prints them as they come."""
+def measure(size: Size, cases: Sequence[Case], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row for each case, mode, checkpointing and loss, printed as they come."""
     print(
         f"{'':>24} {'mode':>8} {'checkpointing':>13} {'loss':>12} {'ms':>7} {'x bf16':>7} {'tokens/s':>9} {'peak GiB':>9} "
         f"{'activations':>11} {'value':>8}  GPU ms by category"
     )
-    rows: list[dict[str, Any]] = []
     for mode, checkpointing, loss in itertools.product(args.mode, args.checkpointing, args.loss):
         base = 0.0
         for case in cases:
@@ -188,14 +187,13 @@ def measure(size: Size, cases: Sequence[Case], args: argparse.Namespace) -> list
             torch._dynamo.reset()
             base = base or row["ms"]
             row["speedup"] = base / row["ms"]
-            rows.append(row)
             parts = "  ".join(f"{name} {ms:.0f}" for name, ms in row["gpu_ms"].items())
             print(
                 f"{case.name:>24} {mode:>8} {checkpointing:>13} {loss:>12} {row['ms']:7.1f} {row['speedup']:7.2f} "
                 f"{row['tokens_per_second']:9.0f} {row['peak_gib']:9.1f} {row['activations_gib']:11.1f} {row['losses'][-1]:8.4f}  {parts}",
                 flush=True,
             )
-    return rows
+            yield row
 
 
 def recipe_case(recipe: str) -> Case:
@@ -233,9 +231,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the rows here too")
     args = parser.parse_args(argv)
     require_gpu(parser)
-    rows = measure(size_of(args), [recipe_case(recipe) for recipe in recipes(args)], args)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    rows = []
+    for row in measure(size_of(args), [recipe_case(recipe) for recipe in recipes(args)], args):
+        rows.append(row)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def _profile(training: Training) -> dict[str, Any]:
