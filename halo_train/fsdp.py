@@ -56,10 +56,10 @@ class ShardedWeight(Tensor):
 
     layer: Layer
 
-    @staticmethod
-    def wrap(shard: Tensor, layer: Layer) -> ShardedWeight:
+    @classmethod
+    def wrap(cls, shard: Tensor, layer: Layer) -> ShardedWeight:
         """The same memory, of this class."""
-        new = shard.as_subclass(ShardedWeight)
+        new = shard.as_subclass(cls)
         new.layer = layer
         return new
 
@@ -84,22 +84,15 @@ class ShardedWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.plain().__reduce_ex__(protocol)
 
-    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], torch.dtype]:
+    def rounded_bytes(self, ranks: int) -> tuple[tuple[Tensor, ...], torch.dtype]:
         """Rotates and rounds the shard: data [rows, K'] and scales [rows, 4] as bytes, rows being those of the longest shard.
         Float64 weights have scales of 8 bytes; hence their dtype.
-
-        The form with one argument: that with five accepts, when a shard is shorter than another, only inputs of the shape of
-        the weight, which scales never have.
         """
-        ranks = mesh.size()
         data, scale = self._quantize(ranks)
         data = data.view(torch.uint8)
         if ranks == 1:  # FSDP2 then copies one tensor and gathers none
             return (torch.cat([data.view(-1), scale.view(torch.uint8)]),), scale.dtype
         return (data, scale.view(-1, 1).view(torch.uint8)), scale.dtype
-
-    # FSDP2 asks for it before each call, and to find it out takes as long as half of the call.
-    fsdp_pre_all_gather.__signature__ = inspect.signature(fsdp_pre_all_gather)  # type: ignore[attr-defined]
 
     def fsdp_post_all_gather(
         self,
@@ -136,6 +129,31 @@ class ShardedWeight(Tensor):
         if quantized.data.shape[0] == rows:
             return quantized
         return Quantized(quantized.data[:rows], quantized.scale[:rows])
+
+
+def _of_known_signature(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """FSDP2 asks for the signature before each call, and to find it out takes as long as half of the call."""
+    hook.__signature__ = inspect.signature(hook)  # type: ignore[attr-defined]
+    return hook
+
+
+class EvenShard(ShardedWeight):
+    """Of a weight that every rank has as many rows of."""
+
+    @_of_known_signature
+    def fsdp_pre_all_gather(
+        self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], torch.dtype]:
+        return self.rounded_bytes(mesh.size())
+
+
+class UnevenShard(ShardedWeight):
+    """Of any other. FSDP2's hook with five arguments accepts here only inputs of the shape of the weight, which scales of rows never
+    have; it does not look at those of the older one, with the mesh alone."""
+
+    @_of_known_signature
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], torch.dtype]:
+        return self.rounded_bytes(mesh.size())
 
 
 _KEEPING_THE_CLASS = {Tensor.to, Tensor.cpu, Tensor.pin_memory, Tensor.new_zeros, Tensor.narrow}
@@ -229,7 +247,8 @@ def attach(layer: Layer, weight: Any) -> None:
     if not layer.ranks_agree:
         layer.to_meet = check_agreement(layer, weight)
         layer.ranks_agree = True
-    weight._local_tensor = ShardedWeight.wrap(shard, layer)
+    kind = UnevenShard if weight.shape[0] % mesh.size(mesh.ndim - 1) else EvenShard
+    weight._local_tensor = kind.wrap(shard, layer)
 
 
 _WIRE_FORMATS = (Format.E4M3, Format.E5M2, Format.INT8)

@@ -5,6 +5,7 @@ gloo on the CPU; on GPUs tests/test_fsdp_nccl.py runs the same checks.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def check_one_step_has_the_bits_of_one_rank(rank: int, world: int, device: str, 
             torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad / world, msg=f"{recipe} {name}")
         for name, exponent in equalizer_state_dict(reference).items():
             assert torch.equal(exponent, equalizer_state_dict(model)[name]), name
+
+
+def check_even_shards_have_the_hook_of_five_arguments(
+    rank: int, world: int, device: str, folder: Path
+) -> None:
+    block = shard(build("fp8", device=device))[0]
+    for layer in (block.up, block.odd, block.few, block.down):
+        hook = layer.weight._local_tensor.fsdp_pre_all_gather
+        expected = 1 if layer.out_features % world else 5
+        assert len(inspect.signature(hook).parameters) == expected, layer
 
 
 def check_the_wire_carries_one_byte_a_weight(rank: int, world: int, device: str, folder: Path) -> None:
