@@ -25,6 +25,7 @@ import warnings
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from common import RESULTS, ROOT, environment, save_json
@@ -61,8 +62,8 @@ def run_in_order(seed: int) -> None:
                 step.extend(batches[i] for i in order)
             return step.pop()
 
-    finetune.BatchStream = OtherOrder  # type: ignore[misc]
-    cli.main()
+    with patch.object(finetune, "BatchStream", OtherOrder):
+        cli.main()
 
 
 def start(
