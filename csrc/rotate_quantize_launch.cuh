@@ -46,10 +46,16 @@ cudaError_t launch_rotate(RotateParams<Source>& p, int device, cudaStream_t stre
 
 template <typename Source>
 cudaError_t rotate_sized(RotateParams<Source>& p, int device, cudaStream_t stream) {
-  const bool small = p.cols <= kRotateTile / 2;
-  p.warps = small ? 1 : (p.cols + kRotateTile - 1) / kRotateTile;
-  if constexpr (!std::is_same_v<Source, PlainRows<typename Source::T, false>> &&
-                !std::is_same_v<Source, PlainRows<typename Source::T, true>>) {
+  constexpr bool kPlain = std::is_same_v<Source, PlainRows<typename Source::T, false>> ||
+                          std::is_same_v<Source, PlainRows<typename Source::T, true>>;
+  // Half tiles for rows that fill no more, and where the last tile would be half empty: up to seven, above
+  // which they wait for each other longer than that saves, as those of norms and activations do.
+  const int half = kRotateTile / 2, rest = p.cols % kRotateTile;
+  const bool small = p.cols <= half ||
+                     (kPlain && 0 < rest && rest <= half && p.cols <= 7 * half && 1 << p.log_block <= half);
+  const int tile = small ? half : kRotateTile;
+  p.warps = (p.cols + tile - 1) / tile;
+  if constexpr (!kPlain) {
     if (p.log_block == 0) {
       return small ? launch_rotate<Source, 5, 0, kNotRotated, false>(p, device, stream)
                    : launch_rotate<Source, 6, 0, kNotRotated, false>(p, device, stream);
