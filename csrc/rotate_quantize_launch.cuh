@@ -48,11 +48,11 @@ template <typename Source>
 cudaError_t rotate_sized(RotateParams<Source>& p, int device, cudaStream_t stream) {
   constexpr bool kPlain = std::is_same_v<Source, PlainRows<typename Source::T, false>> ||
                           std::is_same_v<Source, PlainRows<typename Source::T, true>>;
-  // Half tiles for rows that fill no more, and where the last tile would be half empty: up to seven, above
+  // Half tiles for rows that fill no more, and where the last tile would be half empty: up to five, above
   // which they wait for each other longer than that saves, as those of norms and activations do.
   const int half = kRotateTile / 2, rest = p.cols % kRotateTile;
   const bool small = p.cols <= half ||
-                     (kPlain && 0 < rest && rest <= half && p.cols <= 7 * half && 1 << p.log_block <= half);
+                     (kPlain && 0 < rest && rest <= half && p.cols <= 5 * half && 1 << p.log_block <= half);
   const int tile = small ? half : kRotateTile;
   p.warps = (p.cols + tile - 1) / tile;
   if constexpr (!kPlain) {
