@@ -36,6 +36,7 @@ from .products import (
     dgrad,
     for_dgrad,
     fprop,
+    once_differentiable,
     round_gradient,
     undo_fold,
     wgrad,
@@ -88,16 +89,23 @@ def halo_linear(
             f"halo_linear: x and weight must have the same dtype outside autocast; got {x.dtype} and {weight.dtype}; cast "
             "one of them or run under torch.autocast"
         )
-    # Apart, because an autograd Function sees tensors, not tuples of them.
-    rows, columns = rounded_weight or (None, None)
-    rounded = (*(rows or (None, None)), *(columns or (None, None)))
-    operands = (weight, bias, *(equalizer or (None, None)), config, *rounded)
-    with nullcontext() if target is None else without_autocast(x.device.type):
-        if rounded_input is not None:
-            return HaloLinearFunction.apply(
-                rounded_input.carrier, *operands, *rounded_input.quantized, x.shape[:-1]
-            )
-        return HaloLinearFunction.apply(x if target is None else x.to(target), *operands, None, None, None)
+    d, inverse = equalizer or (None, None)
+    carrier = None
+    # Apart, because an autograd Function sees tensors, not tuples of them; and only if there are any, because it looks at each.
+    rounded: tuple[Any, ...] = ()
+    if rounded_weight is not None or rounded_input is not None:
+        rows, columns = rounded_weight or (None, None)
+        rounded = (*(rows or (None, None)), *(columns or (None, None)))
+    if rounded_input is not None:
+        carrier, rounded = rounded_input.carrier, (*rounded, *rounded_input.quantized, x.shape[:-1])
+    if target is None:
+        return HaloLinearFunction.apply(
+            x if carrier is None else carrier, weight, bias, d, inverse, config, *rounded
+        )
+    with without_autocast(x.device.type):
+        return HaloLinearFunction.apply(
+            x.to(target) if carrier is None else carrier, weight, bias, d, inverse, config, *rounded
+        )
 
 
 class RoundedInput(NamedTuple):
@@ -148,7 +156,7 @@ class RoundInputFunction(torch.autograd.Function):
         return x.new_empty_strided(data.shape, (0, 0)), data, scale
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dx: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
         if dx is None:
             return None, None, None
@@ -162,9 +170,8 @@ class RoundInputFunction(torch.autograd.Function):
 
 class HaloLinearFunction(torch.autograd.Function):
     """Y [..., N] from x [..., K], weight [N, K], bias [N] or None, d and 1/d [K] or None twice, config, rows and columns of a
-    :class:`RoundedWeight`, each data and scale or None twice. Then None three times; or data and scale of a
-    :class:`RoundedInput`, whose carrier [M', K'] is x and gets its gradient padded (and rotated) as it is, and the leading
-    shape of Y.
+    :class:`RoundedWeight`, each data and scale or None twice. Then data and scale of a :class:`RoundedInput`, whose carrier
+    [M', K'] is x and gets its gradient padded (and rotated) as it is, and the leading shape of Y. What is rounded here is left out.
 
     Saved for backward: Xq (1 byte an element; x itself if the config says so), its scales s and d when the weight needs a
     gradient. When x does, what dgrad takes: the weight itself, which takes no memory, or its columns if they are given, in int8 with
@@ -181,13 +188,13 @@ class HaloLinearFunction(torch.autograd.Function):
         d: Tensor | None,
         inverse: Tensor | None,
         config: HaloConfig,
-        w_data: Tensor | None,
-        w_scale: Tensor | None,
-        wc_data: Tensor | None,
-        wc_scale: Tensor | None,
-        x_data: Tensor | None,
-        x_scale: Tensor | None,
-        leading: torch.Size | None,
+        w_data: Tensor | None = None,
+        w_scale: Tensor | None = None,
+        wc_data: Tensor | None = None,
+        wc_scale: Tensor | None = None,
+        x_data: Tensor | None = None,
+        x_scale: Tensor | None = None,
+        leading: torch.Size | None = None,
     ) -> Tensor:
         given = None if w_data is None or w_scale is None else Quantized(w_data, w_scale)
         quantized_input = None if x_data is None or x_scale is None else Quantized(x_data, x_scale)
@@ -219,7 +226,7 @@ class HaloLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
         x_data, x_scale, d, *saved_w, inverse = ctx.saved_tensors
         config, x, w = ctx.config, Quantized(x_data, x_scale), ForDgrad(*saved_w)
@@ -244,7 +251,7 @@ class HaloLinearFunction(torch.autograd.Function):
                     factors = again(inverse, ctx.x_shape[-1], e)
                     x = Quantized(quantize_input(as_matrix(x_data), factors, config).data, x_scale)
                 dw = wgrad(for_dw, contract_rows(x, config), ctx.block, d, ctx.weight_form, config)
-        return dx, dw, db, *(None,) * 10
+        return dx, dw, db, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
 def _check(

@@ -19,7 +19,7 @@ from .fused import Projected
 from .fused.functions import Layer
 from .operands import round_weight
 from .quantize import Equalizer, RoundedWeight, column_amax, exponents_of_amax
-from .reuse import KeptEqualizer
+from .reuse import KeptEqualizer, keeping_stream
 from .shared_input import InputGroup, JointFactors, SharedInputs
 from .weight_cache import WeightCache
 
@@ -121,12 +121,15 @@ class HaloLinear(nn.Linear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """:meth:`forward` of a tensor, of which nobody is told."""
-        weight, config = self.weight, self.running_config
+        weight, config = self.weight, self.config
         gathered = isinstance(weight, GatheredWeight)
+        if gathered:
+            config = config.with_folded_dgrad
         shared = self.shared_inputs if self._can_share(x) else None
         if shared is not None:
             shared.meet(self, x)
-        equalizer = self.prepare(x)
+        stream = self._keeping_stream()
+        equalizer = self._prepare(x, weight, stream)
         # A rank without tokens has a gradient too, of zeros: FSDP2 reduces it with those of the others.
         empty = gathered and x.numel() == 0
         tokens = F.pad(x.reshape(-1, self.in_features), (0, 0, 0, 1)) if empty else x
@@ -136,7 +139,7 @@ class HaloLinear(nn.Linear):
             self.bias,
             config=config.with_recomputed_inputs if self.input_is_kept else config,
             equalizer=equalizer,
-            rounded_weight=self._rounded_weight(weight, equalizer),
+            rounded_weight=self._rounded_weight(weight, equalizer, stream),
             rounded_input=None if shared is None else shared.rounded(self, x, equalizer),
         )
         return y[:0].reshape(*x.shape[:-1], self.out_features) if empty else y
@@ -147,7 +150,9 @@ class HaloLinear(nn.Linear):
         Raises:
             ValueError: the weight is not whole.
         """
-        weight = self.weight
+        return self._prepare(x, self.weight, self._keeping_stream())
+
+    def _prepare(self, x: Tensor, weight: Tensor, stream: int | None) -> Equalizer | None:
         # A plain parameter to which nothing was attached needs no look.
         if not (
             isinstance(weight, GatheredWeight)
@@ -155,9 +160,9 @@ class HaloLinear(nn.Linear):
             or (type(weight) is nn.Parameter and not weight.__dict__)
         ):
             self._check_placement(weight)
-        if self.config.equalize and not self.equalizer_taken:
+        if not self.equalizer_taken and self.config.equalize:
             self._take_equalizer(x)
-        return self.factors()
+        return self._factors(stream)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 swaps the sharded and the gathered parameter through here, fully_shard first of all.
@@ -194,17 +199,26 @@ class HaloLinear(nn.Linear):
 
     def factors(self) -> Equalizer | None:
         """d and 1/d, or None while they are all ones."""
+        return self._factors(self._keeping_stream())
+
+    def _factors(self, stream: int | None) -> Equalizer | None:
         if not self.equalizer_taken:
             return None
-        if torch.compiler.is_compiling():
+        exponent = self._buffers["equalizer_exponent"]
+        if stream is None and torch.compiler.is_compiling():
             group = self.input_group
             shared = None if group is None else group.exponent
-            return Equalizer.of_exponents(self.equalizer_exponent if shared is None else shared)
-        return self._kept_equalizer.get(self.equalizer_exponent, sharded="_sharded_weight" in self.__dict__)
+            return Equalizer.of_exponents(exponent if shared is None else shared)
+        return self._kept_equalizer.get(exponent, stream, sharded="_sharded_weight" in self.__dict__)
+
+    def _keeping_stream(self) -> int | None:
+        # Asked once in a call, and not by attribute, which costs the host more where an nn.Module holds it.
+        return keeping_stream(self._buffers["equalizer_exponent"])
 
     def operands(self, equalizer: Equalizer | None) -> Layer:
         """What :mod:`halo_train.fused` takes of this layer; equalizer: its :meth:`factors`."""
-        return Layer(self.weight, self.bias, self._rounded_weight(self.weight, equalizer))
+        weight = self.weight
+        return Layer(weight, self.bias, self._rounded_weight(weight, equalizer, self._keeping_stream()))
 
     @property
     def running_config(self) -> HaloConfig:
@@ -247,18 +261,21 @@ class HaloLinear(nn.Linear):
         fits = x.dim() > 0 and x.shape[-1] == self.in_features
         return x.is_floating_point() and x.element_size() >= 2 and fits and not x.is_meta
 
-    def _rounded_weight(self, weight: Tensor, equalizer: Equalizer | None) -> RoundedWeight | None:
+    def _rounded_weight(
+        self, weight: Tensor, equalizer: Equalizer | None, stream: int | None
+    ) -> RoundedWeight | None:
         """As FSDP2 gathered it, or as it was kept from an earlier micro-batch if it still is that of this one."""
         if isinstance(weight, GatheredWeight):
             return RoundedWeight(weight.quantized(), None)
         config = self.config
-        if torch.compiler.is_compiling() or config.format is Format.HIGH_PRECISION:
+        if stream is None or config.format is Format.HIGH_PRECISION:
             return None
         return self._weight_cache.get(
             weight,
             (config, self.equalizer_taken),
-            self.equalizer_exponent,
+            self._buffers["equalizer_exponent"],
             self.training,
+            stream,
             lambda: round_weight(weight, None if equalizer is None else equalizer.d, config),
         )
 

@@ -11,26 +11,23 @@ from torch import Tensor
 from .quantize import Equalizer
 
 
-def may_keep(*tensors: Tensor) -> bool:
-    """Whether what is made of these tensors now may be used again in a later call.
+def keeping_stream(x: Tensor) -> int | None:
+    """The current stream of the device of x if what is made of x now may be used again in a later call on that stream (what one
+    stream made, another may read before it is there), else None.
 
     Not while something compiles or captures, which would use it for ever and, in a CUDA graph, from memory of the graph.
     Not under a dispatch mode: that of selective checkpointing counts operators, and forward and recomputation must run the
     same ones. Not in inference mode, whose tensors autograd refuses later.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch.is_inference_mode_enabled():
-        return False
-    for t in tensors:
-        if t.is_inference():
-            return False
-    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def stream_of(x: Tensor) -> int:
-    """The current stream of the device of x: what one stream made, another may read before it is there."""
-    return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
+        return None
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        return None
+    if not x.is_cuda:
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return torch._C._cuda_getCurrentRawStream(x.get_device())
 
 
 _ones: dict[tuple[Any, ...], Tensor] = {}
@@ -38,9 +35,10 @@ _ones: dict[tuple[Any, ...], Tensor] = {}
 
 def ones(n: int, like: Tensor) -> Tensor:
     """[n] ones in the dtype and on the device of ``like``; not to be written to."""
-    if not may_keep(like):
+    stream = keeping_stream(like)
+    if stream is None:
         return like.new_ones(n)
-    key = (n, like.dtype, like.device, stream_of(like))
+    key = (n, like.dtype, like.device, stream)
     found = _ones.get(key)
     if found is None:
         found = _ones[key] = like.new_ones(n)
@@ -56,15 +54,16 @@ class KeptEqualizer:
     def __init__(self) -> None:
         self._made: dict[int, tuple[tuple[int, int], Equalizer]] = {}
 
-    def get(self, exponent: Tensor, *, sharded: bool = False) -> Equalizer:
+    def get(self, exponent: Tensor, stream: int | None, *, sharded: bool = False) -> Equalizer:
         """Of log2 d, [K] int8.
 
         Args:
+            stream: :func:`keeping_stream` of exponent.
             sharded: FSDP2 has the layer, so DDP has it not, which broadcasts buffers without giving them a new version.
         """
-        if not may_keep(exponent) or (_DISTRIBUTED and dist.is_initialized() and not sharded):
+        if stream is None or (_DISTRIBUTED and dist.is_initialized() and not sharded):
             return Equalizer.of_exponents(exponent)
-        key, stream = (exponent._version, exponent.data_ptr()), stream_of(exponent)
+        key = (exponent._version, exponent.data_ptr())
         made = self._made.get(stream)
         if made is None or made[0] != key:
             made = self._made[stream] = key, Equalizer.of_exponents(exponent)

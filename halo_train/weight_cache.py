@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .quantize import RoundedWeight
-from .reuse import may_keep, stream_of
 
 _optimizer_steps = 0
 """Steps of any torch.optim.Optimizer: fused steps, and those of other libraries, write weights without a new version."""
@@ -59,6 +58,7 @@ class WeightCache:
         made_from: tuple[Any, ...],
         exponent: Tensor,
         training: bool,
+        stream: int | None,
         make: Callable[[], RoundedWeight],
     ) -> RoundedWeight | None:
         """The rounded weight if this is a place to keep it or to have it kept, else None: round it where it is used.
@@ -68,10 +68,11 @@ class WeightCache:
             made_from: what else ``make`` depends on, compared by value.
             exponent: a tensor that ``make`` depends on too, compared by memory and version.
             training: whether the layer is in training mode.
+            stream: :func:`halo_train.reuse.keeping_stream` of exponent.
             make: rounds the weight.
         """
         # A subclass or a plain tensor in the place of the parameter belongs to FSDP, DataParallel or functional_call.
-        if type(weight) is not nn.Parameter or weight.is_meta or not may_keep(weight, exponent):
+        if stream is None or type(weight) is not nn.Parameter or weight.is_meta or weight.is_inference():
             return None
         in_backward = torch._C._current_graph_task_id() != -1
         between_micro_batches = torch.is_grad_enabled() and training
@@ -79,7 +80,7 @@ class WeightCache:
             self.clear()
             return None
         state = (weight._version, weight.data_ptr(), weight.dtype, weight.shape)
-        key = (_optimizer_steps, made_from, stream_of(weight), state, exponent._version, exponent.data_ptr())
+        key = (_optimizer_steps, made_from, stream, state, exponent._version, exponent.data_ptr())
         unchanged = self._weight is not None and self._weight() is weight and key == self._key
         if in_backward:
             return self._value if unchanged else None

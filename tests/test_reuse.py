@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halo_train import HaloLinear
-from halo_train.reuse import KeptEqualizer, ones
+from halo_train.reuse import KeptEqualizer, keeping_stream, ones
 
 
 class Mode(TorchDispatchMode):
@@ -30,29 +30,30 @@ def test_ones_are_made_once_for_a_length_and_dtype():
 @pytest.mark.parametrize("context", [Mode, torch.inference_mode])
 def test_nothing_is_kept_where_it_must_not(context):
     kept, factors, exponent = ones(24, torch.empty(0)), KeptEqualizer(), torch.zeros(8, dtype=torch.int8)
-    first = factors.get(exponent)
+    first = factors.get(exponent, keeping_stream(exponent))
     with context():
         assert ones(24, torch.empty(0)) is not kept
-        assert factors.get(exponent) is not first
-    assert factors.get(exponent) is first
+        assert factors.get(exponent, keeping_stream(exponent)) is not first
+    assert factors.get(exponent, keeping_stream(exponent)) is first
 
 
 def test_factors_are_made_again_when_the_exponents_change():
     factors, exponent = KeptEqualizer(), torch.arange(-4, 4, dtype=torch.int8)
-    first = factors.get(exponent)
+    first = factors.get(exponent, keeping_stream(exponent))
     assert torch.equal(first.d, torch.exp2(exponent.float()))
-    assert factors.get(exponent) is first
+    assert factors.get(exponent, keeping_stream(exponent)) is first
     exponent.add_(1)
-    assert torch.equal(factors.get(exponent).inverse, torch.exp2(-exponent.float()))
+    assert torch.equal(factors.get(exponent, keeping_stream(exponent)).inverse, torch.exp2(-exponent.float()))
     exponent.data = exponent.data + 1
-    assert torch.equal(factors.get(exponent).d, torch.exp2(exponent.float()))
+    assert torch.equal(factors.get(exponent, keeping_stream(exponent)).d, torch.exp2(exponent.float()))
 
 
 def test_in_a_process_group_only_those_of_sharded_layers_are_kept(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     factors, exponent = KeptEqualizer(), torch.zeros(8, dtype=torch.int8)
-    assert factors.get(exponent) is not factors.get(exponent)
-    assert factors.get(exponent, sharded=True) is factors.get(exponent, sharded=True)
+    stream = keeping_stream(exponent)
+    assert factors.get(exponent, stream) is not factors.get(exponent, stream)
+    assert factors.get(exponent, stream, sharded=True) is factors.get(exponent, stream, sharded=True)
 
 
 def test_copies_and_pickles_start_empty():

@@ -22,6 +22,7 @@ from ..products import (
     dgrad,
     for_dgrad,
     fprop,
+    once_differentiable,
     pad_rows_again,
     round_gradient,
     undo_fold,
@@ -93,7 +94,7 @@ class ProjectionsFunction(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, needs, arguments = ctx.saved_tensors, ctx.needs_input_grad, ctx.arguments
         data, scale, d, inverse = saved[5:9]
@@ -172,7 +173,7 @@ class GatedMLPFunction(torch.autograd.Function):
         return as_output(y, x.shape[:-1], layers[2].weight.shape[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
         saved, needs, arguments = ctx.saved_tensors, ctx.needs_input_grad, ctx.arguments
         config = arguments.config
