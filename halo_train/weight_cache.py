@@ -51,6 +51,8 @@ class WeightCache:
         self._key: tuple[Any, ...] = ()
         self._value: RoundedWeight | None = None
         self._pays = False
+        self._begun: int | None = None
+        """Optimiser steps before the first micro-batch of this step, from which nothing is kept."""
 
     def get(
         self,
@@ -75,17 +77,25 @@ class WeightCache:
         if stream is None or type(weight) is not nn.Parameter or weight.is_meta or weight.is_inference():
             return None
         in_backward = torch._C._current_graph_task_id() != -1
-        between_micro_batches = torch.is_grad_enabled() and training
-        if not in_backward and not between_micro_batches:
+        if not in_backward and not (training and torch.is_grad_enabled()):
             self.clear()
+            return None
+        first = weight.grad is None and weight.requires_grad
+        if first and not self._pays and self._value is None:
+            # As in every call of a training without accumulation, of which no more is asked.
+            if not in_backward:
+                self._begun = _optimizer_steps
             return None
         state = (weight._version, weight.data_ptr(), weight.dtype, weight.shape)
         key = (_optimizer_steps, made_from, stream, state, exponent._version, exponent.data_ptr())
         unchanged = self._weight is not None and self._weight() is weight and key == self._key
         if in_backward:
             return self._value if unchanged else None
-        if unchanged and (weight.grad is not None or not weight.requires_grad):
+        if unchanged and not first:
             self._pays = True
+        elif not first and self._begun == _optimizer_steps:
+            self.clear()
+            self._weight, self._key, self._pays = weakref.ref(weight), key, True
         else:
             # The first micro-batch of a step: worth keeping if the last step had more than one.
             keep = self._pays
