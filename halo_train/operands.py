@@ -50,7 +50,7 @@ def quantize_weight_columns(weight: Tensor, levels: Tensor | None, config: HaloC
     """(diag(1/levels) W)^T rounded, the second operand of a dgrad that requantizes W: W [N, K] padded to multiples of 16, to data
     [K', N']."""
     padded = pad_matrix(weight, MULTIPLE, MULTIPLE)
-    return quantize_transposed(padded, config.format, None if levels is None else 1 / levels)
+    return quantize_transposed(padded, config.format, None if levels is None else levels.reciprocal())
 
 
 def round_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> RoundedWeight:

@@ -134,7 +134,7 @@ def dgrad(e: Quantized, w: ForDgrad, dtype: torch.dtype, config: HaloConfig) -> 
     """E W [M', K'], padded; rotated and equalised as W is where dgrad is folded (:func:`undo_fold`)."""
     if w.weight is not None:
         padded = pad_matrix(w.weight, MULTIPLE, MULTIPLE)
-        divisors = None if w.levels is None else 1 / w.levels
+        divisors = None if w.levels is None else w.levels.reciprocal()  # 1 / x: two kernels
         stored = storage_dtype(config.format, w.weight.dtype)
         return ops.matmul_weight_columns(e.data, e.scale, padded, divisors, stored, dtype, config.fast_accum)
     assert w.data is not None
