@@ -181,15 +181,12 @@ Tensor scaled_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, co
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Contracted over the rows of b, which have no scales of their own.
+// Contracted over the rows of b.
 Tensor matmul_rows(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
                    ScalarType out_dtype, bool fast_accum) {
   const DeviceGuard guard(a.get_device_index());
   const Tensor transposed = operators::transpose_bytes(b);
-  if (scale_b.dim() == 0) return scaled_matmul(a, transposed, scale_a, scale_b, out_dtype, fast_accum);
-  Tensor ones = halo_train::empty_floats({transposed.size(0)}, b);
-  torch::stable::fill_(ones, 1.0);
-  return scaled_matmul(a, transposed, scale_a, ones, out_dtype, fast_accum);
+  return scaled_matmul(a, transposed, scale_a, scale_b, out_dtype, fast_accum);
 }
 
 std::tuple<Tensor, Tensor> matmul_weight_rows(const Tensor& a, const Tensor& scale_a, const Tensor& weight,
@@ -207,9 +204,9 @@ Tensor matmul_weight_columns(const Tensor& a, const Tensor& scale_a, const Tenso
 }
 
 Tensor matmul_rotated(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
-                      int64_t block, const std::optional<Tensor>& col_scale, ScalarType out_dtype,
+                      bool rows, int64_t block, const std::optional<Tensor>& col_scale, ScalarType out_dtype,
                       bool fast_accum) {
-  Tensor y = scaled_matmul(a, b, scale_a, scale_b, out_dtype, fast_accum);
+  Tensor y = (rows ? matmul_rows : scaled_matmul)(a, b, scale_a, scale_b, out_dtype, fast_accum);
   const double norm = 1.0 / std::sqrt(static_cast<double>(block));
   operators::hadamard_(y, block, norm, std::nullopt, col_scale, std::nullopt);
   return y;

@@ -48,6 +48,31 @@ class Layer(agreement.Layer, Protocol):
     def equalizer(self) -> Tensor | None: ...
 
 
+def is_sharded(weight: Any) -> bool:
+    """A DTensor; named by its attribute, because importing torch.distributed.tensor takes half a second."""
+    return hasattr(weight, "_local_tensor")
+
+
+def check_whole(fqn: str, weight: Tensor) -> None:
+    """A ValueError that names the layer where this rank holds a part of its weight."""
+    if is_sharded(weight):
+        raise ValueError(
+            f"HaloLinear {fqn!r}: the weight is a DTensor, of which this rank holds a part. With FSDP2 call the module that fully_shard "
+            "was called on, not a layer inside it; tensor parallelism is not supported: leave the layer out of the plan or "
+            "out of the conversion with module_filter_fn"
+        )
+    if _is_flattened_by_fsdp1(weight):
+        raise ValueError(
+            f"HaloLinear {fqn!r}: FullyShardedDataParallel (FSDP1) is not supported: it cuts rows apart, and a rotation needs whole ones; "
+            "use torch.distributed.fsdp.fully_shard (FSDP2) on each block and then on the model"
+        )
+
+
+def _is_flattened_by_fsdp1(weight: Tensor) -> bool:
+    """In its forward the weight is a view of the flat parameter; FSDP1 marks that, and the parameters that went into it."""
+    return any(getattr(t, "_fsdp_flattened", False) for t in (weight, weight._base))
+
+
 class ShardedWeight(Tensor):
     """The rows of a weight that this rank keeps: an ordinary tensor that also knows its layer. Operators return plain tensors.
 

@@ -25,7 +25,7 @@ from . import ops
 from .config import Format, HaloConfig
 from .gemm import MULTIPLE
 from .hadamard import hadamard_transform
-from .operands import contract_rows, pad_vector, quantize_input, rotation_block
+from .operands import pad_vector, quantize_input, rotation_block
 from .products import (
     ForDgrad,
     again,
@@ -250,7 +250,7 @@ class HaloLinearFunction(torch.autograd.Function):
                 if ctx.again_from_x:
                     factors = again(inverse, ctx.x_shape[-1], e)
                     x = Quantized(quantize_input(as_matrix(x_data), factors, config).data, x_scale)
-                dw = wgrad(for_dw, contract_rows(x, config), ctx.block, d, ctx.weight_form, config)
+                dw = wgrad(for_dw, x, ctx.block, d, ctx.weight_form, config, rows=True)
         return dx, dw, db, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import ops
 from .quantize import Quantized
+from .reuse import ones
 
 MULTIPLE = 16
 """The float8 GEMM takes contracted and output dimensions that are multiples of 16; operands are padded to it."""
@@ -44,4 +45,10 @@ def matmul_rows(a: Quantized, b: Quantized, out_dtype: torch.dtype, fast_accum: 
     Returns:
         [M, K], not differentiable.
     """
-    return ops.matmul_rows(a.data, b.data, a.scale, b.scale, out_dtype, fast_accum)
+    return ops.matmul_rows(a.data, b.data, a.scale, scale_of_columns(b), out_dtype, fast_accum)
+
+
+def scale_of_columns(b: Quantized) -> Tensor:
+    """What a product over the rows of b multiplies its columns by: the scale of all of b, or ones, because row scales are folded into
+    the other operand."""
+    return ones(b.data.shape[1], b.scale) if b.scale.dim() else b.scale

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .agreement import Conversion, meet
 from .config import Format, HaloConfig, resolve_recipe
-from .fsdp import GatheredWeight, attach, take_agreed_exponents
+from .fsdp import GatheredWeight, attach, check_whole, is_sharded, take_agreed_exponents
 from .functional import halo_linear
 from .fused import Projected
 from .fused.functions import Layer
@@ -64,6 +64,8 @@ class HaloLinear(nn.Linear):
 
     equalizer_exponent: Tensor
     """log2 d, [in_features] int8: an integer dtype survives model.half() and model.to(dtype)."""
+    _buffers: dict[str, Tensor]  # type: ignore[assignment]
+    """Read here where an attribute of an nn.Module, which costs the host half a microsecond, is asked for in every call."""
     fqn: str
     """Name in the model that it was converted in, for messages."""
     conversion: Conversion | None
@@ -159,14 +161,14 @@ class HaloLinear(nn.Linear):
             or torch.compiler.is_compiling()
             or (type(weight) is nn.Parameter and not weight.__dict__)
         ):
-            self._check_placement(weight)
+            check_whole(self.fqn, weight)
         if not self.equalizer_taken and self.config.equalize:
             self._take_equalizer(x)
         return self._factors(stream)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 swaps the sharded and the gathered parameter through here, fully_shard first of all.
-        sharded = name == "weight" and _is_sharded(value)
+        sharded = name == "weight" and is_sharded(value)
         if sharded:
             self.__dict__["_sharded_weight"] = value  # not through nn.Module, which would register it
             attach(self, value)
@@ -212,7 +214,6 @@ class HaloLinear(nn.Linear):
         return self._kept_equalizer.get(exponent, stream, sharded="_sharded_weight" in self.__dict__)
 
     def _keeping_stream(self) -> int | None:
-        # Asked once in a call, and not by attribute, which costs the host more where an nn.Module holds it.
         return keeping_stream(self._buffers["equalizer_exponent"])
 
     def operands(self, equalizer: Equalizer | None) -> Layer:
@@ -289,7 +290,7 @@ class HaloLinear(nn.Linear):
         self._weight_cache.clear()  # it would stay behind on the old device
         super()._apply(fn, recurse)
         self._tell_group()
-        if _is_sharded(self.weight):
+        if is_sharded(self.weight):
             attach(self, self.weight)  # fn made a new shard
         return self
 
@@ -305,19 +306,6 @@ class HaloLinear(nn.Linear):
         if taken_from is not None and self.input_group is not None:
             self.input_group.record(*taken_from)
 
-    def _check_placement(self, weight: Tensor) -> None:
-        if _is_sharded(weight):
-            raise ValueError(
-                f"HaloLinear {self.fqn!r}: the weight is a DTensor, of which this rank holds a part. With FSDP2 call the module that fully_shard "
-                "was called on, not a layer inside it; tensor parallelism is not supported: leave the layer out of the plan or "
-                "out of the conversion with module_filter_fn"
-            )
-        if _is_flattened_by_fsdp1(weight):
-            raise ValueError(
-                f"HaloLinear {self.fqn!r}: FullyShardedDataParallel (FSDP1) is not supported: it cuts rows apart, and a rotation needs whole ones; "
-                "use torch.distributed.fsdp.fully_shard (FSDP2) on each block and then on the model"
-            )
-
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: str | HaloConfig = "fp8") -> HaloLinear:
         """A HaloLinear that shares the parameters, the hooks and the training flag of ``linear``.
@@ -325,7 +313,7 @@ class HaloLinear(nn.Linear):
         Raises:
             ValueError: the weight is sharded already.
         """
-        if _is_sharded(linear.weight):
+        if is_sharded(linear.weight):
             raise ValueError(
                 "HaloLinear: the weight must not be sharded yet; it is a DTensor with placements "
                 f"{getattr(linear.weight, 'placements', '?')}; convert the model first, then call fully_shard"
@@ -392,16 +380,6 @@ def take_equalizers(layers: Sequence[HaloLinear], x: Tensor) -> tuple[Tensor, Te
         layer.equalizer_exponent.copy_(exponent)
         layer.equalizer_taken = True
     return x_amax, w_amax
-
-
-def _is_sharded(weight: Any) -> bool:
-    """A DTensor; named by its attribute, because importing torch.distributed.tensor takes half a second."""
-    return hasattr(weight, "_local_tensor")
-
-
-def _is_flattened_by_fsdp1(weight: Tensor) -> bool:
-    """In its forward the weight is a view of the flat parameter; FSDP1 marks that, and the parameters that went into it."""
-    return any(getattr(t, "_fsdp_flattened", False) for t in (weight, weight._base))
 
 
 def _share_state(source: nn.Linear, target: nn.Linear) -> None:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from . import ops
 from .config import HaloConfig, Scaling, storage_dtype
-from .gemm import MULTIPLE
+from .gemm import MULTIPLE, scale_of_columns
 from .hadamard import hadamard_transform, largest_block
 from .quantize import Quantized, RoundedWeight, quantize, quantize_grad, quantize_transposed
-from .reuse import ones
 
 _MIN_TOKEN_BLOCK = 256
 """A rotation along M spreads an outlier token over at least this many tokens; shorter axes are padded with zeros."""
@@ -108,13 +107,12 @@ def round_grad(
     return for_dx, for_dw, None
 
 
-def contract_rows(q: Quantized, config: HaloConfig) -> Quantized:
+def contract_rows(q: Quantized) -> Quantized:
     """The transpose of q as the second operand of a product over its rows, both operands contiguous along them.
 
     Row scales lie on the contracted axis, where a GEMM cannot apply them: they are folded into the other operand.
     """
-    data = q.transposed_data()
-    return Quantized(data, ones(data.shape[0], q.scale) if config.scaling is Scaling.ROWWISE else q.scale)
+    return Quantized(q.transposed_data(), scale_of_columns(q))
 
 
 def rotation_block(k: int, config: HaloConfig) -> int:

@@ -13,8 +13,17 @@ from torch import Tensor
 
 from . import ops
 from .config import HaloConfig, Scaling, storage_dtype
-from .gemm import MULTIPLE, matmul, matmul_rows
-from .operands import levels_of, pad_matrix, pad_rows, pad_vector, quantize_weight, rotation_block, round_grad
+from .gemm import MULTIPLE, matmul, matmul_rows, scale_of_columns
+from .operands import (
+    contract_rows,
+    levels_of,
+    pad_matrix,
+    pad_rows,
+    pad_vector,
+    quantize_weight,
+    rotation_block,
+    round_grad,
+)
 from .quantize import Quantized
 
 
@@ -155,13 +164,24 @@ def wgrad(
     d: Tensor | None,
     weight: tuple[torch.Size, torch.dtype],
     config: HaloConfig,
+    *,
+    rows: bool = False,
 ) -> Tensor:
-    """E^T X H^T D [N, K]; x as :func:`halo_train.operands.contract_rows` returns it, weight: shape and dtype."""
+    """E^T X H^T D [N, K].
+
+    Args:
+        x: as :func:`halo_train.operands.contract_rows` returns it, for several products with it; or with ``rows`` as it was rounded.
+        weight: shape and dtype.
+    """
     shape, dtype = weight
+    if rows and torch.compiler.is_compiling():
+        # A compiler sees what several layers transpose, and does it once.
+        x, rows = contract_rows(x), False
     if block == 1 and d is None:
-        return crop(matmul(e, x, dtype, config.fast_accum), *shape)
-    factors = None if d is None else pad_vector(d, x.data.shape[0])
-    dw = ops.matmul_rotated(e.data, x.data, e.scale, x.scale, block, factors, dtype, config.fast_accum)
+        return crop((matmul_rows if rows else matmul)(e, x, dtype, config.fast_accum), *shape)
+    scale = scale_of_columns(x) if rows else x.scale
+    factors = None if d is None else pad_vector(d, x.data.shape[1 if rows else 0])
+    dw = ops.matmul_rotated(e.data, x.data, e.scale, scale, rows, block, factors, dtype, config.fast_accum)
     return crop(dw, *shape)
 
 

@@ -75,7 +75,8 @@ def test_columns_of_a_weight_have_a_format_of_their_own(device, gradients):
 def test_the_result_is_rotated_and_scaled(device, dtype, out_dtype, block, with_factors):
     (a, u), (b, v) = rounded(48, 64, dtype, device), rounded(96, 64, dtype, device)
     d = torch.exp2(torch.randint(-3, 4, (96,), device=device).float()) if with_factors else None
-    y = ops.matmul_rotated(a, b, u, v, block, d, out_dtype)
+    y = ops.matmul_rotated(a, b, u, v, False, block, d, out_dtype)
+    assert torch.equal(y, ops.matmul_rotated(a, ops.transpose_bytes(b), u, v, True, block, d, out_dtype))
     h = torch.ones(1, 1, dtype=torch.float64)
     while len(h) < block:
         h = torch.kron(h, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
@@ -87,12 +88,12 @@ def test_the_result_is_rotated_and_scaled(device, dtype, out_dtype, block, with_
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("row_scales", [False, True])
-def test_contracted_rows_have_no_scales_of_their_own(device, dtype, row_scales):
-    (a, u), (b, v) = rounded(48, 32, dtype, device), rounded(32, 64, dtype, device)
-    v = v if row_scales else torch.tensor(0.5, device=device)
+@pytest.mark.parametrize("column_scales", [False, True])
+def test_a_product_over_rows_has_scales_of_columns(device, dtype, column_scales):
+    (a, u), (b, _) = rounded(48, 32, dtype, device), rounded(32, 64, dtype, device)
+    v = torch.rand(64, device=device) if column_scales else torch.tensor(0.5, device=device)
     y = ops.matmul_rows(a, b, u, v, torch.float32)
-    assert relative(y, exact(a, u) @ b.double() * (1.0 if row_scales else 0.5)) < 2e-3
+    assert relative(y, exact(a, u) @ b.double() * v) < 2e-3
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -113,11 +114,12 @@ def test_opcheck(device, dtype):
 
     if dtype != torch.int8:
         check(namespace.scaled_matmul, a, b, u, v, out, True)
-    check(namespace.matmul_rows, e, b[:, :32].t().contiguous(), t, t.new_ones(32), out, True)
+    check(namespace.matmul_rows, e, b[:, :32].t().contiguous(), t, t.new_ones(16), out, True)
     check(namespace.matmul_weight_rows, a, u, weight, 64, d, out, True)
     for factors in (None, weight.new_ones(32)):
         check(namespace.matmul_weight_columns, e, t, weight, factors, dtype, out, True)
-    check(namespace.matmul_rotated, a, b, u, v, 16, None, out, True)
+    check(namespace.matmul_rotated, a, b, u, v, False, 16, None, out, True)
+    check(namespace.matmul_rotated, a, b.t().contiguous(), u, v, True, 16, None, out, True)
 
 
 @pytest.mark.gpu
@@ -146,4 +148,6 @@ def test_operands_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="block must be a power of two"):
         ops.matmul_weight_rows(a, u, torch.randn(48, 64), 48, None, torch.float32)
     with pytest.raises(ValueError, match="col_scale must be a real vector"):
-        ops.matmul_rotated(a, a, u, u, 16, torch.ones(3), torch.float32)
+        ops.matmul_rotated(a, a, u, u, False, 16, torch.ones(3), torch.float32)
+    with pytest.raises(ValueError, match="scale_b must have one value or one for each of 16 columns"):
+        ops.matmul_rotated(a, a.t(), u, v, True, 16, None, torch.float32)

@@ -106,7 +106,7 @@ class ProjectionsFunction(torch.autograd.Function):
             if some is not None and any(needs[6::_PER_LAYER]):
                 if data is None:
                     data = _round_input_again(saved[:3], inverse, some, ctx.x_shape, arguments)
-                x = contract_rows(Quantized(data, scale), config)
+                x = contract_rows(Quantized(data, scale))
             for i, (e, form) in enumerate(zip(grads, ctx.forms, strict=True)):
                 w, dw, db = ForDgrad(*saved[9 + _SAVED * i : 9 + _SAVED * (i + 1)]), None, None
                 needs_dw, needs_db = needs[6 + _PER_LAYER * i : 8 + _PER_LAYER * i]
@@ -204,8 +204,8 @@ class GatedMLPFunction(torch.autograd.Function):
                 if h_data is None:
                     width = down_form.weight[0][1]
                     h_data = _round_hidden(gate, up, again(down_inverse, width, e), width, arguments).data
-                h = contract_rows(Quantized(h_data, h_scale), config)
-                dw_down = wgrad(for_dw, h, down_block, down_d, down_form.weight, config)
+                h = Quantized(h_data, h_scale)
+                dw_down = wgrad(for_dw, h, down_block, down_d, down_form.weight, config, rows=True)
                 del h, h_data
             if for_dh is not None:
                 dh = undo_fold(
@@ -222,7 +222,7 @@ class GatedMLPFunction(torch.autograd.Function):
                         for part, w in ((dgate, gate_w), (dup, up_w))
                     ]
                 if reads_x:
-                    x = contract_rows(Quantized(data, scale), config)
+                    x = contract_rows(Quantized(data, scale))
                     dw_gate = wgrad(dgate_t, x, block, d, gate_form.weight, config) if needs_gate else None
                     dw_up = wgrad(dup_t, x, block, d, up_form.weight, config) if needs_up else None
             inputs = _input_backward(dys, block, inverse, ctx.x_shape, saved[:5], needs[1:4], arguments)

@@ -173,19 +173,20 @@ def check_vector(op: str, name: str, v: Tensor, n: int, x: Tensor) -> None:
 def check_product(
     op: str, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor | None, rows: bool = False
 ) -> None:
-    """a [M, K] and b [N, K], or [K, N] with ``rows``, can be multiplied, and each has scales of its rows, or one scale."""
+    """a [M, K] and b [N, K], or [K, N] with ``rows``, can be multiplied, and have scales of the rows and columns of the result, or one
+    scale."""
     shape_a, shape_b = a.shape, b.shape
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[1] != shape_b[0 if rows else 1]:
         raise ValueError(
             f"{op}: the operands must be matrices whose contracted dimensions are equal; got {tuple(a.shape)} and {tuple(b.shape)}"
         )
-    _check_scale(op, "scale_a", scale_a, shape_a[0])
+    _check_scale(op, "scale_a", scale_a, shape_a[0], "rows")
     if scale_b is not None:
-        _check_scale(op, "scale_b", scale_b, shape_b[0])
+        _check_scale(op, "scale_b", scale_b, shape_b[1 if rows else 0], "columns" if rows else "rows")
 
 
-def _check_scale(op: str, name: str, scale: Tensor, rows: int) -> None:
-    if scale.dim() and scale.shape != (rows,):
+def _check_scale(op: str, name: str, scale: Tensor, count: int, of: str) -> None:
+    if scale.dim() and scale.shape != (count,):
         raise ValueError(
-            f"{op}: {name} must have one value or one for each of {rows} rows; got shape {tuple(scale.shape)}"
+            f"{op}: {name} must have one value or one for each of {count} {of}; got shape {tuple(scale.shape)}"
         )

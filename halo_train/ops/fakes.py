@@ -86,12 +86,13 @@ def _matmul_rotated(
     b: Tensor,
     scale_a: Tensor,
     scale_b: Tensor,
+    rows: bool,
     block: int,
     col_scale: Tensor | None,
     out_dtype: torch.dtype,
     *_: Any,
 ) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+    return a.new_empty((a.shape[0], b.shape[1 if rows else 0]), dtype=out_dtype)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

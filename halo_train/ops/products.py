@@ -28,7 +28,7 @@ def scaled_matmul(
 def matmul_rows(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, fast_accum: bool = True
 ) -> Tensor:
-    """diag(scale_a) (a b) scale_b, contracted over the rows of b; see :func:`reference.matmul_rows`. Not differentiable."""
+    """diag(scale_a) (a b) diag(scale_b), contracted over the rows of b; see :func:`reference.matmul_rows`. Not differentiable."""
     check_product("matmul_rows", a, b, scale_a, scale_b, rows=True)
     if not _has_kernel(a, out_dtype):
         return reference.matmul_rows(a, b, scale_a, scale_b, out_dtype)
@@ -78,18 +78,20 @@ def matmul_rotated(
     b: Tensor,
     scale_a: Tensor,
     scale_b: Tensor,
+    rows: bool,
     block: int,
     col_scale: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool = True,
 ) -> Tensor:
-    """:func:`scaled_matmul`, rounded, then rotated and scaled by columns; see :func:`reference.matmul_rotated`."""
-    check_product("matmul_rotated", a, b, scale_a, scale_b)
+    """:func:`scaled_matmul`, or with ``rows`` :func:`matmul_rows`, rounded, then rotated and scaled by columns; see
+    :func:`reference.matmul_rotated`."""
+    check_product("matmul_rotated", a, b, scale_a, scale_b, rows)
     if col_scale is not None:
-        check_vector("matmul_rotated", "col_scale", col_scale, b.shape[0], a)
+        check_vector("matmul_rotated", "col_scale", col_scale, b.shape[1 if rows else 0], a)
     if not _has_kernel(a, out_dtype):
-        return reference.matmul_rotated(a, b, scale_a, scale_b, block, col_scale, out_dtype)
-    return overloads.matmul_rotated(a, b, scale_a, scale_b, block, col_scale, out_dtype, fast_accum)
+        return reference.matmul_rotated(a, b, scale_a, scale_b, rows, block, col_scale, out_dtype)
+    return overloads.matmul_rotated(a, b, scale_a, scale_b, rows, block, col_scale, out_dtype, fast_accum)
 
 
 def _has_kernel(a: Tensor, out_dtype: torch.dtype) -> bool:

@@ -274,9 +274,7 @@ def int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtyp
 def matmul_rows(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, fast_accum: bool = True
 ) -> Tensor:
-    """diag(scale_a) (a b) scale_b, [M, N] from a [M, K] and b [K, N]; of the scales of b one for all of it is applied, row
-    scales are not: they are folded into a."""
-    scale_b = scale_b if scale_b.dim() == 0 else scale_b.new_ones(())
+    """diag(scale_a) (a b) diag(scale_b), [M, N] from a [M, K] and b [K, N]: scale_b [N] or []."""
     return scaled_matmul(a, b.t().contiguous(), scale_a, scale_b, out_dtype)
 
 
@@ -315,13 +313,15 @@ def matmul_rotated(
     b: Tensor,
     scale_a: Tensor,
     scale_b: Tensor,
+    rows: bool,
     block: int,
     col_scale: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool = True,
 ) -> Tensor:
-    """:func:`scaled_matmul`, rounded to ``out_dtype``, then rotated along its rows and times col_scale [N], rounded again."""
-    y = scaled_matmul(a, b, scale_a, scale_b, out_dtype)
+    """:func:`scaled_matmul`, or with ``rows`` :func:`matmul_rows`, rounded to ``out_dtype``, then rotated along its rows and times
+    col_scale [N], rounded again."""
+    y = (matmul_rows if rows else scaled_matmul)(a, b, scale_a, scale_b, out_dtype)
     return hadamard(y, block, 1.0 / math.sqrt(block), None, col_scale)
 
 

@@ -127,8 +127,8 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         reference.matmul_weight_columns,
     ),
     "matmul_rotated": (
-        "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, int block, Tensor? col_scale, ScalarType out_dtype, bool fast_accum)"
-        " -> Tensor",
+        "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, bool rows, int block, Tensor? col_scale, ScalarType out_dtype, "
+        "bool fast_accum) -> Tensor",
         reference.matmul_rotated,
     ),
     "copy_after": ("(Tensor x, Tensor e) -> Tensor", reference.copy_after),

@@ -151,7 +151,7 @@ class RoundedProducts:
     def add_wgrad(self, gradient: tuple[Quantized | None, Quantized | None, int]) -> None:
         for_dw = gradient[1]
         assert for_dw is not None
-        x = contract_rows(self._x, self._config)
+        x = contract_rows(self._x)
         part = matmul(for_dw, x, self._sum_dtype, self._config.fast_accum)
         self._sum = part if self._sum is None else self._sum.add_(part)
 
