@@ -13,6 +13,9 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, ScalarType dtype, int6
                                          const std::optional<Tensor>& col_scale);
 std::tuple<Tensor, Tensor> quantize_rows_transposed(const Tensor& x, ScalarType dtype,
                                                     const std::optional<Tensor>& row_scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& e, ScalarType dtype,
+                                                                 const std::optional<Tensor>& col_scale,
+                                                                 const Tensor& row_scale, bool column_sums);
 Tensor transpose_bytes(const Tensor& x);
 void hadamard_(Tensor x, int64_t block, double scale, const std::optional<Tensor>& signs,
                const std::optional<Tensor>& out_scale, const std::optional<Tensor>& matrix);

@@ -196,11 +196,34 @@ std::tuple<Tensor, Tensor> matmul_weight_rows(const Tensor& a, const Tensor& sca
   return {scaled_matmul(a, data, scale_a, scale, out_dtype, fast_accum), scale};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> matmul_rounded(const Tensor& x,
+                                                          const std::optional<Tensor>& x_col_scale,
+                                                          const Tensor& weight,
+                                                          const std::optional<Tensor>& weight_col_scale,
+                                                          ScalarType dtype, int64_t block,
+                                                          ScalarType out_dtype, bool fast_accum) {
+  const auto [data, scale] = operators::quantize_rows(x, dtype, block, x_col_scale);
+  const auto [y, weight_scale] =
+      matmul_weight_rows(data, scale, weight, block, weight_col_scale, out_dtype, fast_accum);
+  return {y, data, scale, weight_scale};
+}
+
 Tensor matmul_weight_columns(const Tensor& a, const Tensor& scale_a, const Tensor& weight,
                              const std::optional<Tensor>& row_scale, ScalarType dtype, ScalarType out_dtype,
                              bool fast_accum) {
   const auto [data, scale] = operators::quantize_rows_transposed(weight, dtype, row_scale);
   return scaled_matmul(a, data, scale_a, scale, out_dtype, fast_accum);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> matmul_gradient(
+    const Tensor& e, const std::optional<Tensor>& col_scale, const Tensor& row_scale, bool column_sums,
+    ScalarType grad_dtype, const Tensor& weight, const std::optional<Tensor>& weight_row_scale,
+    ScalarType dtype, ScalarType out_dtype, bool fast_accum) {
+  const auto [rows, row_scales, columns, column_scales, sums] =
+      operators::quantize_grad(e, grad_dtype, col_scale, row_scale, column_sums);
+  const Tensor dx =
+      matmul_weight_columns(rows, row_scales, weight, weight_row_scale, dtype, out_dtype, fast_accum);
+  return {dx, columns, column_scales, sums};
 }
 
 Tensor matmul_rotated(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
@@ -219,5 +242,7 @@ STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
   m.impl("matmul_rows", TORCH_BOX(&matmul_rows));
   m.impl("matmul_weight_rows", TORCH_BOX(&matmul_weight_rows));
   m.impl("matmul_weight_columns", TORCH_BOX(&matmul_weight_columns));
+  m.impl("matmul_rounded", TORCH_BOX(&matmul_rounded));
+  m.impl("matmul_gradient", TORCH_BOX(&matmul_gradient));
   m.impl("matmul_rotated", TORCH_BOX(&matmul_rotated));
 }

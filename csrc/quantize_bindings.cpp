@@ -139,25 +139,6 @@ void quantize_forms(const char* op, const Tensor& x, QType qtype, const std::opt
   check_launch(op, halo_train::quantize_grad(args, current_stream(device)), device);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& input, ScalarType dtype,
-                                                                 const std::optional<Tensor>& col_scale,
-                                                                 const Tensor& row_scale, bool column_sums) {
-  const DeviceGuard guard(input.get_device_index());
-  const Tensor e = with_dense_rows(input);
-  const int64_t rows = e.size(0), cols = e.size(1);
-  const Quantised quantised = quantised_type(dtype);
-  const FormPair a(rows, cols, e, quantised), b(cols, rows, e, quantised);
-  Tensor sums = empty_floats({column_sums ? cols : 0}, e);
-  if (e.numel() > 0) {
-    quantize_forms("quantize_grad", e, quantised.type, col_scale, row_scale,
-                   {a.bytes(), a.floats(), b.bytes(), b.floats()},
-                   column_sums ? std::optional(sums) : std::nullopt);
-  } else {
-    torch::stable::fill_(sums, 0.0);
-  }
-  return {a.data, a.scale, b.data, b.scale, sums};
-}
-
 std::tuple<Tensor, Tensor> equalizer_factors(const Tensor& input) {
   const int device = input.get_device_index();
   const DeviceGuard guard(device);
@@ -197,6 +178,25 @@ std::tuple<Tensor, Tensor> quantize_rows_transposed(const Tensor& input, ScalarT
   return {columns.data, columns.scale};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& input, ScalarType dtype,
+                                                                 const std::optional<Tensor>& col_scale,
+                                                                 const Tensor& row_scale, bool column_sums) {
+  const DeviceGuard guard(input.get_device_index());
+  const Tensor e = with_dense_rows(input);
+  const int64_t rows = e.size(0), cols = e.size(1);
+  const Quantised quantised = quantised_type(dtype);
+  const FormPair a(rows, cols, e, quantised), b(cols, rows, e, quantised);
+  Tensor sums = empty_floats({column_sums ? cols : 0}, e);
+  if (e.numel() > 0) {
+    quantize_forms("quantize_grad", e, quantised.type, col_scale, row_scale,
+                   {a.bytes(), a.floats(), b.bytes(), b.floats()},
+                   column_sums ? std::optional(sums) : std::nullopt);
+  } else {
+    torch::stable::fill_(sums, 0.0);
+  }
+  return {a.data, a.scale, b.data, b.scale, sums};
+}
+
 Tensor transpose_bytes(const Tensor& input) {
   const int device = input.get_device_index();
   const DeviceGuard guard(device);
@@ -217,7 +217,7 @@ Tensor transpose_bytes(const Tensor& input) {
 STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
   m.impl("quantize_rows", TORCH_BOX(&halo_train::operators::quantize_rows));
   m.impl("quantize_rows_transposed", TORCH_BOX(&halo_train::operators::quantize_rows_transposed));
-  m.impl("quantize_grad", TORCH_BOX(&quantize_grad));
+  m.impl("quantize_grad", TORCH_BOX(&halo_train::operators::quantize_grad));
   m.impl("quantize_tensor", TORCH_BOX(&quantize_tensor));
   m.impl("transpose_bytes", TORCH_BOX(&halo_train::operators::transpose_bytes));
   m.impl("equalizer_factors", TORCH_BOX(&equalizer_factors));

@@ -33,11 +33,11 @@ from .products import (
     as_output,
     autocast_dtype,
     crop,
-    dgrad,
     for_dgrad,
     fprop,
     once_differentiable,
-    round_gradient,
+    round_and_multiply,
+    round_gradient_and_dgrad,
     undo_fold,
     wgrad,
     without_autocast,
@@ -198,9 +198,15 @@ class HaloLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         given = None if w_data is None or w_scale is None else Quantized(w_data, w_scale)
         quantized_input = None if x_data is None or x_scale is None else Quantized(x_data, x_scale)
-        n, tokens = weight.shape[0], as_matrix(x)
-        rounded = quantize_input(tokens, inverse, config) if quantized_input is None else quantized_input
-        y, w_rows, w_row_scale = fprop(rounded, weight, d, given, x.dtype, config)
+        (n, k), tokens = weight.shape, as_matrix(x)
+        block = rotation_block(k, config)
+        if quantized_input is None and given is None:
+            rounded, y, w_rows, w_row_scale = round_and_multiply(
+                tokens, inverse, weight, d, block, x.dtype, config
+            )
+        else:
+            rounded = quantized_input or quantize_input(tokens, inverse, config)
+            y, w_rows, w_row_scale = fprop(rounded, weight, d, given, x.dtype, config)
         y = as_output(y, x.shape[:-1] if leading is None else leading, n)
         if bias is not None:
             y = y + bias.to(y.dtype)
@@ -217,7 +223,7 @@ class HaloLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(*saved_x, *saved_w, inverse if needs_inverse else None)
         ctx.config, ctx.block, ctx.from_carrier = (
             config,
-            rotation_block(weight.shape[1], config),
+            block,
             quantized_input is not None,
         )
         ctx.again_from_x = again_from_x
@@ -231,13 +237,14 @@ class HaloLinearFunction(torch.autograd.Function):
         x_data, x_scale, d, *saved_w, inverse = ctx.saved_tensors
         config, x, w = ctx.config, Quantized(x_data, x_scale), ForDgrad(*saved_w)
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        bias_dtype, dx, dw = ctx.bias_dtype if needs_db else None, None, None
+        bias_dtype, dw = ctx.bias_dtype if needs_db else None, None
         e = as_matrix(e)
         # A compiled backward is traced under the autocast of its forward.
         with without_autocast(e.device.type):
-            for_dx, for_dw, db = round_gradient(e, w, x.scale, needs_dx, needs_dw, bias_dtype, config)
-            if for_dx is not None:
-                dx = dgrad(for_dx, w, ctx.x_dtype, config)
+            dx, for_dw, db = round_gradient_and_dgrad(
+                e, w, x.scale, needs_dx, needs_dw, bias_dtype, ctx.x_dtype, config
+            )
+            if dx is not None:
                 if config.rotate_m_dgrad:
                     dx = hadamard_transform(dx, axis=0)
                 if ctx.from_carrier:

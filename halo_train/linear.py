@@ -118,7 +118,8 @@ class HaloLinear(nn.Linear):
         if isinstance(x, Projected):
             return x.of(self)
         y = self.multiply(x)
-        self.show_operands(x, y)
+        if self.operand_hooks:
+            self.show_operands(x, y)
         return y
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -127,9 +128,12 @@ class HaloLinear(nn.Linear):
         gathered = isinstance(weight, GatheredWeight)
         if gathered:
             config = config.with_folded_dgrad
-        shared = self.shared_inputs if self._can_share(x) else None
+        shared = self.shared_inputs
         if shared is not None:
-            shared.meet(self, x)
+            if self._can_share(x):
+                shared.meet(self, x)
+            else:
+                shared = None
         stream = self._keeping_stream()
         equalizer = self._prepare(x, weight, stream)
         # A rank without tokens has a gradient too, of zeros: FSDP2 reduces it with those of the others.
@@ -155,11 +159,11 @@ class HaloLinear(nn.Linear):
         return self._prepare(x, self.weight, self._keeping_stream())
 
     def _prepare(self, x: Tensor, weight: Tensor, stream: int | None) -> Equalizer | None:
-        # A plain parameter to which nothing was attached needs no look.
+        # A plain parameter to which nothing was attached needs no look; torch.compile, for which there is no stream, cannot tell.
         if not (
-            isinstance(weight, GatheredWeight)
+            (stream is not None and type(weight) is nn.Parameter and not weight.__dict__)
+            or isinstance(weight, GatheredWeight)
             or torch.compiler.is_compiling()
-            or (type(weight) is nn.Parameter and not weight.__dict__)
         ):
             check_whole(self.fqn, weight)
         if not self.equalizer_taken and self.config.equalize:
@@ -244,8 +248,7 @@ class HaloLinear(nn.Linear):
     def _can_share(self, x: Tensor) -> bool:
         """Whether x may be rounded for other layers too; where not, the layer rounds it itself, to the same bits."""
         return (
-            self.shared_inputs is not None
-            and (self.joint is None or self.input_amax is None)
+            (self.joint is None or self.input_amax is None)
             and not torch.compiler.is_compiling()
             and type(x) is Tensor
             and not torch.is_inference_mode_enabled()

@@ -20,6 +20,7 @@ from .operands import (
     pad_matrix,
     pad_rows,
     pad_vector,
+    quantize_input,
     quantize_weight,
     rotation_block,
     round_grad,
@@ -55,6 +56,10 @@ class ForDgrad(NamedTuple):
             )
         return pad_vector(fold, columns)
 
+    def divisors(self) -> Tensor | None:
+        """1/l, what the rows of W are multiplied by before its columns are rounded, if it has levels."""
+        return None if self.levels is None else self.levels.reciprocal()  # 1 / x would be two kernels
+
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.autograd.function.once_differentiable``, which costs the host 4 us, where a gradient is differentiated: elsewhere it
@@ -87,7 +92,7 @@ def fprop(
     Args:
         rows: those of a RoundedWeight, padded or not, or None: W is rounded here.
     """
-    if rows is None and config.scaling is Scaling.ROWWISE and config.requantize_w_dgrad:
+    if rows is None and _rounds_on_the_way(config):
         padded = pad_matrix(weight, MULTIPLE, MULTIPLE)
         k = padded.shape[1]
         factors = None if d is None else pad_vector(d, k)
@@ -98,6 +103,30 @@ def fprop(
         rows = quantize_weight(weight, d, config)
     # What pads them is not what is kept.
     return matmul(x, pad_rows(rows), dtype, config.fast_accum), *rows
+
+
+def round_and_multiply(
+    x: Tensor,
+    inverse: Tensor | None,
+    weight: Tensor,
+    d: Tensor | None,
+    block: int,
+    dtype: torch.dtype,
+    config: HaloConfig,
+) -> tuple[Quantized, Tensor, Tensor | None, Tensor]:
+    """:func:`halo_train.operands.quantize_input` of X [M, K], and :func:`fprop` of a W that is rounded here; block: rotation_block(K)."""
+    if not _rounds_on_the_way(config) or are_operators_seen():
+        rounded = quantize_input(x, inverse, config)
+        return rounded, *fprop(rounded, weight, d, None, dtype, config)
+    tokens, padded = pad_matrix(x, MULTIPLE, MULTIPLE), pad_matrix(weight, MULTIPLE, MULTIPLE)
+    k = padded.shape[1]
+    if inverse is not None and d is not None:
+        inverse, d = pad_vector(inverse, k), pad_vector(d, k)
+    stored = storage_dtype(config.format, x.dtype)
+    y, data, scale, weight_scale = ops.matmul_rounded(
+        tokens, inverse, padded, d, stored, block, dtype, config.fast_accum
+    )
+    return Quantized(data, scale), y, None, weight_scale
 
 
 def for_dgrad(
@@ -135,6 +164,48 @@ def round_gradient(
     return for_dx, for_dw, sums[: e.shape[1]].to(bias_dtype)
 
 
+def round_gradient_and_dgrad(
+    e: Tensor,
+    w: ForDgrad,
+    x_scale: Tensor,
+    needs_dx: bool,
+    needs_dw: bool,
+    bias_dtype: torch.dtype | None,
+    dtype: torch.dtype,
+    config: HaloConfig,
+) -> tuple[Tensor | None, Quantized | None, Tensor | None]:
+    """:func:`dgrad` of the first that :func:`round_gradient` returns, and its others; each only if it is needed."""
+    rows_on_the_way = w.weight is not None and needs_dw and not config.rotate_m_dgrad
+    if w.weight is None or not rows_on_the_way or not _rounds_on_the_way(config) or are_operators_seen():
+        for_dx, for_dw, db = round_gradient(e, w, x_scale, needs_dx, needs_dw, bias_dtype, config)
+        return None if for_dx is None else dgrad(for_dx, w, dtype, config), for_dw, db
+    padded, weight = pad_matrix(e, MULTIPLE, MULTIPLE), pad_matrix(w.weight, MULTIPLE, MULTIPLE)
+    dx, data, scale, sums = ops.matmul_gradient(
+        padded,
+        w.fold(config, padded.shape[1]),
+        x_scale,
+        bias_dtype is not None,
+        storage_dtype(config.grad_format, e.dtype),
+        weight,
+        w.divisors(),
+        storage_dtype(config.format, weight.dtype),
+        dtype,
+        config.fast_accum,
+    )
+    return dx, Quantized(data, scale), None if bias_dtype is None else sums[: e.shape[1]].to(bias_dtype)
+
+
+def _rounds_on_the_way(config: HaloConfig) -> bool:
+    """Whether there are operators that round W and multiply by it."""
+    return config.scaling is Scaling.ROWWISE and config.requantize_w_dgrad
+
+
+def are_operators_seen() -> bool:
+    """Whether somebody looks at operators one by one: a compiler, which does once what several layers do, or a dispatch mode, such as
+    that of selective checkpointing, which keeps the results of some. Elsewhere fewer of them cost the host less."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _is_freed(t: Tensor) -> bool:
     return t.numel() > 0 and t.untyped_storage().size() == 0
 
@@ -143,7 +214,7 @@ def dgrad(e: Quantized, w: ForDgrad, dtype: torch.dtype, config: HaloConfig) -> 
     """E W [M', K'], padded; rotated and equalised as W is where dgrad is folded (:func:`undo_fold`)."""
     if w.weight is not None:
         padded = pad_matrix(w.weight, MULTIPLE, MULTIPLE)
-        divisors = None if w.levels is None else w.levels.reciprocal()  # 1 / x: two kernels
+        divisors = w.divisors()
         stored = storage_dtype(config.format, w.weight.dtype)
         return ops.matmul_weight_columns(e.data, e.scale, padded, divisors, stored, dtype, config.fast_accum)
     assert w.data is not None
@@ -174,8 +245,7 @@ def wgrad(
         weight: shape and dtype.
     """
     shape, dtype = weight
-    if rows and torch.compiler.is_compiling():
-        # A compiler sees what several layers transpose, and does it once.
+    if rows and are_operators_seen():
         x, rows = contract_rows(x), False
     if block == 1 and d is None:
         return crop((matmul_rows if rows else matmul)(e, x, dtype, config.fast_accum), *shape)

@@ -88,6 +88,35 @@ def test_an_input_that_is_rounded_again_is_kept_itself(recipe, compiled):
     assert kept[1] == [torch.float32]
 
 
+class Seen(TorchDispatchMode):
+    """Looks at every operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", CONFIGS)
+@pytest.mark.parametrize(("m", "n", "k"), [(64, 64, 64), (100, 48, 33)])
+def test_operators_that_nobody_looks_at_have_the_bits_of_those_that_are_seen(recipe, m, n, k):
+    x, w, b, e = torch.randn(m, k), torch.randn(n, k), torch.randn(n), torch.randn(m, n)
+    d = torch.exp2(torch.randint(-3, 4, (k,)).float()) if CONFIGS[recipe].equalize else None
+
+    def layer(*t):
+        return halo_linear(*t, config=CONFIGS[recipe], equalizer=d)
+
+    alone = grads(layer, x, w, b, e)
+    with Seen() as seen:
+        one_by_one = grads(layer, x, w, b, e)
+    assert not seen.names & {"halo_train::matmul_rounded", "halo_train::matmul_gradient"}
+    for mine, other in zip(alone, one_by_one, strict=True):
+        assert torch.equal(mine, other)
+
+
 @pytest.mark.parametrize("requantize", [True, False])
 def test_rotation_along_tokens_with_row_scales(requantize):
     config = HaloConfig(rotate_m_dgrad=True, requantize_w_dgrad=requantize).without_rounding()

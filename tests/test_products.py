@@ -118,8 +118,49 @@ def test_opcheck(device, dtype):
     check(namespace.matmul_weight_rows, a, u, weight, 64, d, out, True)
     for factors in (None, weight.new_ones(32)):
         check(namespace.matmul_weight_columns, e, t, weight, factors, dtype, out, True)
+    for factors in (None, d):
+        check(namespace.matmul_rounded, weight, factors, weight, factors, dtype, 64, out, True)
+    for sums in (False, True):
+        check(
+            namespace.matmul_gradient,
+            weight,
+            d,
+            t.new_ones(32),
+            sums,
+            dtype,
+            weight.t().contiguous(),
+            None,
+            dtype,
+            out,
+            True,
+        )
     check(namespace.matmul_rotated, a, b, u, v, False, 16, None, out, True)
     check(namespace.matmul_rotated, a, b.t().contiguous(), u, v, True, 16, None, out, True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("with_factors", [False, True])
+def test_steps_in_one_operator_have_the_bits_of_steps_one_by_one(device, dtype, with_factors):
+    x, weight, e = (
+        torch.randn(s, dtype=torch.bfloat16, device=device) for s in ((48, 64), (96, 64), (48, 96))
+    )
+    d, levels = (2.0 ** torch.randint(-3, 4, (n,), device=device) if with_factors else None for n in (64, 96))
+    inverse = None if d is None else 1 / d
+    out = torch.bfloat16
+    y, data, scale, weight_scale = ops.matmul_rounded(x, inverse, weight, d, dtype, 64, out)
+    one_by_one = ops.quantize_rows(x, dtype, 64, inverse)
+    expected = (*ops.matmul_weight_rows(*one_by_one, weight, 64, d, out), *one_by_one)
+    for mine, other in zip((y, weight_scale, data, scale), expected, strict=True):
+        assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
+
+    arguments = (weight, None if levels is None else 1 / levels, dtype, out)
+    for sums in (False, True):
+        found = ops.matmul_gradient(e, levels, scale, sums, dtype, *arguments)
+        rows, row_scales, *others = ops.quantize_grad(e, dtype, levels, scale, sums)
+        dx = ops.matmul_weight_columns(rows, row_scales, *arguments)
+        for mine, other in zip(found, (dx, *others), strict=True):
+            assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
 
 
 @pytest.mark.gpu
@@ -149,5 +190,16 @@ def test_operands_that_do_not_fit_are_refused():
         ops.matmul_weight_rows(a, u, torch.randn(48, 64), 48, None, torch.float32)
     with pytest.raises(ValueError, match="col_scale must be a real vector"):
         ops.matmul_rotated(a, a, u, u, False, 16, torch.ones(3), torch.float32)
+    x, weight, wide = torch.randn(16, 64), torch.randn(48, 64), torch.randn(48, 32)
+    with pytest.raises(ValueError, match=r"contracted dimensions are equal; got \(16, 64\) and \(48, 32\)"):
+        ops.matmul_rounded(x, None, wide, None, torch.int8, 16, torch.float32)
+    with pytest.raises(ValueError, match="col_scale must be a real vector"):
+        ops.matmul_rounded(x, torch.ones(3), weight, None, torch.int8, 16, torch.float32)
+    with pytest.raises(ValueError, match="contracted dimensions"):
+        ops.matmul_gradient(x, None, u, False, torch.int8, weight, None, torch.int8, torch.float32)
+    with pytest.raises(ValueError, match="weight_row_scale must be a real vector"):
+        ops.matmul_gradient(
+            x, None, u, False, torch.int8, weight.t(), torch.ones(3), torch.int8, torch.float32
+        )
     with pytest.raises(ValueError, match="scale_b must have one value or one for each of 16 columns"):
         ops.matmul_rotated(a, a.t(), u, v, True, 16, None, torch.float32)

@@ -70,6 +70,8 @@ def after_products(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], No
         "matmul_rows",
         "matmul_weight_rows",
         "matmul_weight_columns",
+        "matmul_rounded",
+        "matmul_gradient",
         "matmul_rotated",
     ):
         monkeypatch.setattr(ops, name, spoiled(getattr(ops, name)))

@@ -27,9 +27,15 @@ def rounded(monkeypatch) -> list[Tensor]:
         seen.append(weight)
         return original_product(a, scale_a, weight, *others)
 
+    def counting_both(x, x_col_scale, weight, *others):
+        seen.append(weight)
+        return original_both(x, x_col_scale, weight, *others)
+
     original, original_product = operands.quantize_weight, ops.matmul_weight_rows
+    original_both = ops.matmul_rounded
     monkeypatch.setattr(operands, "quantize_weight", counting)
     monkeypatch.setattr(ops, "matmul_weight_rows", counting_product)
+    monkeypatch.setattr(ops, "matmul_rounded", counting_both)
     return seen
 
 

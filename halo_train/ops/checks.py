@@ -35,15 +35,16 @@ def check_input(op: str, x: Tensor) -> int:
 
 
 def check_matrix(op: str, x: Tensor, block: int, col_scale: Tensor | None) -> None:
-    columns, shape = check_input(op, x), x.shape
-    if len(shape) != 2:
+    shape = x.shape
+    if x.dtype not in _REAL or len(shape) != 2:
+        check_input(op, x)
         raise ValueError(
-            f"{op}: x must be a matrix [rows, columns]; got shape {tuple(x.shape)}; flatten it first"
+            f"{op}: x must be a matrix [rows, columns]; got shape {tuple(shape)}; flatten it first"
         )
     if block != 1:
-        check_block(op, block, columns)
+        check_block(op, block, shape[1])
     if col_scale is not None:
-        check_vector(op, "col_scale", col_scale, columns, x)
+        check_vector(op, "col_scale", col_scale, shape[1], x)
 
 
 def check_rounding(op: str, x: Tensor, data: Tensor, scale: Tensor, counted: int) -> None:
@@ -175,14 +176,18 @@ def check_product(
 ) -> None:
     """a [M, K] and b [N, K], or [K, N] with ``rows``, can be multiplied, and have scales of the rows and columns of the result, or one
     scale."""
+    check_contracted(op, a, b, rows)
+    _check_scale(op, "scale_a", scale_a, a.shape[0], "rows")
+    if scale_b is not None:
+        _check_scale(op, "scale_b", scale_b, b.shape[1 if rows else 0], "columns" if rows else "rows")
+
+
+def check_contracted(op: str, a: Tensor, b: Tensor, rows: bool = False) -> None:
     shape_a, shape_b = a.shape, b.shape
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[1] != shape_b[0 if rows else 1]:
         raise ValueError(
-            f"{op}: the operands must be matrices whose contracted dimensions are equal; got {tuple(a.shape)} and {tuple(b.shape)}"
+            f"{op}: the operands must be matrices whose contracted dimensions are equal; got {tuple(shape_a)} and {tuple(shape_b)}"
         )
-    _check_scale(op, "scale_a", scale_a, shape_a[0], "rows")
-    if scale_b is not None:
-        _check_scale(op, "scale_b", scale_b, shape_b[1 if rows else 0], "columns" if rows else "rows")
 
 
 def _check_scale(op: str, name: str, scale: Tensor, count: int, of: str) -> None:

@@ -81,6 +81,37 @@ def _matmul_weight_columns(
     return a.new_empty((a.shape[0], weight.shape[1]), dtype=out_dtype)
 
 
+def _matmul_rounded(
+    x: Tensor,
+    x_col_scale: Tensor | None,
+    weight: Tensor,
+    weight_col_scale: Tensor | None,
+    dtype: torch.dtype,
+    block: int,
+    out_dtype: torch.dtype,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    data, scale = _quantize_rows(x, dtype)
+    weight_scale = weight.new_empty(weight.shape[0], dtype=scale.dtype)
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype), data, scale, weight_scale
+
+
+def _matmul_gradient(
+    e: Tensor,
+    col_scale: Tensor | None,
+    row_scale: Tensor,
+    column_sums: bool,
+    grad_dtype: torch.dtype,
+    weight: Tensor,
+    weight_row_scale: Tensor | None,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    others = _quantize_grad(e, grad_dtype, col_scale, row_scale, column_sums)[2:]
+    return e.new_empty((e.shape[0], weight.shape[1]), dtype=out_dtype), *others
+
+
 def _matmul_rotated(
     a: Tensor,
     b: Tensor,
@@ -160,6 +191,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "matmul_rows": _matmul_rows,
     "matmul_weight_rows": _matmul_weight_rows,
     "matmul_weight_columns": _matmul_weight_columns,
+    "matmul_rounded": _matmul_rounded,
+    "matmul_gradient": _matmul_gradient,
     "matmul_rotated": _matmul_rotated,
     "copy_after": lambda x, e: torch.empty_like(x),
     "random_signs": lambda like, n, *_: like.new_empty(n, dtype=torch.int8),

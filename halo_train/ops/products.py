@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
-from .checks import check_matrix, check_product, check_vector
+from . import product_reference, reference
+from .checks import check_contracted, check_matrix, check_product, check_vector
 from .registry import overloads
 
 
@@ -45,11 +45,11 @@ def matmul_weight_rows(
     fast_accum: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`scaled_matmul` by what ``quantize_rows`` makes of a weight, and its scales; see
-    :func:`reference.matmul_weight_rows`."""
+    :func:`product_reference.matmul_weight_rows`."""
     check_matrix("matmul_weight_rows", weight, block, col_scale)
     check_product("matmul_weight_rows", a, weight, scale_a, None)
     if not _has_kernel(a, out_dtype) or weight.dtype == torch.float64:
-        return reference.matmul_weight_rows(a, scale_a, weight, block, col_scale, out_dtype)
+        return product_reference.matmul_weight_rows(a, scale_a, weight, block, col_scale, out_dtype)
     return overloads.matmul_weight_rows(a, scale_a, weight, block, col_scale, out_dtype, fast_accum)
 
 
@@ -63,14 +63,59 @@ def matmul_weight_columns(
     fast_accum: bool = True,
 ) -> Tensor:
     """:func:`scaled_matmul` by what ``quantize_rows_transposed`` makes of a weight; see
-    :func:`reference.matmul_weight_columns`."""
+    :func:`product_reference.matmul_weight_columns`."""
     check_matrix("matmul_weight_columns", weight, 1, None)
     check_product("matmul_weight_columns", a, weight, scale_a, None, rows=True)
     if row_scale is not None:
         check_vector("matmul_weight_columns", "row_scale", row_scale, weight.shape[0], weight)
     if not _has_kernel(a, out_dtype) or weight.dtype == torch.float64:
-        return reference.matmul_weight_columns(a, scale_a, weight, row_scale, dtype, out_dtype)
+        return product_reference.matmul_weight_columns(a, scale_a, weight, row_scale, dtype, out_dtype)
     return overloads.matmul_weight_columns(a, scale_a, weight, row_scale, dtype, out_dtype, fast_accum)
+
+
+def matmul_rounded(
+    x: Tensor,
+    x_col_scale: Tensor | None,
+    weight: Tensor,
+    weight_col_scale: Tensor | None,
+    dtype: torch.dtype,
+    block: int,
+    out_dtype: torch.dtype,
+    fast_accum: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``quantize_rows`` of x and :func:`matmul_weight_rows`; see :func:`product_reference.matmul_rounded`."""
+    check_matrix("matmul_rounded", x, block, x_col_scale)
+    check_matrix("matmul_rounded", weight, block, weight_col_scale)
+    check_contracted("matmul_rounded", x, weight)
+    arguments = (x, x_col_scale, weight, weight_col_scale, dtype, block, out_dtype, fast_accum)
+    if not _are_rounded_by_kernels(dtype, out_dtype, x, weight):
+        return product_reference.matmul_rounded(*arguments)
+    return overloads.matmul_rounded(*arguments)
+
+
+def matmul_gradient(
+    e: Tensor,
+    col_scale: Tensor | None,
+    row_scale: Tensor,
+    column_sums: bool,
+    grad_dtype: torch.dtype,
+    weight: Tensor,
+    weight_row_scale: Tensor | None,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    fast_accum: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``quantize_grad`` and :func:`matmul_weight_columns` of its rows; see :func:`product_reference.matmul_gradient`."""
+    check_matrix("matmul_gradient", e, 1, col_scale)
+    check_vector("matmul_gradient", "row_scale", row_scale, e.shape[0], e)
+    check_matrix("matmul_gradient", weight, 1, None)
+    check_contracted("matmul_gradient", e, weight, rows=True)
+    if weight_row_scale is not None:
+        check_vector("matmul_gradient", "weight_row_scale", weight_row_scale, weight.shape[0], weight)
+    arguments = (e, col_scale, row_scale, column_sums, grad_dtype, weight, weight_row_scale, dtype, out_dtype)
+    if grad_dtype not in reference.QMAX or not _are_rounded_by_kernels(dtype, out_dtype, e, weight):
+        return product_reference.matmul_gradient(*arguments)
+    return overloads.matmul_gradient(*arguments, fast_accum)
 
 
 def matmul_rotated(
@@ -85,13 +130,18 @@ def matmul_rotated(
     fast_accum: bool = True,
 ) -> Tensor:
     """:func:`scaled_matmul`, or with ``rows`` :func:`matmul_rows`, rounded, then rotated and scaled by columns; see
-    :func:`reference.matmul_rotated`."""
+    :func:`product_reference.matmul_rotated`."""
     check_product("matmul_rotated", a, b, scale_a, scale_b, rows)
     if col_scale is not None:
         check_vector("matmul_rotated", "col_scale", col_scale, b.shape[1 if rows else 0], a)
     if not _has_kernel(a, out_dtype):
-        return reference.matmul_rotated(a, b, scale_a, scale_b, rows, block, col_scale, out_dtype)
+        return product_reference.matmul_rotated(a, b, scale_a, scale_b, rows, block, col_scale, out_dtype)
     return overloads.matmul_rotated(a, b, scale_a, scale_b, rows, block, col_scale, out_dtype, fast_accum)
+
+
+def _are_rounded_by_kernels(dtype: torch.dtype, out_dtype: torch.dtype, x: Tensor, weight: Tensor) -> bool:
+    wide = torch.float64
+    return dtype in reference.QMAX and out_dtype != wide and x.dtype != wide and weight.dtype != wide
 
 
 def _has_kernel(a: Tensor, out_dtype: torch.dtype) -> bool:

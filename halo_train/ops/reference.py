@@ -278,53 +278,6 @@ def matmul_rows(
     return scaled_matmul(a, b.t().contiguous(), scale_a, scale_b, out_dtype)
 
 
-def matmul_weight_rows(
-    a: Tensor,
-    scale_a: Tensor,
-    weight: Tensor,
-    block: int,
-    col_scale: Tensor | None,
-    out_dtype: torch.dtype,
-    fast_accum: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """:func:`scaled_matmul` of a [M, K] by :func:`quantize_rows` of the weight [N, K], in the 8-bit dtype of a: [M, N], and the
-    scales of the weight [N]."""
-    data, scale = quantize_rows(weight, a.dtype, block, col_scale)
-    return scaled_matmul(a, data, scale_a, scale, out_dtype), scale
-
-
-def matmul_weight_columns(
-    a: Tensor,
-    scale_a: Tensor,
-    weight: Tensor,
-    row_scale: Tensor | None,
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    fast_accum: bool = True,
-) -> Tensor:
-    """:func:`scaled_matmul` of a [M, N] by :func:`quantize_rows_transposed` of the weight [N, K] and row_scale [N], in ``dtype``:
-    [M, K]."""
-    data, scale = quantize_rows_transposed(weight, dtype, row_scale)
-    return scaled_matmul(a, data, scale_a, scale, out_dtype)
-
-
-def matmul_rotated(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    rows: bool,
-    block: int,
-    col_scale: Tensor | None,
-    out_dtype: torch.dtype,
-    fast_accum: bool = True,
-) -> Tensor:
-    """:func:`scaled_matmul`, or with ``rows`` :func:`matmul_rows`, rounded to ``out_dtype``, then rotated along its rows and times
-    col_scale [N], rounded again."""
-    y = (matmul_rows if rows else scaled_matmul)(a, b, scale_a, scale_b, out_dtype)
-    return hadamard(y, block, 1.0 / math.sqrt(block), None, col_scale)
-
-
 def copy_after(x: Tensor, e: Tensor) -> Tensor:
     """A copy of x; to a compiler it depends on e."""
     return x.clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import fused_reference, norm_backward, reference, signs
+from . import fused_reference, norm_backward, product_reference, reference, signs
 
 KERNEL_OPS = {
     "hadamard": "hadamard.cu",
@@ -28,6 +28,8 @@ KERNEL_OPS = {
     "matmul_rows": "product_bindings.cpp",
     "matmul_weight_rows": "product_bindings.cpp",
     "matmul_weight_columns": "product_bindings.cpp",
+    "matmul_rounded": "product_bindings.cpp",
+    "matmul_gradient": "product_bindings.cpp",
     "matmul_rotated": "product_bindings.cpp",
 }
 """Ops that have a CUDA kernel, and the file in ``csrc/`` that holds it."""
@@ -119,17 +121,27 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "matmul_weight_rows": (
         "(Tensor a, Tensor scale_a, Tensor weight, int block, Tensor? col_scale, ScalarType out_dtype, bool fast_accum)"
         " -> (Tensor, Tensor)",
-        reference.matmul_weight_rows,
+        product_reference.matmul_weight_rows,
     ),
     "matmul_weight_columns": (
         "(Tensor a, Tensor scale_a, Tensor weight, Tensor? row_scale, ScalarType dtype, ScalarType out_dtype, bool fast_accum)"
         " -> Tensor",
-        reference.matmul_weight_columns,
+        product_reference.matmul_weight_columns,
+    ),
+    "matmul_rounded": (
+        "(Tensor x, Tensor? x_col_scale, Tensor weight, Tensor? weight_col_scale, ScalarType dtype, int block, "
+        "ScalarType out_dtype, bool fast_accum) -> (Tensor, Tensor, Tensor, Tensor)",
+        product_reference.matmul_rounded,
+    ),
+    "matmul_gradient": (
+        "(Tensor e, Tensor? col_scale, Tensor row_scale, bool column_sums, ScalarType grad_dtype, Tensor weight, "
+        "Tensor? weight_row_scale, ScalarType dtype, ScalarType out_dtype, bool fast_accum) -> (Tensor, Tensor, Tensor, Tensor)",
+        product_reference.matmul_gradient,
     ),
     "matmul_rotated": (
         "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, bool rows, int block, Tensor? col_scale, ScalarType out_dtype, "
         "bool fast_accum) -> Tensor",
-        reference.matmul_rotated,
+        product_reference.matmul_rotated,
     ),
     "copy_after": ("(Tensor x, Tensor e) -> Tensor", reference.copy_after),
     "random_signs": ("(Tensor like, int n, int seed, int stream) -> Tensor", signs.random_signs),

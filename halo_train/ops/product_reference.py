@@ -1,0 +1,102 @@
+"""In plain PyTorch, as in :mod:`halo_train.ops.reference`, the products that round an operand before or rotate the result after."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .reference import (
+    hadamard,
+    matmul_rows,
+    quantize_grad,
+    quantize_rows,
+    quantize_rows_transposed,
+    scaled_matmul,
+)
+
+
+def matmul_weight_rows(
+    a: Tensor,
+    scale_a: Tensor,
+    weight: Tensor,
+    block: int,
+    col_scale: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """:func:`scaled_matmul` of a [M, K] by :func:`quantize_rows` of the weight [N, K], in the 8-bit dtype of a: [M, N], and the
+    scales of the weight [N]."""
+    data, scale = quantize_rows(weight, a.dtype, block, col_scale)
+    return scaled_matmul(a, data, scale_a, scale, out_dtype), scale
+
+
+def matmul_weight_columns(
+    a: Tensor,
+    scale_a: Tensor,
+    weight: Tensor,
+    row_scale: Tensor | None,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    fast_accum: bool = True,
+) -> Tensor:
+    """:func:`scaled_matmul` of a [M, N] by :func:`quantize_rows_transposed` of the weight [N, K] and row_scale [N], in ``dtype``:
+    [M, K]."""
+    data, scale = quantize_rows_transposed(weight, dtype, row_scale)
+    return scaled_matmul(a, data, scale_a, scale, out_dtype)
+
+
+def matmul_rounded(
+    x: Tensor,
+    x_col_scale: Tensor | None,
+    weight: Tensor,
+    weight_col_scale: Tensor | None,
+    dtype: torch.dtype,
+    block: int,
+    out_dtype: torch.dtype,
+    fast_accum: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`matmul_weight_rows` of :func:`quantize_rows` of x [M, K]: [M, N], then data [M, K] and scales [M] of x, and the scales of
+    the weight [N]."""
+    data, scale = quantize_rows(x, dtype, block, x_col_scale)
+    y, weight_scale = matmul_weight_rows(data, scale, weight, block, weight_col_scale, out_dtype)
+    return y, data, scale, weight_scale
+
+
+def matmul_gradient(
+    e: Tensor,
+    col_scale: Tensor | None,
+    row_scale: Tensor,
+    column_sums: bool,
+    grad_dtype: torch.dtype,
+    weight: Tensor,
+    weight_row_scale: Tensor | None,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    fast_accum: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`matmul_weight_columns` of the rows of :func:`quantize_grad` of e [M, N]: [M, K], then what else that returns, columns [N, M]
+    with scales [N], and sums."""
+    rows, row_scales, columns, column_scales, sums = quantize_grad(
+        e, grad_dtype, col_scale, row_scale, column_sums
+    )
+    dx = matmul_weight_columns(rows, row_scales, weight, weight_row_scale, dtype, out_dtype)
+    return dx, columns, column_scales, sums
+
+
+def matmul_rotated(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    rows: bool,
+    block: int,
+    col_scale: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool = True,
+) -> Tensor:
+    """:func:`scaled_matmul`, or with ``rows`` :func:`matmul_rows`, rounded to ``out_dtype``, then rotated along its rows and times
+    col_scale [N], rounded again."""
+    y = (matmul_rows if rows else scaled_matmul)(a, b, scale_a, scale_b, out_dtype)
+    return hadamard(y, block, 1.0 / math.sqrt(block), None, col_scale)
