@@ -223,7 +223,7 @@ __device__ __forceinline__ void group_barrier(int group) {
 // while it computes.
 template <typename L, int kGroups, int kMinBlocks, bool kStay, bool kFactors>
 __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
-    hadamard_block(const HadamardParams<typename L::T> p, const int64_t ahead) {
+    hadamard_block(const HadamardParams<typename L::T> p, const uint32_t ahead) {
   static_assert(L::kExchange, "smaller blocks take hadamard_warp");
   static_assert(!kStay || (kGroups == 1 && L::kParts == 1 && L::kTensor && L::kLoads == 8),
                 "for the largest block");
@@ -236,33 +236,26 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
   const int warp = thread / 32;
   float* const shared = shared_memory + (group << L::kLogN);
 
-  const int64_t tasks = p.total >> L::kLogN;
-  int64_t task = static_cast<int64_t>(blockIdx.x) * kGroups + group;
+  // 32 bits: of 512 elements at least, no memory holds more.
+  const uint32_t tasks = static_cast<uint32_t>(p.total >> L::kLogN);
+  uint32_t task = blockIdx.x * kGroups + group;
   if (kGroups > 1 && task >= tasks) return;
 
   // First element of the input of a task, and its column.
-  const auto source = [&](int64_t index, uint32_t& column) {
+  const auto source = [&](uint32_t index, uint32_t& column) {
     constexpr int kLogBlock = L::kLogN + L::kLogParts;
-    const int64_t block = index >> L::kLogParts;
+    const uint32_t block = index >> L::kLogParts;
     column = 0;
-    if (!p.split) return p.x + (block << kLogBlock);
-    int64_t row;
-    detail::locate(block, p.axis >> (kLogBlock - L::kVectorBits), row, column);
-    column <<= kLogBlock;
+    if (!p.split) return p.x + (static_cast<int64_t>(block) << kLogBlock);
+    const uint32_t blocks = p.axis >> (kLogBlock - L::kVectorBits), row = block / blocks;
+    column = block % blocks << kLogBlock;
     return p.x + row * p.row_stride + column;
-  };
-  // Column of the first element of the result of a task.
-  const auto task_column = [&](int64_t index) {
-    int64_t row;
-    uint32_t first;
-    detail::locate(index, p.axis >> (L::kLogN - L::kVectorBits), row, first);
-    return first << L::kLogN;
   };
   const int in = (lane & 7) << L::kVectorBits | (lane >> 3) << L::kLaneBit | warp << L::kWarpBit;
   const int out = L::out(thread);
   uint32_t column;
   uint4 raw[L::kParts][L::kLoads];
-  const auto load = [&](int64_t index) {
+  const auto load = [&](uint32_t index) {
     const T* x = source(index, column) + in;
 #pragma unroll
     for (int i = 0; i < L::kParts; ++i) {
@@ -278,7 +271,7 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
   // word of raw.
   uint32_t flips[2];
   uint32_t flips_column = ~0u;
-  for (bool first = true;; first = false) {
+  for (;;) {
     if (p.signs != nullptr) {
       const T* signs = p.signs + column + in;
       if constexpr (kStay) {
@@ -313,10 +306,11 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
     }
     float v[L::kValues];
     transform_tile<L>(raw, a, v, L::kParts > 1 && (task & 1), 0);
-    const int64_t next = task + (kStay ? static_cast<int64_t>(gridDim.x) : ahead);
+    const uint32_t next = task + (kStay ? gridDim.x : ahead);
     if constexpr (kStay) {
       if (next < tasks) load(next);
-      if (!first) detail::group_barrier<kThreads, kGroups>(group);  // the shared memory has been read
+      if (task != blockIdx.x)
+        detail::group_barrier<kThreads, kGroups>(group);  // the shared memory has been read
     } else {
 #if __CUDA_ARCH__ >= 900
       if (ahead > 0 && thread == 0 && next < tasks) {
@@ -383,7 +377,8 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
     static_assert(L::kLogN - 1 >= L::kDone, "the top bit is left for the last butterfly");
     if constexpr (kFactors) {
       detail::butterfly_registers<L::kLogValues - 1>(v);
-      const float* factors = p.out_scale + task_column(task) + out;
+      const uint32_t blocks = p.axis >> (L::kLogN - L::kVectorBits);
+      const float* factors = p.out_scale + (task % blocks << L::kLogN) + out;
 #pragma unroll
       for (int i = 0; i < L::kValues; i += 1 << L::kLowBits) {
         detail::multiply_values<1 << L::kLowBits>(v + i, p.scale,
@@ -393,7 +388,7 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
       detail::butterfly_registers_scaled<L::kLogValues - 1>(v, p.scale);
     }
 
-    T* y = p.y + (task << L::kLogN) + out;
+    T* y = p.y + (static_cast<int64_t>(task) << L::kLogN) + out;
 #pragma unroll
     for (int i = 0; i < L::kValues; i += 1 << L::kLowBits) {
       detail::store_values<1 << L::kLowBits>(y + (static_cast<int64_t>(i >> L::kLowBits) << L::kHighBit),

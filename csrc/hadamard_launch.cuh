@@ -62,22 +62,26 @@ cudaError_t launch_256(const HadamardParams<T>& p, cudaStream_t stream) {
 // kGroups tasks in a thread block; kMinBlocks thread blocks on a multiprocessor have to fit its registers
 // (ptxas ignores that, with a warning, on GPUs that allow fewer). kAhead: tasks for every ten multiprocessors
 // by which the L2 cache runs ahead of the loads, where not all start at once.
-template <typename L, int kGroups, int kMinBlocks, int kAhead, bool kFactors = false>
-cudaError_t launch_blocks(const HadamardParams<typename L::T>& p, int device, cudaStream_t stream) {
-  if constexpr (!kFactors) {
-    if (p.out_scale != nullptr) return launch_blocks<L, kGroups, kMinBlocks, kAhead, true>(p, device, stream);
-  }
-  // Factors need registers of their own.
-  constexpr int kResident = kFactors && kMinBlocks >= 16 ? kMinBlocks * 3 / 4 : kMinBlocks;
-  constexpr auto kKernel = hadamard_block<L, kGroups, kResident, false, kFactors>;
+template <typename L, int kGroups, int kMinBlocks, int kAhead, bool kFactors>
+cudaError_t launch_tasks(const HadamardParams<typename L::T>& p, int device, cudaStream_t stream) {
+  constexpr auto kKernel = hadamard_block<L, kGroups, kMinBlocks, false, kFactors>;
   constexpr size_t kShared = L::kSharedBytes * kGroups;
   const int count = multiprocessors(device);
   const cudaError_t error = allow_shared<kKernel, kShared>(device);
   if (error != cudaSuccess) return error;
   const int64_t grid = ((p.total >> L::kLogN) + kGroups - 1) / kGroups;
-  const int64_t ahead = grid > int64_t{count} * kResident ? int64_t{count} * kAhead / 10 : 0;
+  const uint32_t ahead = grid > int64_t{count} * kMinBlocks ? count * kAhead / 10 : 0;
   kKernel<<<static_cast<unsigned>(grid), 32 * L::kWarps * kGroups, kShared, stream>>>(p, ahead);
   return cudaGetLastError();
+}
+
+// The same with factors and without.
+template <typename L, int kGroups, int kMinBlocks, int kAhead>
+cudaError_t launch_blocks(const HadamardParams<typename L::T>& p, int device, cudaStream_t stream) {
+  // Factors need registers of their own.
+  constexpr int kFewer = kMinBlocks >= 16 ? kMinBlocks * 3 / 4 : kMinBlocks;
+  return p.out_scale != nullptr ? launch_tasks<L, kGroups, kFewer, kAhead, true>(p, device, stream)
+                                : launch_tasks<L, kGroups, kMinBlocks, kAhead, false>(p, device, stream);
 }
 
 // One thread block on a multiprocessor, which works through many tasks.
@@ -136,11 +140,17 @@ cudaError_t launch_sized(const HadamardParams<T>& p, int device, cudaStream_t st
       case 10:
         return launch_blocks<HadamardLayout<T, 10, 4, 0>, 1, 32, 160>(p, device, stream);
       case 11:
-        return launch_blocks<HadamardLayout<T, 11, 4, 0>, 1, 16, 80>(p, device, stream);
+        if (p.out_scale != nullptr) {
+          return launch_tasks<HadamardLayout<T, 11, 5, 0>, 1, 12, 80, true>(p, device, stream);
+        }
+        return launch_tasks<HadamardLayout<T, 11, 4, 0>, 1, 16, 80, false>(p, device, stream);
       case 12:
         return launch_blocks<HadamardLayout<T, 12, 5, 0, true>, 1, 8, 45>(p, device, stream);
       case 13:
-        return launch_blocks<HadamardLayout<T, 13, 5, 0, true>, 1, 4, 30>(p, device, stream);
+        if (p.out_scale != nullptr) {
+          return launch_tasks<HadamardLayout<T, 13, 6, 0, true>, 1, 4, 30, true>(p, device, stream);
+        }
+        return launch_tasks<HadamardLayout<T, 13, 5, 0, true>, 1, 4, 30, false>(p, device, stream);
       case 14: {
         using Whole = HadamardLayout<T, 14, 6, 0, false, 0, true>;
         if (halved<Whole>(p, device, 4)) {

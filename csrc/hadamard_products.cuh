@@ -71,10 +71,9 @@ __global__ void __launch_bounds__(kThreads) hadamard_warp_256(const HadamardPara
     for (int j = 0; j < 4; ++j) v[i | j << 1] = part[j];
   }
   if constexpr (kFactors) {
-    int64_t row;
-    uint32_t column;
-    detail::locate(vector, p.axis, row, column);
-    detail::multiply_values<8>(v, p.scale, p.out_scale + (static_cast<int64_t>(column) << 3));
+    // Of whole rows of blocks, each a warp: 32 bits hold their number.
+    const uint32_t block = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, blocks = p.axis / 32;
+    detail::multiply_values<8>(v, p.scale, p.out_scale + (block % blocks << 8) + ((threadIdx.x & 31) << 3));
   } else {
 #pragma unroll
     for (float& value : v) value *= p.scale;
