@@ -143,8 +143,14 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
 #pragma unroll
       for (int w = 0; w < Factors::kWords; ++w) factors[32 * (j * Factors::kWords + w)] = f.word[w];
     };
+    if constexpr (Shared::kGrouped) {
 #pragma unroll 4
-    for (int j = group.group; j < L::kLoads; j += rows_at_once) keep(j);  // the rows share the work
+      for (int j = group.group; j < L::kLoads; j += rows_at_once) keep(j);  // the rows share the work
+    } else {
+      // All on their way at once. Every thread block reads the same: they do not begin at the same place.
+#pragma unroll
+      for (int j = 0; j < L::kLoads; ++j) keep((j + blockIdx.x) & (L::kLoads - 1));
+    }
   }
   if (kRotated && block_warp == 0) {
     matrix[lane] = rotate_matrix(kBlockBits == 7 ? p.log_block : log_block);
@@ -181,7 +187,7 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
         p.source.terms(low, raw, read_factors(j), state);
         loader.read(raw, stage, j + 1);
         p.source.terms(high, raw, read_factors(j + 1), state);
-        multiply_tile<Source::kNegated>(low, high, signs, v + 8 * j);
+        multiply_tile<Source::kNegated, Source::kFlips>(low, high, signs, v + 8 * j);
       }
     } else {
 #pragma unroll

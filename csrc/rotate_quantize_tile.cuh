@@ -122,10 +122,12 @@ struct Signs {
 };
 
 // d += a (b, the smallest terms first), or with the opposite sign. kNegated: the first term is that of -b.
-template <bool kNegated, int kCount>
+// kFlips: signs of operands instead of the negative of the matrix.
+template <bool kNegated, bool kFlips, int kCount>
 __device__ __forceinline__ void product(float (&d)[4], const Signs& a, const Terms<kCount>& low,
                                         const Terms<kCount>& high, int word, bool negative) {
-  if constexpr (kCount == 1) {  // four registers are more than two operations there
+  if constexpr (kFlips) {
+    static_assert(kCount == 1 && !kNegated, "of one term");
     const uint32_t flip = negative ? 0x80008000u : 0;
     Pair<__nv_bfloat16>::mma(d, a.plus, make_uint2(low.pair[0][word] ^ flip, high.pair[0][word] ^ flip),
                              make_float4(d[0], d[1], d[2], d[3]));
@@ -140,17 +142,17 @@ __device__ __forceinline__ void product(float (&d)[4], const Signs& a, const Ter
 }
 
 // Step 1 for two loads, which differ in bit 6. v: bits 0, 1, 2 and 3 of the index.
-template <bool kNegated, int kCount>
+template <bool kNegated, bool kFlips, int kCount>
 __device__ __forceinline__ void multiply_tile(const Terms<kCount>& low, const Terms<kCount>& high,
                                               const Signs& a, float* v) {
 #pragma unroll
   for (int w = 0; w < 2; ++w) {
     float first[4] = {};
-    product<kNegated>(first, a, low, high, 2 * w, false);
+    product<kNegated, kFlips>(first, a, low, high, 2 * w, false);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       float d[4] = {first[0], first[1], first[2], first[3]};
-      product<kNegated>(d, a, low, high, 2 * w + 1, b);
+      product<kNegated, kFlips>(d, a, low, high, 2 * w + 1, b);
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[(i & 1) << 3 | w << 2 | b << 1 | i >> 1] = d[i];
     }

@@ -83,9 +83,13 @@ struct PowerFactors {
 
   __device__ __forceinline__ explicit PowerFactors(const float (&f)[8]) {
     if constexpr (kExponents) {
-      const auto four = [](const float* v) {
-        const auto one = [](float x) { return __float_as_uint(x) >> 23 & 0xff; };
-        return one(v[0]) | one(v[1]) << 8 | one(v[2]) << 16 | one(v[3]) << 24;
+      // Where a pair of bfloat16 has them, those of the second pair in the gaps of the first one.
+      const auto pair = [](float x, float y) {
+        return (__float_as_uint(x) >> 16 & 0x7f80u) | (__float_as_uint(y) & 0x7f800000u);
+      };
+      const auto four = [&](const float* v) {
+        const uint32_t second = pair(v[2], v[3]);
+        return pair(v[0], v[1]) | __funnelshift_l(second, second, 8);
       };
       word[0] = make_uint2(four(f), four(f + 4));
     } else {
@@ -98,8 +102,9 @@ struct PowerFactors {
   // Four pairs of bfloat16.
   __device__ __forceinline__ uint4 pairs() const {
     if constexpr (kExponents) {
-      return make_uint4(__byte_perm(word[0].x, 0, 0x4140) << 7, __byte_perm(word[0].x, 0, 0x4342) << 7,
-                        __byte_perm(word[0].y, 0, 0x4140) << 7, __byte_perm(word[0].y, 0, 0x4342) << 7);
+      const auto first = [](uint32_t four) { return four & 0x7f807f80u; };
+      const auto second = [&](uint32_t four) { return first(__funnelshift_r(four, four, 8)); };
+      return make_uint4(first(word[0].x), second(word[0].x), first(word[0].y), second(word[0].y));
     } else {
       return word[0];
     }
@@ -250,6 +255,9 @@ struct PlainRows {
   static constexpr int kTerms = sizeof(T) == 4 ? 3 : std::is_same_v<T, __half> ? 2 : 1;
   static constexpr Norm kNorm = Norm::kNone;
   static constexpr bool kNegated = false;
+  // Operands of products that come as they are have to be copied to where products take them: flipped on the
+  // way, they cost nothing. Those that are multiplied by factors need no copies.
+  static constexpr bool kFlips = kTerms == 1 && !kScaled;
   // The next row of 16-bit values in registers: shared memory belongs to the exchange.
   template <typename L>
   using Loader =
@@ -298,6 +306,7 @@ struct RmsNormRows {
   static constexpr int kInputs = 1, kTerms = 2;
   static constexpr Norm kNorm = Norm::kRms;
   static constexpr bool kNegated = true;  // of the terms, the first
+  static constexpr bool kFlips = false;
   template <typename L>
   using Loader = detail::SharedLoader<T, L, 1>;
   template <bool kRotated, int kLogWarps>
@@ -422,7 +431,7 @@ struct GatedRows {
   using T = T_;
   static constexpr int kInputs = 2, kTerms = 2;
   static constexpr Norm kNorm = Norm::kNone;
-  static constexpr bool kNegated = false;
+  static constexpr bool kNegated = false, kFlips = false;
   template <typename L>
   using Loader = detail::SharedLoader<T, L, 2>;
   template <bool kRotated, int kLogWarps>
