@@ -125,6 +125,50 @@ def test_rotation_inverse_and_gradient(n: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_magnitudes(n: int, dtype: torch.dtype) -> None:
+    """Rows of any magnitude, beside each other: kernels that round sums to terms of 16 bits choose a power of two for each block."""
+    first, middle = bits_of(n, 0), bits_of(n, 1)
+    x = randn(8, n, dtype=dtype)
+    y = ops.hadamard_rounds(x, n, 1 / n, first, middle)
+    steps = range(-100, 101, 25) if dtype == torch.bfloat16 else range(-4, 9, 2)
+    factors = torch.tensor([2.0**k for k in steps], device="cuda", dtype=torch.float32)
+    scaled = (x[:, None].float() * factors[:, None]).to(dtype).flatten(0, 1)
+    exact = two_rounds(scaled, n, 1 / n, first, middle, None)
+    assert_rounded_once(ops.hadamard_rounds(scaled, n, 1 / n, first, middle), exact, n)
+    if dtype == torch.bfloat16:  # float16 loses bits of small results
+        z = (y[:, None].float() * factors[:, None]).to(dtype).flatten(0, 1)
+        assert torch.equal(ops.hadamard_rounds(scaled, n, 1 / n, first, middle), z)
+
+    info = torch.finfo(dtype)
+    least = info.smallest_normal * info.eps
+    rows = [
+        torch.zeros(n, device="cuda", dtype=torch.float64),
+        x[0].double().sign() * least,  # subnormal
+        x[1].double() * info.smallest_normal,
+        signs_of_bits(first).double()
+        * (60000.0 if dtype == torch.float16 else 2.0**100),  # adds up in one place
+        torch.zeros(n, device="cuda", dtype=torch.float64).index_fill_(
+            0, torch.tensor([n - 1], device="cuda"), 60000.0
+        ),
+        x[2].double().index_fill(0, torch.tensor([n // 2], device="cuda"), 50000.0),  # one outlier
+    ]
+    odd = torch.stack(rows).to(dtype)
+    exact = two_rounds(odd, n, 1 / n, first, middle, None)
+    assert_rounded_once(ops.hadamard_rounds(odd, n, 1 / n, first, middle), exact, n)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("n", [n for n in SIZES if n <= 8192])
+def test_small_integers_are_exact(n: int, dtype: torch.dtype) -> None:
+    """Sums that fit 22 bits, of which many lie halfway between two results."""
+    first, middle = bits_of(n, 0), bits_of(n, 1)
+    x = randn(500, n, dtype=dtype).round()
+    exact = two_rounds(x, n, 1 / n, first, middle, None)
+    assert torch.equal(ops.hadamard_rounds(x, n, 1 / n, first, middle), exact.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_infinities_stay_in_their_block(dtype: torch.dtype) -> None:
     for n in SIZES:
         middle = bits_of(4 * n, 0)
