@@ -215,24 +215,31 @@ Tensor matmul_weight_columns(const Tensor& a, const Tensor& scale_a, const Tenso
   return scaled_matmul(a, data, scale_a, scale, out_dtype, fast_accum);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> matmul_gradient(
-    const Tensor& e, const std::optional<Tensor>& col_scale, const Tensor& row_scale, bool column_sums,
-    ScalarType grad_dtype, const Tensor& weight, const std::optional<Tensor>& weight_row_scale,
-    ScalarType dtype, ScalarType out_dtype, bool fast_accum) {
-  const auto [rows, row_scales, columns, column_scales, sums] =
-      operators::quantize_grad(e, grad_dtype, col_scale, row_scale, column_sums);
-  const Tensor dx =
-      matmul_weight_columns(rows, row_scales, weight, weight_row_scale, dtype, out_dtype, fast_accum);
-  return {dx, columns, column_scales, sums};
-}
-
 Tensor matmul_rotated(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
                       bool rows, int64_t block, const std::optional<Tensor>& col_scale, ScalarType out_dtype,
                       bool fast_accum) {
   Tensor y = (rows ? matmul_rows : scaled_matmul)(a, b, scale_a, scale_b, out_dtype, fast_accum);
+  if (block == 1 && !col_scale) return y;
   const double norm = 1.0 / std::sqrt(static_cast<double>(block));
   operators::hadamard_(y, block, norm, std::nullopt, col_scale, std::nullopt);
   return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> matmul_gradients(const Tensor& e, const std::optional<Tensor>& e_col_scale,
+                                                    const Tensor& weight,
+                                                    const std::optional<Tensor>& weight_row_scale,
+                                                    const Tensor& x, const Tensor& x_scale,
+                                                    const Tensor& x_col_scale, ScalarType grad_dtype,
+                                                    int64_t block, const std::optional<Tensor>& col_scale,
+                                                    ScalarType out_dtype, bool column_sums, bool fast_accum) {
+  auto [rows, row_scales, columns, column_scales, sums] =
+      operators::quantize_grad(e, grad_dtype, e_col_scale, x_scale, column_sums);
+  Tensor dx = matmul_weight_columns(rows, row_scales, weight, weight_row_scale, x.scalar_type(), out_dtype,
+                                    fast_accum);
+  rows = columns;  // gives its memory back
+  Tensor dw = matmul_rotated(columns, x, column_scales, x_col_scale, true, block, col_scale,
+                             weight.scalar_type(), fast_accum);
+  return {dx, dw, sums};
 }
 
 }  // namespace
@@ -243,6 +250,6 @@ STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
   m.impl("matmul_weight_rows", TORCH_BOX(&matmul_weight_rows));
   m.impl("matmul_weight_columns", TORCH_BOX(&matmul_weight_columns));
   m.impl("matmul_rounded", TORCH_BOX(&matmul_rounded));
-  m.impl("matmul_gradient", TORCH_BOX(&matmul_gradient));
+  m.impl("matmul_gradients", TORCH_BOX(&matmul_gradients));
   m.impl("matmul_rotated", TORCH_BOX(&matmul_rotated));
 }

@@ -33,11 +33,14 @@ from .products import (
     as_output,
     autocast_dtype,
     crop,
+    dgrad,
     for_dgrad,
     fprop,
+    gradients,
+    in_one_call,
     once_differentiable,
     round_and_multiply,
-    round_gradient_and_dgrad,
+    round_gradient,
     undo_fold,
     wgrad,
     without_autocast,
@@ -237,13 +240,19 @@ class HaloLinearFunction(torch.autograd.Function):
         x_data, x_scale, d, *saved_w, inverse = ctx.saved_tensors
         config, x, w = ctx.config, Quantized(x_data, x_scale), ForDgrad(*saved_w)
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        bias_dtype, dw = ctx.bias_dtype if needs_db else None, None
+        bias_dtype, for_dw = ctx.bias_dtype if needs_db else None, None
+        dx: Tensor | None = None
+        dw: Tensor | None = None
         e = as_matrix(e)
         # A compiled backward is traced under the autocast of its forward.
         with without_autocast(e.device.type):
-            dx, for_dw, db = round_gradient_and_dgrad(
-                e, w, x.scale, needs_dx, needs_dw, bias_dtype, ctx.x_dtype, config
-            )
+            rounds_here = w.weight is not None and needs_dw and not ctx.again_from_x
+            if rounds_here and not config.rotate_m_dgrad and in_one_call(config):
+                dx, dw, db = gradients(e, w, x, ctx.block, d, bias_dtype, ctx.x_dtype, config)
+                dw = crop(dw, *ctx.weight_form[0])
+            else:
+                for_dx, for_dw, db = round_gradient(e, w, x.scale, needs_dx, needs_dw, bias_dtype, config)
+                dx = None if for_dx is None else dgrad(for_dx, w, ctx.x_dtype, config)
             if dx is not None:
                 if config.rotate_m_dgrad:
                     dx = hadamard_transform(dx, axis=0)

@@ -115,7 +115,7 @@ def round_and_multiply(
     config: HaloConfig,
 ) -> tuple[Quantized, Tensor, Tensor | None, Tensor]:
     """:func:`halo_train.operands.quantize_input` of X [M, K], and :func:`fprop` of a W that is rounded here; block: rotation_block(K)."""
-    if not _rounds_on_the_way(config) or are_operators_seen():
+    if not in_one_call(config):
         rounded = quantize_input(x, inverse, config)
         return rounded, *fprop(rounded, weight, d, None, dtype, config)
     tokens, padded = pad_matrix(x, MULTIPLE, MULTIPLE), pad_matrix(weight, MULTIPLE, MULTIPLE)
@@ -164,35 +164,35 @@ def round_gradient(
     return for_dx, for_dw, sums[: e.shape[1]].to(bias_dtype)
 
 
-def round_gradient_and_dgrad(
+def gradients(
     e: Tensor,
     w: ForDgrad,
-    x_scale: Tensor,
-    needs_dx: bool,
-    needs_dw: bool,
+    x: Quantized,
+    block: int,
+    d: Tensor | None,
     bias_dtype: torch.dtype | None,
     dtype: torch.dtype,
     config: HaloConfig,
-) -> tuple[Tensor | None, Quantized | None, Tensor | None]:
-    """:func:`dgrad` of the first that :func:`round_gradient` returns, and its others; each only if it is needed."""
-    rows_on_the_way = w.weight is not None and needs_dw and not config.rotate_m_dgrad
-    if w.weight is None or not rows_on_the_way or not _rounds_on_the_way(config) or are_operators_seen():
-        for_dx, for_dw, db = round_gradient(e, w, x_scale, needs_dx, needs_dw, bias_dtype, config)
-        return None if for_dx is None else dgrad(for_dx, w, dtype, config), for_dw, db
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`round_gradient`, :func:`dgrad` [M', K'] in ``dtype`` and :func:`wgrad` [N', K'], padded, where :func:`in_one_call` and W
+    itself is given."""
+    assert w.weight is not None
     padded, weight = pad_matrix(e, MULTIPLE, MULTIPLE), pad_matrix(w.weight, MULTIPLE, MULTIPLE)
-    dx, data, scale, sums = ops.matmul_gradient(
+    dx, dw, sums = ops.matmul_gradients(
         padded,
         w.fold(config, padded.shape[1]),
-        x_scale,
-        bias_dtype is not None,
-        storage_dtype(config.grad_format, e.dtype),
         weight,
         w.divisors(),
-        storage_dtype(config.format, weight.dtype),
+        *x,
+        scale_of_columns(x),
+        storage_dtype(config.grad_format, e.dtype),
+        block,
+        None if d is None else pad_vector(d, weight.shape[1]),
         dtype,
+        bias_dtype is not None,
         config.fast_accum,
     )
-    return dx, Quantized(data, scale), None if bias_dtype is None else sums[: e.shape[1]].to(bias_dtype)
+    return dx, dw, None if bias_dtype is None else sums[: e.shape[1]].to(bias_dtype)
 
 
 def _rounds_on_the_way(config: HaloConfig) -> bool:
@@ -200,9 +200,14 @@ def _rounds_on_the_way(config: HaloConfig) -> bool:
     return config.scaling is Scaling.ROWWISE and config.requantize_w_dgrad
 
 
-def are_operators_seen() -> bool:
-    """Whether somebody looks at operators one by one: a compiler, which does once what several layers do, or a dispatch mode, such as
-    that of selective checkpointing, which keeps the results of some. Elsewhere fewer of them cost the host less."""
+def in_one_call(config: HaloConfig) -> bool:
+    """Whether several steps run as one operator, which costs the host less. Not where somebody looks at operators one by one: a
+    compiler, which does once what several layers do, or a dispatch mode, such as that of selective checkpointing, which keeps the
+    results of some."""
+    return _rounds_on_the_way(config) and not _are_operators_seen()
+
+
+def _are_operators_seen() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -245,7 +250,7 @@ def wgrad(
         weight: shape and dtype.
     """
     shape, dtype = weight
-    if rows and are_operators_seen():
+    if rows and _are_operators_seen():
         x, rows = contract_rows(x), False
     if block == 1 and d is None:
         return crop((matmul_rows if rows else matmul)(e, x, dtype, config.fast_accum), *shape)

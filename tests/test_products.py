@@ -120,19 +120,11 @@ def test_opcheck(device, dtype):
         check(namespace.matmul_weight_columns, e, t, weight, factors, dtype, out, True)
     for factors in (None, d):
         check(namespace.matmul_rounded, weight, factors, weight, factors, dtype, 64, out, True)
-    for sums in (False, True):
+    tokens = rounded(32, 32, dtype, device)
+    for sums, factors in ((False, None), (True, t.new_ones(32))):
+        others = (dtype, 16, factors, out, sums, True)
         check(
-            namespace.matmul_gradient,
-            weight,
-            d,
-            t.new_ones(32),
-            sums,
-            dtype,
-            weight.t().contiguous(),
-            None,
-            dtype,
-            out,
-            True,
+            namespace.matmul_gradients, weight, d, weight.t()[:, :32], None, *tokens, t.new_ones(32), *others
         )
     check(namespace.matmul_rotated, a, b, u, v, False, 16, None, out, True)
     check(namespace.matmul_rotated, a, b.t().contiguous(), u, v, True, 16, None, out, True)
@@ -154,12 +146,14 @@ def test_steps_in_one_operator_have_the_bits_of_steps_one_by_one(device, dtype, 
     for mine, other in zip((y, weight_scale, data, scale), expected, strict=True):
         assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
 
-    arguments = (weight, None if levels is None else 1 / levels, dtype, out)
-    for sums in (False, True):
-        found = ops.matmul_gradient(e, levels, scale, sums, dtype, *arguments)
-        rows, row_scales, *others = ops.quantize_grad(e, dtype, levels, scale, sums)
-        dx = ops.matmul_weight_columns(rows, row_scales, *arguments)
-        for mine, other in zip(found, (dx, *others), strict=True):
+    divisors, ones = None if levels is None else 1 / levels, torch.ones(64, device=device)
+    for sums, block in ((False, 1), (True, 64)):
+        others = (dtype, block, d, out, sums)
+        found = ops.matmul_gradients(e, levels, weight, divisors, data, scale, ones, *others)
+        rows, row_scales, columns, column_scales, total = ops.quantize_grad(e, dtype, levels, scale, sums)
+        dx = ops.matmul_weight_columns(rows, row_scales, weight, divisors, dtype, out)
+        dw = ops.matmul_rotated(columns, data, column_scales, ones, True, block, d, out)
+        for mine, other in zip(found, (dx, dw, total), strict=True):
             assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
 
 
@@ -195,11 +189,10 @@ def test_operands_that_do_not_fit_are_refused():
         ops.matmul_rounded(x, None, wide, None, torch.int8, 16, torch.float32)
     with pytest.raises(ValueError, match="col_scale must be a real vector"):
         ops.matmul_rounded(x, torch.ones(3), weight, None, torch.int8, 16, torch.float32)
+    others = (torch.int8, 16, None, torch.float32, False)
     with pytest.raises(ValueError, match="contracted dimensions"):
-        ops.matmul_gradient(x, None, u, False, torch.int8, weight, None, torch.int8, torch.float32)
+        ops.matmul_gradients(x, None, weight, None, a, u, torch.ones(64), *others)
+    with pytest.raises(ValueError, match=r"x must have shape \(16, 48\); got \(16, 64\)"):
+        ops.matmul_gradients(x, None, weight.t(), None, a, u, torch.ones(48), *others)
     with pytest.raises(ValueError, match="weight_row_scale must be a real vector"):
-        ops.matmul_gradient(
-            x, None, u, False, torch.int8, weight.t(), torch.ones(3), torch.int8, torch.float32
-        )
-    with pytest.raises(ValueError, match="scale_b must have one value or one for each of 16 columns"):
-        ops.matmul_rotated(a, a.t(), u, v, True, 16, None, torch.float32)
+        ops.matmul_gradients(x, None, weight.t(), torch.ones(3), a[:, :48], u, torch.ones(48), *others)

@@ -57,10 +57,11 @@ def spoil_product(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 def after_products(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], None]) -> None:
     """Every 8-bit product is handed to ``spoil`` before anything reads it."""
 
-    def spoiled(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def wrapped(*args: object) -> Tensor | tuple[Tensor, Tensor]:
+    def spoiled(multiply: Callable[..., Tensor], products: int) -> Callable[..., Tensor]:
+        def wrapped(*args: object) -> Tensor | tuple[Tensor, ...]:
             found = multiply(*args)
-            spoil(found[0] if isinstance(found, tuple) else found)
+            for product in found[:products] if isinstance(found, tuple) else (found,):
+                spoil(product)
             return found
 
         return wrapped
@@ -71,10 +72,10 @@ def after_products(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], No
         "matmul_weight_rows",
         "matmul_weight_columns",
         "matmul_rounded",
-        "matmul_gradient",
+        "matmul_gradients",
         "matmul_rotated",
     ):
-        monkeypatch.setattr(ops, name, spoiled(getattr(ops, name)))
+        monkeypatch.setattr(ops, name, spoiled(getattr(ops, name), 2 if name == "matmul_gradients" else 1))
 
 
 @pytest.mark.parametrize(

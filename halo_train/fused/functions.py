@@ -25,7 +25,6 @@ from ..products import (
     once_differentiable,
     pad_rows_again,
     round_gradient,
-    round_gradient_and_dgrad,
     undo_fold,
     wgrad,
     without_autocast,
@@ -113,11 +112,11 @@ class ProjectionsFunction(torch.autograd.Function):
                 needs_dw, needs_db = needs[6 + _PER_LAYER * i : 8 + _PER_LAYER * i]
                 if e is not None:
                     bias_dtype = form.bias_dtype if needs_db else None
-                    dy, for_dw, db = round_gradient_and_dgrad(
-                        as_matrix(e), w, scale, needs_dy, needs_dw, bias_dtype, arguments.out_dtype, config
+                    for_dx, for_dw, db = round_gradient(
+                        as_matrix(e), w, scale, needs_dy, needs_dw, bias_dtype, config
                     )
-                    if dy is not None:
-                        dys.append(dy)
+                    if for_dx is not None:
+                        dys.append(dgrad(for_dx, w, arguments.out_dtype, config))
                     if for_dw is not None and x is not None:
                         dw = wgrad(for_dw, x, block, d, form.weight, config)
                 found += [dw, db, *_NO_GRADIENTS]

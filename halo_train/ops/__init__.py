@@ -28,7 +28,7 @@ from .checks import (
 )
 from .checks import check_input as check_input
 from .norm_backward import MAX_GRADIENTS as MAX_GRADIENTS
-from .products import matmul_gradient as matmul_gradient
+from .products import matmul_gradients as matmul_gradients
 from .products import matmul_rotated as matmul_rotated
 from .products import matmul_rounded as matmul_rounded
 from .products import matmul_rows as matmul_rows

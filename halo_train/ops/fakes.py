@@ -96,20 +96,23 @@ def _matmul_rounded(
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype), data, scale, weight_scale
 
 
-def _matmul_gradient(
+def _matmul_gradients(
     e: Tensor,
-    col_scale: Tensor | None,
-    row_scale: Tensor,
-    column_sums: bool,
-    grad_dtype: torch.dtype,
+    e_col_scale: Tensor | None,
     weight: Tensor,
     weight_row_scale: Tensor | None,
-    dtype: torch.dtype,
+    x: Tensor,
+    x_scale: Tensor,
+    x_col_scale: Tensor,
+    grad_dtype: torch.dtype,
+    block: int,
+    col_scale: Tensor | None,
     out_dtype: torch.dtype,
+    column_sums: bool,
     *_: Any,
-) -> tuple[Tensor, ...]:
-    others = _quantize_grad(e, grad_dtype, col_scale, row_scale, column_sums)[2:]
-    return e.new_empty((e.shape[0], weight.shape[1]), dtype=out_dtype), *others
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = e.new_empty(e.shape[1] if column_sums else 0, dtype=_wide(e))
+    return e.new_empty((e.shape[0], weight.shape[1]), dtype=out_dtype), weight.new_empty(weight.shape), sums
 
 
 def _matmul_rotated(
@@ -192,7 +195,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "matmul_weight_rows": _matmul_weight_rows,
     "matmul_weight_columns": _matmul_weight_columns,
     "matmul_rounded": _matmul_rounded,
-    "matmul_gradient": _matmul_gradient,
+    "matmul_gradients": _matmul_gradients,
     "matmul_rotated": _matmul_rotated,
     "copy_after": lambda x, e: torch.empty_like(x),
     "random_signs": lambda like, n, *_: like.new_empty(n, dtype=torch.int8),

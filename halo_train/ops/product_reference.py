@@ -64,25 +64,30 @@ def matmul_rounded(
     return y, data, scale, weight_scale
 
 
-def matmul_gradient(
+def matmul_gradients(
     e: Tensor,
-    col_scale: Tensor | None,
-    row_scale: Tensor,
-    column_sums: bool,
-    grad_dtype: torch.dtype,
+    e_col_scale: Tensor | None,
     weight: Tensor,
     weight_row_scale: Tensor | None,
-    dtype: torch.dtype,
+    x: Tensor,
+    x_scale: Tensor,
+    x_col_scale: Tensor,
+    grad_dtype: torch.dtype,
+    block: int,
+    col_scale: Tensor | None,
     out_dtype: torch.dtype,
+    column_sums: bool,
     fast_accum: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`matmul_weight_columns` of the rows of :func:`quantize_grad` of e [M, N]: [M, K], then what else that returns, columns [N, M]
-    with scales [N], and sums."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of :func:`quantize_grad` of e [M, N] with e_col_scale and x_scale: :func:`matmul_weight_columns` of the rows, in the dtype of x, to
+    [M, K] of ``out_dtype``; :func:`matmul_rotated` of the columns by the rows of x [M, K], x_col_scale and col_scale, to [N, K] in the
+    dtype of the weight; the sums."""
     rows, row_scales, columns, column_scales, sums = quantize_grad(
-        e, grad_dtype, col_scale, row_scale, column_sums
+        e, grad_dtype, e_col_scale, x_scale, column_sums
     )
-    dx = matmul_weight_columns(rows, row_scales, weight, weight_row_scale, dtype, out_dtype)
-    return dx, columns, column_scales, sums
+    dx = matmul_weight_columns(rows, row_scales, weight, weight_row_scale, x.dtype, out_dtype)
+    dw = matmul_rotated(columns, x, column_scales, x_col_scale, True, block, col_scale, weight.dtype)
+    return dx, dw, sums
 
 
 def matmul_rotated(

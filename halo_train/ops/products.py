@@ -93,29 +93,40 @@ def matmul_rounded(
     return overloads.matmul_rounded(*arguments)
 
 
-def matmul_gradient(
+def matmul_gradients(
     e: Tensor,
-    col_scale: Tensor | None,
-    row_scale: Tensor,
-    column_sums: bool,
-    grad_dtype: torch.dtype,
+    e_col_scale: Tensor | None,
     weight: Tensor,
     weight_row_scale: Tensor | None,
-    dtype: torch.dtype,
+    x: Tensor,
+    x_scale: Tensor,
+    x_col_scale: Tensor,
+    grad_dtype: torch.dtype,
+    block: int,
+    col_scale: Tensor | None,
     out_dtype: torch.dtype,
+    column_sums: bool,
     fast_accum: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``quantize_grad`` and :func:`matmul_weight_columns` of its rows; see :func:`product_reference.matmul_gradient`."""
-    check_matrix("matmul_gradient", e, 1, col_scale)
-    check_vector("matmul_gradient", "row_scale", row_scale, e.shape[0], e)
-    check_matrix("matmul_gradient", weight, 1, None)
-    check_contracted("matmul_gradient", e, weight, rows=True)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``quantize_grad``, :func:`matmul_weight_columns` of its rows and :func:`matmul_rotated` of its columns; see
+    :func:`product_reference.matmul_gradients`."""
+    op = "matmul_gradients"
+    check_matrix(op, e, 1, e_col_scale)
+    check_matrix(op, weight, block, col_scale)
+    check_contracted(op, e, weight, rows=True)
+    if x.shape != (e.shape[0], weight.shape[1]):
+        raise ValueError(f"{op}: x must have shape {(e.shape[0], weight.shape[1])}; got {tuple(x.shape)}")
+    check_vector(op, "x_scale", x_scale, e.shape[0], e)
+    check_vector(op, "x_col_scale", x_col_scale, weight.shape[1], e)
     if weight_row_scale is not None:
-        check_vector("matmul_gradient", "weight_row_scale", weight_row_scale, weight.shape[0], weight)
-    arguments = (e, col_scale, row_scale, column_sums, grad_dtype, weight, weight_row_scale, dtype, out_dtype)
-    if grad_dtype not in reference.QMAX or not _are_rounded_by_kernels(dtype, out_dtype, e, weight):
-        return product_reference.matmul_gradient(*arguments)
-    return overloads.matmul_gradient(*arguments, fast_accum)
+        check_vector(op, "weight_row_scale", weight_row_scale, weight.shape[0], e)
+    arguments = (
+        *(e, e_col_scale, weight, weight_row_scale, x, x_scale, x_col_scale),
+        *(grad_dtype, block, col_scale, out_dtype, column_sums, fast_accum),
+    )
+    if grad_dtype not in reference.QMAX or not _are_rounded_by_kernels(x.dtype, out_dtype, e, weight):
+        return product_reference.matmul_gradients(*arguments)
+    return overloads.matmul_gradients(*arguments)
 
 
 def matmul_rotated(

@@ -29,7 +29,7 @@ KERNEL_OPS = {
     "matmul_weight_rows": "product_bindings.cpp",
     "matmul_weight_columns": "product_bindings.cpp",
     "matmul_rounded": "product_bindings.cpp",
-    "matmul_gradient": "product_bindings.cpp",
+    "matmul_gradients": "product_bindings.cpp",
     "matmul_rotated": "product_bindings.cpp",
 }
 """Ops that have a CUDA kernel, and the file in ``csrc/`` that holds it."""
@@ -133,10 +133,11 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         "ScalarType out_dtype, bool fast_accum) -> (Tensor, Tensor, Tensor, Tensor)",
         product_reference.matmul_rounded,
     ),
-    "matmul_gradient": (
-        "(Tensor e, Tensor? col_scale, Tensor row_scale, bool column_sums, ScalarType grad_dtype, Tensor weight, "
-        "Tensor? weight_row_scale, ScalarType dtype, ScalarType out_dtype, bool fast_accum) -> (Tensor, Tensor, Tensor, Tensor)",
-        product_reference.matmul_gradient,
+    "matmul_gradients": (
+        "(Tensor e, Tensor? e_col_scale, Tensor weight, Tensor? weight_row_scale, Tensor x, Tensor x_scale, Tensor x_col_scale, "
+        "ScalarType grad_dtype, int block, Tensor? col_scale, ScalarType out_dtype, bool column_sums, bool fast_accum) -> "
+        "(Tensor, Tensor, Tensor)",
+        product_reference.matmul_gradients,
     ),
     "matmul_rotated": (
         "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, bool rows, int block, Tensor? col_scale, ScalarType out_dtype, "
