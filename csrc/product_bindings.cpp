@@ -111,9 +111,12 @@ bool has_kernel(int device) {
 // Multiplications of a float8 product that is long enough to run at the power limit of the GPU, where our
 // kernel, which moves less, is faster than cuBLASLt, which leaves fewer cycles idle.
 constexpr int64_t kLongProduct = int64_t{1} << 39;
+// And of one that is so short that a layer waits for its host, for which our kernel is 14 us less work:
+// PyTorch asks cuBLASLt for an algorithm in every call. To the GPU they are alike there.
+constexpr int64_t kShortProduct = int64_t{1} << 36;
 
 // Which products our kernel computes: of int8 all that it can; of e4m3 with fast sums those that fill the GPU
-// and are long, with row scales, or have scales that the library does not apply.
+// and are long or short, with row scales, or have scales that the library does not apply.
 bool takes_kernel(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
                   ScalarType out_dtype, bool fast_accum) {
   const int64_t m = a.size(0), n = b.size(0), k = a.size(1);
@@ -124,8 +127,9 @@ bool takes_kernel(const Tensor& a, const Tensor& b, const Tensor& scale_a, const
   if (a.scalar_type() == ScalarType::Char) return k <= halo_train::kInt8MaxContraction;
   const bool e4m3 =
       a.scalar_type() == ScalarType::Float8_e4m3fn && b.scalar_type() == ScalarType::Float8_e4m3fn;
-  const bool is_long = scale_a.dim() == 1 && m * n * k >= kLongProduct;
-  return e4m3 && fast_accum && (is_long || !library_scales(scale_a, scale_b, out_dtype)) &&
+  const int64_t length = m * n * k;
+  const bool is_ours = scale_a.dim() == 1 && (length >= kLongProduct || length < kShortProduct);
+  return e4m3 && fast_accum && (is_ours || !library_scales(scale_a, scale_b, out_dtype)) &&
          halo_train::fills_gpu(m, n, device);
 }
 

@@ -1,5 +1,5 @@
 """8-bit matrix products with row scales: int8 by our own GEMM, float8 by those that PyTorch ships (cuBLASLt), or by our own
-where they do not apply the scales and, on Hopper, for long products (csrc/product_bindings.cpp, ``takes_kernel``)."""
+where they do not apply the scales and, on Hopper, for long products and short ones (csrc/product_bindings.cpp, ``takes_kernel``)."""
 
 from __future__ import annotations
 

@@ -130,9 +130,12 @@ def test_float8_gemm_of_our_kernel_equals_the_reference_bit_by_bit(m, n, k, dtyp
     check_bit_by_bit(torch.float8_e4m3fn, m, n, k, dtype, row_scales)
 
 
-def test_long_float8_gemm_equals_that_of_int8_bit_by_bit():
-    a, b = (exact_operand(8192, 8192, dtype=torch.float8_e4m3fn) for _ in range(2))  # 2^39 multiplications
-    scales = [torch.rand(8192, device="cuda") * 1e-3 for _ in range(2)]
+@pytest.mark.parametrize(
+    ("m", "n"), [(8192, 8192), (4096, 2048)]
+)  # 2^39 and 2^34 multiplications: long and short
+def test_long_and_short_float8_gemms_equal_those_of_int8_bit_by_bit(m, n):
+    a, b = (exact_operand(rows, n, dtype=torch.float8_e4m3fn) for rows in (m, n))
+    scales = [torch.rand(rows, device="cuda") * 1e-3 for rows in (m, n)]
     product = ops.scaled_matmul(a, b, *scales, torch.bfloat16)
     a, b = (x.float().to(torch.int8) for x in (a, b))
     assert torch.equal(product, ops.scaled_matmul(a, b, *scales, torch.bfloat16))
