@@ -146,21 +146,21 @@ def _data_around_evaluation(halo: HaloLinear) -> None:
     halo.weight.data.mul_(2)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        _load,
-        _fused,
-        _foreach,
-        _by_pointer,
-        _in_place,
-        _new_memory,
-        _new_parameter,
-        _equalizer,
-        _recipe,
-        _data_around_evaluation,
-    ],
-)
+CHANGES = [
+    _load,
+    _fused,
+    _foreach,
+    _by_pointer,
+    _in_place,
+    _new_memory,
+    _new_parameter,
+    _equalizer,
+    _recipe,
+    _data_around_evaluation,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_every_change_of_the_weight_is_seen(change):
     halo = layer()
     step(halo)
@@ -168,6 +168,16 @@ def test_every_change_of_the_weight_is_seen(change):
     change(halo)
     x = torch.randn(8, 32)
     assert torch.equal(halo(x), copy.deepcopy(halo)(x))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_after_the_first_micro_batch_is_seen(change):
+    halo = layer()
+    step(halo, 1)
+    change(halo)
+    for _ in range(3):
+        x = torch.randn(8, 32)
+        assert torch.equal(halo(x), copy.deepcopy(halo)(x))
 
 
 def test_a_step_without_gradients_set_to_none_is_seen():
