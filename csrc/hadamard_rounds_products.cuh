@@ -151,6 +151,32 @@ __device__ __forceinline__ void middle_masks(const uint8_t* bytes, int warp, int
   mask[2] = byte * (1u << 13 | 1u << 28), mask[3] = byte * (1u << 9 | 1u << 24);
 }
 
+// Values between a lane and the same lane of each warp, whose units are `step` apart.
+template <typename L>
+__device__ __forceinline__ void write_units(float4* units, int step, const float (&v)[L::kValues]) {
+#pragma unroll
+  for (int warp = 0; warp < L::kWarps; ++warp) {
+#pragma unroll
+    for (int u = 0; u < L::kUnits; ++u) {
+      const float* f = v + (deposit<L::kTraded>(warp) | u << 2);
+      units[warp * step + u * 32] = make_float4(f[0], f[1], f[2], f[3]);
+    }
+  }
+}
+
+template <typename L>
+__device__ __forceinline__ void read_units(float (&v)[L::kValues], const float4* units, int step) {
+#pragma unroll
+  for (int warp = 0; warp < L::kWarps; ++warp) {
+#pragma unroll
+    for (int u = 0; u < L::kUnits; ++u) {
+      float* const to = v + (deposit<L::kTraded>(warp) | u << 2);
+      const float4 f = units[warp * step + u * 32];
+      to[0] = f.x, to[1] = f.y, to[2] = f.z, to[3] = f.w;
+    }
+  }
+}
+
 }  // namespace detail
 
 // A thread block for a block of a row. `ahead`: by how many rows the L2 cache runs ahead of the loads.
@@ -227,27 +253,12 @@ __global__ void __launch_bounds__(32 * L::kWarps, kMinBlocks)
   uint32_t* const magnitudes = reinterpret_cast<uint32_t*>(shared_units + (1 << (L::kLogN - 2)));
   float4* const own = shared_units + warp * (L::kWarps * L::kUnits * 32) + lane;
   float4* const others = shared_units + warp * (L::kUnits * 32) + lane;
-  constexpr int kOther = L::kWarps * L::kUnits * 32;
+  constexpr int kOwn = L::kUnits * 32, kOther = L::kWarps * kOwn;  // from warp to warp
   if constexpr (L::kTrade) {
-#pragma unroll
-    for (int to = 0; to < L::kWarps; ++to) {
-#pragma unroll
-      for (int u = 0; u < L::kUnits; ++u) {
-        const float* f = v + (detail::deposit<L::kTraded>(to) | u << 2);
-        others[to * kOther + u * 32] = make_float4(f[0], f[1], f[2], f[3]);
-      }
-    }
+    detail::write_units<L>(others, kOther, v);
     if (lane == 0) magnitudes[warp] = largest;
     __syncthreads();
-#pragma unroll
-    for (int from = 0; from < L::kWarps; ++from) {
-#pragma unroll
-      for (int u = 0; u < L::kUnits; ++u) {
-        float* to = v + (detail::deposit<L::kTraded>(from) | u << 2);
-        const float4 f = own[(from * L::kUnits + u) * 32];
-        to[0] = f.x, to[1] = f.y, to[2] = f.z, to[3] = f.w;
-      }
-    }
+    detail::read_units<L>(v, own, kOwn);
     largest = __reduce_max_sync(0xffffffffu, magnitudes[lane % L::kWarps]);
     exponent = detail::block_exponent<T, L::kGrowth>(largest);
     detail::butterfly_mask<L::kTraded & ~L::kTop>(v);
@@ -280,24 +291,9 @@ __global__ void __launch_bounds__(32 * L::kWarps, kMinBlocks)
     detail::multiply_terms<T>(v + 8 * j, terms, a);
   }
   if constexpr (L::kTrade) {
-#pragma unroll
-    for (int to = 0; to < L::kWarps; ++to) {
-#pragma unroll
-      for (int u = 0; u < L::kUnits; ++u) {
-        const float* f = v + (detail::deposit<L::kTraded>(to) | u << 2);
-        own[(to * L::kUnits + u) * 32] = make_float4(f[0], f[1], f[2], f[3]);
-      }
-    }
+    detail::write_units<L>(own, kOwn, v);
     __syncthreads();
-#pragma unroll
-    for (int from = 0; from < L::kWarps; ++from) {
-#pragma unroll
-      for (int u = 0; u < L::kUnits; ++u) {
-        float* to = v + (detail::deposit<L::kTraded>(from) | u << 2);
-        const float4 f = others[from * kOther + u * 32];
-        to[0] = f.x, to[1] = f.y, to[2] = f.z, to[3] = f.w;
-      }
-    }
+    detail::read_units<L>(v, others, kOther);
     detail::butterfly_mask<L::kTraded & ~L::kTop>(v);
   }
   // Three orthonormal products are 2^6 too small.
