@@ -115,22 +115,28 @@ constexpr int64_t kLongProduct = int64_t{1} << 39;
 // PyTorch asks cuBLASLt for an algorithm in every call. To the GPU they are alike there.
 constexpr int64_t kShortProduct = int64_t{1} << 36;
 
+// Whether our kernel computes such products, whatever their size.
+bool kernel_fits(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
+  const auto dtype = halo_train::kernel_dtype(out_dtype);
+  return has_kernel(a.get_device_index()) && dtype && *dtype != halo_train::DType::kFloat64 &&
+         b.size(0) % 16 == 0 && a.size(1) % 16 == 0;
+}
+
+bool both_e4m3(const Tensor& a, const Tensor& b) {
+  return a.scalar_type() == ScalarType::Float8_e4m3fn && b.scalar_type() == ScalarType::Float8_e4m3fn;
+}
+
 // Which products our kernel computes: of int8 all that it can; of e4m3 with fast sums those that fill the GPU
 // and are long or short, with row scales, or have scales that the library does not apply.
 bool takes_kernel(const Tensor& a, const Tensor& b, const Tensor& scale_a, const Tensor& scale_b,
                   ScalarType out_dtype, bool fast_accum) {
   const int64_t m = a.size(0), n = b.size(0), k = a.size(1);
-  const int device = a.get_device_index();
-  const auto dtype = halo_train::kernel_dtype(out_dtype);
-  if (!has_kernel(device) || !dtype || *dtype == halo_train::DType::kFloat64) return false;
-  if (n % 16 != 0 || k % 16 != 0 || k == 0) return false;
+  if (!kernel_fits(a, b, out_dtype) || k == 0) return false;
   if (a.scalar_type() == ScalarType::Char) return k <= halo_train::kInt8MaxContraction;
-  const bool e4m3 =
-      a.scalar_type() == ScalarType::Float8_e4m3fn && b.scalar_type() == ScalarType::Float8_e4m3fn;
   const int64_t length = m * n * k;
   const bool is_ours = scale_a.dim() == 1 && (length >= kLongProduct || length < kShortProduct);
-  return e4m3 && fast_accum && (is_ours || !library_scales(scale_a, scale_b, out_dtype)) &&
-         halo_train::fills_gpu(m, n, device);
+  return both_e4m3(a, b) && fast_accum && (is_ours || !library_scales(scale_a, scale_b, out_dtype)) &&
+         halo_train::fills_gpu(m, n, a.get_device_index());
 }
 
 // Rows that start at multiples of 16 bytes, as copies by the tensor memory accelerator want them.
@@ -144,6 +150,10 @@ Tensor kernel_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, co
   const int device = a.get_device_index();
   Tensor c = halo_train::empty({a.size(0), b.size(0)}, a, code_of(out_dtype));
   if (c.numel() == 0) return c;
+  if (a.size(1) == 0) {
+    torch::stable::fill_(c, 0.0);
+    return c;
+  }
   const Tensor left = aligned_rows(a), right = aligned_rows(b);
   const Tensor by_row = halo_train::dense(scale_a), by_column = halo_train::dense(scale_b);
   halo_train::ScaledProduct product{};
@@ -158,7 +168,8 @@ Tensor kernel_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, co
   product.k = a.size(1);
   product.scale_a = static_cast<const float*>(by_row.data_ptr());
   product.scale_b = static_cast<const float*>(by_column.data_ptr());
-  product.rows_a = scale_a.dim() == 1;
+  product.rows_a = scale_a.dim() > 0;
+  product.blocks_a = scale_a.dim() == 2;
   product.rows_b = scale_b.dim() == 1;
   product.dtype = *halo_train::kernel_dtype(out_dtype);
   product.device = device;
@@ -171,6 +182,14 @@ Tensor scaled_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, co
                      ScalarType out_dtype, bool fast_accum) {
   const int device = a.get_device_index();
   const DeviceGuard guard(device);
+  if (scale_a.dim() == 2) {  // no library applies them
+    STD_TORCH_CHECK(
+        kernel_fits(a, b, out_dtype) && both_e4m3(a, b) && fast_accum,
+        "halo_train: a product with a scale for each block of its contraction needs a GPU of compute "
+        "capability 9.0, dimensions of the contraction and of the rows of b that are multiples of 16, "
+        "float8_e4m3fn operands and fast_accum=True; use one scale a row");
+    return kernel_matmul(a, b, scale_a, scale_b, out_dtype);
+  }
   if (takes_kernel(a, b, scale_a, scale_b, out_dtype, fast_accum)) {
     return kernel_matmul(a, b, scale_a, scale_b, out_dtype);
   }

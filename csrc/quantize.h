@@ -13,6 +13,10 @@ namespace halo_train {
 
 enum class QType { kE4M3, kE5M2, kInt8 };
 
+// Elements of a contraction that share a scale, where rows have a scale for each block of it: halo_train/ops/
+// reference.py, SCALE_BLOCK.
+constexpr int64_t kScaleBlock = 256;
+
 // Rows of x diag(col_scale) in 8 bits, one scale a row: x is read once.
 struct QuantizeRowsArgs {
   const void* x;  // [rows, cols], rows row_stride elements apart, neighbouring columns adjacent

@@ -44,10 +44,10 @@ int64_t tiles_of(int64_t m, int64_t n, int tile_n) {
   return (m + kRows - 1) / kRows * ((n + tile_n - 1) / tile_n);
 }
 
-template <QType kType, int kTileN, typename Out>
+template <QType kType, int kTileN, typename Out, int kScaleSteps = 0>
 cudaError_t launch(const ScaledProduct& p, CUtensorMapDataType type, cudaStream_t stream) {
   using namespace detail;
-  constexpr auto kKernel = scaled_matmul_kernel<kType, kTileN, Out>;
+  constexpr auto kKernel = scaled_matmul_kernel<kType, kTileN, Out, kScaleSteps>;
   constexpr size_t kShared = MatmulLayout<kTileN>::kShared;
   CUtensorMap a, b, c;
   if (encoder() == nullptr) return cudaErrorNotSupported;
@@ -78,7 +78,10 @@ cudaError_t launch(const ScaledProduct& p, CUtensorMapDataType type, cudaStream_
 template <QType kType, typename Out>
 cudaError_t launch(const ScaledProduct& p, CUtensorMapDataType type, cudaStream_t stream) {
   if constexpr (kType == QType::kInt8) {  // half as wide where wide tiles would leave multiprocessors idle
+    if (p.blocks_a) return cudaErrorInvalidValue;
     if (!fills_gpu(p.m, p.n, p.device)) return launch<kType, 128, Out>(p, type, stream);
+  } else if (p.blocks_a) {
+    return launch<kType, 256, Out, kScaleBlock / detail::kStageBytes>(p, type, stream);
   }
   return launch<kType, 256, Out>(p, type, stream);
 }

@@ -11,6 +11,10 @@
 // bits stay there until products of the next tile are under way, and then leave through a staging buffer,
 // from where a warp for each group, its helper, stores them. The helper loads the scales, too: no group waits
 // for memory.
+//
+// Where A has a scale for each row and block of the contraction, sums go from one block's scale to the next's
+// in place. A group waits for its products for that, and the other's fill the gap. A warp does not multiply
+// the upper or lower eight of its rows when none of them has another scale: multiplications cost clock, too.
 
 #pragma once
 
@@ -169,6 +173,13 @@ __device__ __forceinline__ float load_shared(uint32_t from) {
   return x;
 }
 
+// Loads here; whoever uses it first waits.
+__device__ __forceinline__ float load_ahead(const float* from) {
+  float x;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(from));
+  return x;
+}
+
 // Named barriers of a group and its helper. Who arrives does not wait.
 __device__ __forceinline__ void helper_sync(int barrier) {
   asm volatile("bar.sync %0, 160;" ::"r"(barrier) : "memory");
@@ -187,15 +198,43 @@ __device__ __forceinline__ void place(uint32_t index, uint32_t tiles_m, uint32_t
 }
 
 struct MatmulScales {
-  const float* a;
+  const float* a;  // with kScaleSteps [blocks, m_rows]
   const float* b;
   int a_step, b_step;  // 1: one a row; 0: one for all
 };
 
+// Scales of a row and of the eighth below it, of one block of the contraction after the other, loaded a block
+// before they are used.
+struct RowScales {
+  const float* at;
+  int below;
+  float2 now, after;
+
+  __device__ __forceinline__ float2 load() const { return {load_ahead(at), load_ahead(at + below)}; }
+  __device__ __forceinline__ void start(const float* scales, int row, int rows, bool more) {
+    const int first = min(row, rows - 1);
+    at = scales + first;
+    below = min(row + 8, rows - 1) - first;
+    now = load();
+    if (more) at += rows;
+    after = load();
+  }
+  // Goes on to the next block: what takes sums from the scales before to those. Exact, as scales are powers
+  // of two: the division is (tests/test_products.py).
+  __device__ __forceinline__ float2 next(int rows, bool more) {
+    const float2 ratios{__fdividef(now.x, after.x), __fdividef(now.y, after.y)};
+    now = after;
+    if (more) at += rows;
+    after = load();
+    return ratios;
+  }
+};
+
 }  // namespace detail
 
-// Launched in clusters of kClusterBlocks. Empty but in a build for sm_90a.
-template <QType kType, int kTileN, typename Out>
+// kScaleSteps: so many stages share a scale of a row of A; 0: all. Launched in
+// clusters of kClusterBlocks. Empty but in a build for sm_90a.
+template <QType kType, int kTileN, typename Out, int kScaleSteps>
 __global__ void __launch_bounds__(detail::kMatmulThreads, 1)
     scaled_matmul_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
                          const __grid_constant__ CUtensorMap c_map, const detail::MatmulScales scales, Out* c,
@@ -279,6 +318,11 @@ __global__ void __launch_bounds__(detail::kMatmulThreads, 1)
       };
       int old_row = 0, old_column = -1;
       helper_arrive(is_free);
+      // Of the last block of the contraction, where sums end.
+      const float* last_scales = scales.a;
+      if constexpr (kScaleSteps > 0) {
+        last_scales += static_cast<int64_t>((steps - 1) / kScaleSteps) * m_rows;
+      }
       for (uint32_t tile = blockIdx.x / kClusterBlocks; tile < tiles; tile += clusters) {
         int m, n;
         place(tile, tiles_m, tiles_n, m, n);
@@ -292,7 +336,7 @@ __global__ void __launch_bounds__(detail::kMatmulThreads, 1)
 #pragma unroll
         for (int i = 0; i < kGroupRows / 32; ++i) {
           const int at = row + 32 * i + lane;
-          by_row[i] = at < m_rows ? __ldg(scales.a + at * scales.a_step) : 0.0f;
+          by_row[i] = at < m_rows ? __ldg(last_scales + at * scales.a_step) : 0.0f;
         }
 #pragma unroll
         for (float& scale : by_column) stays(scale);  // loaded before the wait
@@ -412,11 +456,45 @@ __global__ void __launch_bounds__(detail::kMatmulThreads, 1)
       const auto steps_to = [&](int end) {
         for (; k < min(end, steps); ++k) step();
       };
+      RowScales of_rows;
+      if constexpr (kScaleSteps > 0) {
+        int m, n;
+        place(tile, tiles_m, tiles_n, m, n);
+        const int row = (m * kClusterBlocks + rank) * kBlockRows + group * kGroupRows;
+        of_rows.start(scales.a, row + 16 * (warp % 4) + lane / 4, m_rows, kScaleSteps < steps);
+      }
       steps_to(2);
       put_away(0);
-      steps_to(4);
-      put_away(1);
-      steps_to(steps);
+      if constexpr (kScaleSteps == 0) {
+        steps_to(4);
+        put_away(1);
+        steps_to(steps);
+      } else {
+        static_assert(kScaleSteps == 2 || kScaleSteps == 4);
+        for (steps_to(kScaleSteps); k < steps; steps_to(k + kScaleSteps - 1)) {
+          float2 ratios = of_rows.next(m_rows, k + kScaleSteps < steps);
+          stays(ratios.x);  // known before the products end
+          stays(ratios.y);
+          const bool above = !__all_sync(0xffffffffu, ratios.x == 1.0f);
+          const bool below = !__all_sync(0xffffffffu, ratios.y == 1.0f);
+          asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+          release();
+#pragma unroll
+          for (Sum& sum : sums) stays(sum);
+          if (above) {
+#pragma unroll
+            for (int i = 0; i < kTileN / 2; i += 4) sums[i] *= ratios.x, sums[i + 1] *= ratios.x;
+          }
+          if (below) {
+#pragma unroll
+            for (int i = 2; i < kTileN / 2; i += 4) sums[i] *= ratios.y, sums[i + 1] *= ratios.y;
+          }
+          send(false);
+          advance();
+          if (k++ == 4) put_away(1);
+        }
+        if (steps <= 4) put_away(1);
+      }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       release();
       finish(tile);

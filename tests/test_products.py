@@ -10,6 +10,7 @@ from torch import Tensor
 
 from halo_train import ops
 from halo_train.ops import reference
+from halo_train.ops.reference import SCALE_BLOCK
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FORMATS = [torch.float8_e4m3fn, torch.int8]
@@ -96,6 +97,136 @@ def test_a_product_over_rows_has_scales_of_columns(device, dtype, column_scales)
     assert relative(y, exact(a, u) @ b.double() * v) < 2e-3
 
 
+def codes(rows: int, k: int, device: str) -> Tensor:
+    return (100 * torch.randn(rows, k)).clamp(-448, 448).to(torch.float8_e4m3fn).to(device)
+
+
+def block_scales(rows: int, k: int, device: str, exponents: tuple[int, int]) -> Tensor:
+    blocks = -(-k // SCALE_BLOCK)
+    return torch.exp2(torch.randint(*exponents, (blocks, rows)).float()).to(device)
+
+
+def exact_in_blocks(data: Tensor, scale: Tensor) -> Tensor:
+    block_of = torch.arange(data.shape[1], device=data.device) // SCALE_BLOCK
+    return data.double() * scale.double()[block_of].t()
+
+
+BLOCKED = [
+    (48, 64, 256),
+    (32, 48, 384),
+    (17, 48, 1040),
+    (1, 16, 16),
+    (129, 272, 2064),
+    (300, 208, 656),
+    (0, 32, 64),
+    (16, 32, 0),
+]
+MANY_TILES = [(4097, 4112, 1552), (2560, 4096, 4112), (30000, 304, 272), (4097, 4112, 128)]
+"""(m, n, k); the last block is whole or has 16 elements, or one step of 128 with or without others."""
+
+
+@pytest.mark.parametrize(
+    ("device", "m", "n", "k"),
+    [
+        *[("cpu", *shape) for shape in BLOCKED],
+        *[pytest.param("cuda", *shape, marks=pytest.mark.gpu) for shape in [*BLOCKED, *MANY_TILES]],
+    ],
+)
+@pytest.mark.parametrize("out_dtype", OUTPUTS)
+@pytest.mark.parametrize("exponents", [(-2, 3), (-50, 20)])
+def test_rows_have_a_scale_for_each_block_of_the_contraction(device, m, n, k, out_dtype, exponents):
+    a, b, u = codes(m, k, device), codes(n, k, device), block_scales(m, k, device, exponents)
+    if k:
+        u = u / u.amax(0)
+    v = torch.rand(n, device=device) * 1e-4  # results in the range of float16
+    y = ops.scaled_matmul(a, b, u, v, out_dtype)
+    assert y.dtype is out_dtype
+    bound = max(2e-3, 2 * torch.finfo(out_dtype).eps)
+    expected = exact_in_blocks(a, u) @ b.double().t() * v
+    if y.numel() and k:
+        assert relative(y, expected) < bound
+    else:
+        assert torch.equal(y.double(), expected)
+    for rows in (False, True):
+        other = b.t().contiguous() if rows else b
+        assert torch.equal(ops.matmul_rotated(a, other, u, v, rows, 1, None, out_dtype), y)
+    assert torch.equal(ops.matmul_rows(a, b.t().contiguous(), u, v, out_dtype), y)
+    assert torch.equal(
+        ops.scaled_matmul(a, b, u, v.new_tensor(0.5), torch.float32),
+        ops.scaled_matmul(a, b, u, v.new_full((n,), 0.5), torch.float32),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "k"), [*BLOCKED, *MANY_TILES])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_block_scales_have_the_bits_of_the_reference(m, n, k, out_dtype):
+    # Sums of products have no more bits than the tensor cores keep.
+    a, b = (torch.randint(-2, 3, (rows, k)).to(torch.float8_e4m3fn) for rows in (m, n))
+    u, v = block_scales(m, k, "cpu", (-3, 0)), torch.rand(n)
+    expected = reference.scaled_matmul(a, b, u, v, torch.float32)
+    y = ops.scaled_matmul(a.cuda(), b.cuda(), u.cuda(), v.cuda(), out_dtype)
+    assert torch.equal(y.cpu(), expected.to(out_dtype))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("exponent", [0, -10, -30, -60, -100])
+def test_blocks_of_zeros_leave_the_sums_alone(device, exponent):
+    k = 4 * SCALE_BLOCK
+    a, b = codes(48, k, device), codes(64, k, device)
+    u = torch.full((4, 48), 2.0**exponent, device=device)
+    for block in (0, 2, 3):
+        a[:, block * SCALE_BLOCK : (block + 1) * SCALE_BLOCK] = 0
+        u[block] = 1
+    y = ops.scaled_matmul(a, b, u, torch.ones(64, device=device), torch.float32)
+    assert relative(y, exact_in_blocks(a, u) @ b.double().t()) < 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_what_is_not_finite_in_a_block_stays_in_its_row(device, out_dtype):
+    k = 3 * SCALE_BLOCK
+    a, b, u = codes(48, k, device), codes(64, k, device), block_scales(48, k, device, (-2, 3))
+    not_finite = {}
+    for block in range(3):
+        for i, scale in enumerate((None, float("inf"), float("nan"))):
+            row = 5 * (3 * block + i)
+            not_finite[row] = scale
+            if scale is None:
+                a.view(torch.uint8)[row, block * SCALE_BLOCK + 7] = 0x7F
+            else:
+                u[block, row] = scale
+    y = ops.scaled_matmul(a, b, u, torch.ones(64, device=device), out_dtype)
+    for row in range(48):
+        assert y[row].isfinite().all() if row not in not_finite else not y[row].isfinite().any(), row
+
+
+@pytest.mark.gpu
+def test_block_scales_in_a_cuda_graph_have_the_same_bits_again_and_again():
+    a, b = codes(4000, 4096, "cuda"), codes(2064, 4096, "cuda")
+    u, v = block_scales(4000, 4096, "cuda", (-4, 4)), torch.rand(2064, device="cuda")
+    expected = ops.scaled_matmul(a, b, u, v, torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.scaled_matmul(a, b, u, v, torch.bfloat16)
+    for _ in range(20):  # any order of the thread blocks
+        graph.replay()
+        assert torch.equal(captured, expected)
+    equal = torch.full_like(u, 0.25)
+    assert torch.equal(
+        ops.scaled_matmul(a, b, equal, v, torch.float32), ops.scaled_matmul(a, b, equal[0], v, torch.float32)
+    )
+
+
+@pytest.mark.gpu
+def test_block_scales_need_a_product_that_the_kernel_takes():
+    a, b, u, v = codes(32, 64, "cuda"), codes(48, 64, "cuda"), torch.ones(1, 32).cuda(), torch.ones(48).cuda()
+    for arguments in ((b[:40], v[:40], True), (b, v, False)):
+        data, scale, fast = arguments
+        with pytest.raises(RuntimeError, match=r"multiples of 16.*fast_accum=True; use one scale a row"):
+            ops.scaled_matmul(a, data, u, scale, torch.bfloat16, fast)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_opcheck(device, dtype):
@@ -176,6 +307,22 @@ def test_operands_that_do_not_fit_are_refused():
         ops.scaled_matmul(a, b, u, v, torch.float32)
     with pytest.raises(ValueError, match="scale_b must have one value or one for each of 16 rows"):
         ops.scaled_matmul(a, a, u, v, torch.float32)
+    with pytest.raises(
+        ValueError, match=r"must be float8_e4m3fn where .* got torch.int8; use one scale a row"
+    ):
+        ops.scaled_matmul(a, a, u[None], u, torch.float32)
+    gradients = a.to(torch.float8_e4m3fn)
+    for op in (ops.scaled_matmul, ops.matmul_rows):
+        with pytest.raises(
+            ValueError, match=r"scale_a must have shape \(1, 16\), .* each row; got \(16, 1\)"
+        ):
+            op(
+                gradients,
+                gradients if op is ops.scaled_matmul else gradients.t(),
+                u[:, None],
+                u,
+                torch.float32,
+            )
     with pytest.raises(ValueError, match="contracted dimensions"):
         ops.matmul_weight_columns(a, u, torch.randn(48, 16), None, torch.int8, torch.float32)
     with pytest.raises(ValueError, match="row_scale must be a real vector"):

@@ -8,6 +8,8 @@
 
 #include <cuda_bf16.h>
 
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "sanitize.h"
@@ -15,6 +17,7 @@
 
 namespace {
 
+using halo_train::kScaleBlock;
 using halo_train::QType;
 
 float rounded(float x, float) { return x; }
@@ -22,15 +25,22 @@ float rounded(float x, __nv_bfloat16) { return __bfloat162float(__float2bfloat16
 float value(float x) { return x; }
 float value(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// Operands of one value each: in e4m3 1 and 2.
+// Operands of one value each: in e4m3 1 and 2. With `blocks` rows of a have a scale for each block.
 template <typename Out>
-void run(QType type, int64_t m, int64_t n, int64_t k) {
+void run(QType type, int64_t m, int64_t n, int64_t k, bool blocks) {
   const bool int8 = type == QType::kInt8;
   const Buffer a(m * k, int8 ? 3 : 0x38), b(n * k, int8 ? 5 : 0x40);
-  const Buffer c(sizeof(Out) * m * n), scales(sizeof(float) * (m + n));
-  std::vector<float> by_row(m + n);
-  for (int64_t i = 0; i < m + n; ++i) by_row[i] = 1.0f + 0.25f * static_cast<float>(i % 7);
-  CHECK(cudaMemcpy(scales.get(), by_row.data(), sizeof(float) * (m + n), cudaMemcpyHostToDevice));
+  const int64_t count = blocks ? (k + kScaleBlock - 1) / kScaleBlock : 1;
+  const Buffer c(sizeof(Out) * m * n), scales(sizeof(float) * (count * m + n));
+  std::vector<float> factors(count * m + n), row(m, 0.0f);
+  for (int64_t i = 0; i < count * m + n; ++i) {
+    factors[i] = blocks && i < count * m ? std::exp2f(static_cast<float>(i % 5)) : 1.0f + 0.25f * (i % 7);
+  }
+  for (int64_t i = 0; i < count * m; ++i) {
+    const int64_t length = blocks ? std::min(kScaleBlock, k - i / m * kScaleBlock) : k;
+    row[i % m] += static_cast<float>((int8 ? 15 : 2) * length) * factors[i];
+  }
+  CHECK(cudaMemcpy(scales.get(), factors.data(), sizeof(float) * factors.size(), cudaMemcpyHostToDevice));
   halo_train::ScaledProduct product{};
   product.type = type;
   product.a = a.get();
@@ -42,8 +52,9 @@ void run(QType type, int64_t m, int64_t n, int64_t k) {
   product.n = n;
   product.k = k;
   product.scale_a = scales.as<float>();
-  product.scale_b = scales.as<float>() + m;
+  product.scale_b = scales.as<float>() + count * m;
   product.rows_a = true;
+  product.blocks_a = blocks;
   product.rows_b = true;
   product.dtype = sizeof(Out) == 4 ? halo_train::DType::kFloat32 : halo_train::DType::kBFloat16;
   CHECK(halo_train::scaled_matmul(product, nullptr));
@@ -51,12 +62,12 @@ void run(QType type, int64_t m, int64_t n, int64_t k) {
   CHECK(cudaMemcpy(found.data(), c.get(), sizeof(Out) * m * n, cudaMemcpyDeviceToHost));
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
-      const float exact = static_cast<float>((int8 ? 15 : 2) * k) * by_row[i] * by_row[m + j];
-      const float expected = rounded(exact, Out{});
+      const float expected = rounded(row[i] * factors[count * m + j], Out{});
       if (value(found[i * n + j]) != expected) {
-        std::printf("%s %lld x %lld x %lld: [%lld, %lld] is %f, not %f\n", int8 ? "int8" : "e4m3",
-                    static_cast<long long>(m), static_cast<long long>(n), static_cast<long long>(k),
-                    static_cast<long long>(i), static_cast<long long>(j), value(found[i * n + j]), expected);
+        std::printf("%s%s %lld x %lld x %lld: [%lld, %lld] is %f, not %f\n", int8 ? "int8" : "e4m3",
+                    blocks ? " in blocks" : "", static_cast<long long>(m), static_cast<long long>(n),
+                    static_cast<long long>(k), static_cast<long long>(i), static_cast<long long>(j),
+                    value(found[i * n + j]), expected);
         std::exit(1);
       }
     }
@@ -70,11 +81,15 @@ int main() {
       {1, 16, 16},        {129, 272, 144},
       {300, 48, 1040},    {2500, 2064, 528},  // more tiles than clusters, the wide ones
       {2500, 2064, 1040},                     // and more stages than the ring has
+      {2500, 272, 2064},
   };
   for (const QType type : {QType::kInt8, QType::kE4M3}) {
     for (const auto& [m, n, k] : shapes) {
-      run<float>(type, m, n, k);
-      run<__nv_bfloat16>(type, m, n, k);
+      for (const bool blocks : {false, true}) {
+        if (blocks && type == QType::kInt8) continue;
+        run<float>(type, m, n, k, blocks);
+        run<__nv_bfloat16>(type, m, n, k, blocks);
+      }
     }
   }
   std::printf("done\n");

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .fused_reference import ACTIVATIONS
+from .reference import SCALE_BLOCK
 
 MAX_BLOCK = 32768
 """Largest Hadamard block of the CUDA kernel: one row of float32 has to fit the registers of one thread block."""
@@ -175,9 +176,12 @@ def check_product(
     op: str, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor | None, rows: bool = False
 ) -> None:
     """a [M, K] and b [N, K], or [K, N] with ``rows``, can be multiplied, and have scales of the rows and columns of the result, or one
-    scale."""
+    scale; a may have one for each row and block of K."""
     check_contracted(op, a, b, rows)
-    _check_scale(op, "scale_a", scale_a, a.shape[0], "rows")
+    if scale_a.dim() == 2:
+        _check_block_scales(op, a, b, scale_a)
+    else:
+        _check_scale(op, "scale_a", scale_a, a.shape[0], "rows")
     if scale_b is not None:
         _check_scale(op, "scale_b", scale_b, b.shape[1 if rows else 0], "columns" if rows else "rows")
 
@@ -187,6 +191,21 @@ def check_contracted(op: str, a: Tensor, b: Tensor, rows: bool = False) -> None:
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[1] != shape_b[0 if rows else 1]:
         raise ValueError(
             f"{op}: the operands must be matrices whose contracted dimensions are equal; got {tuple(shape_a)} and {tuple(shape_b)}"
+        )
+
+
+def _check_block_scales(op: str, a: Tensor, b: Tensor, scale: Tensor) -> None:
+    for operand in (a, b):
+        if operand.dtype in (torch.int8, torch.float8_e5m2):
+            raise ValueError(
+                f"{op}: operands must be float8_e4m3fn where scale_a has a value for each block of the contraction; got "
+                f"{operand.dtype}; use one scale a row"
+            )
+    expected = (-(-a.shape[1] // SCALE_BLOCK), a.shape[0])
+    if scale.shape != expected:
+        raise ValueError(
+            f"{op}: scale_a must have shape {expected}, a value for each {SCALE_BLOCK} elements of the contraction and each row; "
+            f"got {tuple(scale.shape)}"
         )
 
 

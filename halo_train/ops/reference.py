@@ -21,6 +21,9 @@ INT8_MAX_CONTRACTION = 131072
 _INT_MM_MIN_ROWS = 32
 """torch._int_mm on CUDA requires more than 16 rows."""
 
+SCALE_BLOCK = 256
+"""Elements of a contraction that share a scale, where rows have a scale for each block of it (csrc/quantize.h, kScaleBlock)."""
+
 AMAX_FLOOR = 2.0**-100
 """amax below this is taken as this, so that QMAX / amax stays finite in float32."""
 
@@ -253,7 +256,7 @@ def scaled_matmul(
 
     Args:
         a: [M, K] and b: [N, K], both quantised.
-        scale_a: [M] or []; scale_b: [N] or [].
+        scale_a: [M], [] or [ceil(K / SCALE_BLOCK), M], powers of two: one for each row and block of K; scale_b: [N] or [].
         fast_accum: what a GPU may do with its sums, see :func:`halo_train.gemm.matmul`; not here.
 
     Returns:
@@ -262,6 +265,9 @@ def scaled_matmul(
     if a.dtype == torch.int8:
         return int8_matmul(a, b, scale_a, scale_b, out_dtype)
     wide = torch.float64 if torch.float64 in (a.dtype, out_dtype) else torch.float32
+    if scale_a.dim() == 2:
+        a = a.to(wide) * scale_a.to(wide).t().repeat_interleave(SCALE_BLOCK, dim=1)[:, : a.shape[1]]
+        scale_a = scale_a.new_ones(())
     return _scale_product(a.to(wide) @ b.to(wide).t(), scale_a, scale_b, out_dtype)
 
 
@@ -274,7 +280,8 @@ def int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtyp
 def matmul_rows(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, fast_accum: bool = True
 ) -> Tensor:
-    """diag(scale_a) (a b) diag(scale_b), [M, N] from a [M, K] and b [K, N]: scale_b [N] or []."""
+    """diag(scale_a) (a b) diag(scale_b), [M, N] from a [M, K] and b [K, N]: scale_a as in
+    :func:`scaled_matmul`, scale_b [N] or []."""
     return scaled_matmul(a, b.t().contiguous(), scale_a, scale_b, out_dtype)
 
 
