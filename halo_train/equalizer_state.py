@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .fsdp import GatheredWeight, agreed_amax, regather, shards_amax
 from .linear import HaloLinear, halo_linears
@@ -27,8 +29,8 @@ def collect_equalizers(model: nn.Module) -> Iterator[None]:
 
     Inside there are no gradients, compiled modules run eager, and those layers round without factors and run one by one.
     The factors depend on the largest magnitude in each column alone: not on how the rows are shared out over batches and, under
-    FSDP2, ranks, of which each must call this and the model equally often. One all-reduce then serves all layers of a mesh. Layers that
-    saw nothing, on any rank, take theirs from their next batch. After an error inside no layer has taken any.
+    FSDP2 or DDP, ranks, of which each must call this and the model equally often; to DDP that is a ``model`` with it inside or around it.
+    One all-reduce then serves all layers of a mesh or process group. Layers that saw nothing, on any rank, take theirs from their next batch. After an error inside no layer has taken any.
 
     Call ``model.eval()`` before where dropout should not decide, and ``model.train()`` after.
     """
@@ -41,7 +43,7 @@ def collect_equalizers(model: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
-            _take_collected(layers)
+            _take_collected(layers, _replicas(model))
     finally:
         for layer in layers:
             layer.input_amax = None
@@ -55,18 +57,24 @@ def _without_factors(model: nn.Module) -> list[HaloLinear]:
     return [layer for layer in layers if layer in missing or layer.joint in joint]
 
 
-def _take_collected(layers: Sequence[HaloLinear]) -> None:
+def _replicas(model: nn.Module) -> dict[HaloLinear, dist.ProcessGroup]:
+    """The ranks that have a copy of a layer, of those inside a DistributedDataParallel."""
+    wrappers = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+    return {layer: m.process_group for m in wrappers for _, layer in halo_linears(m)}
+
+
+def _take_collected(layers: Sequence[HaloLinear], replicas: Mapping[HaloLinear, dist.ProcessGroup]) -> None:
     together: dict[object, list[HaloLinear]] = defaultdict(list)
     for layer in layers:
         together[layer.joint or layer].append(layer)
-    by_mesh: dict[Any, list[list[HaloLinear]]] = defaultdict(list)
+    by_ranks: dict[Any, list[list[HaloLinear]]] = defaultdict(list)
     for members in together.values():
         shard = _sharded_weight(members[0])
-        by_mesh[None if shard is None else shard.device_mesh].append(members)
-    for mesh, groups in by_mesh.items():
+        by_ranks[replicas.get(members[0]) if shard is None else shard.device_mesh].append(members)
+    for ranks, groups in by_ranks.items():
         found = [_column_amax_of(members) for members in groups]
-        if mesh is not None:
-            agreed = agreed_amax(torch.cat([amax.flatten() for amax in found]), mesh)
+        if ranks is not None:
+            agreed = agreed_amax(torch.cat([amax.flatten() for amax in found]), ranks)
             parts = agreed.split([amax.numel() for amax in found])
             found = [part.view(2, -1) for part in parts]
         for members, (x_amax, w_amax) in zip(groups, found, strict=True):

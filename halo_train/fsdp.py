@@ -304,12 +304,12 @@ def shards_amax(shards: Sequence[Any], device: torch.device) -> Tensor:
     return torch.stack([column_amax(shard._local_tensor.to(device)) for shard in shards]).amax(0)
 
 
-def agreed_amax(amax: Tensor, mesh: Any) -> Tensor:
-    """The maximum over all ranks of the mesh, inf where one of them is not finite. Every rank must call it."""
+def agreed_amax(amax: Tensor, ranks: Any) -> Tensor:
+    """The maximum over all ranks of a mesh or process group, inf where one of them is not finite. Every rank must call it."""
     # Not finite on one rank must be the same on all; how a maximum treats nan depends on the backend.
     amax = torch.nan_to_num(amax, nan=torch.inf, posinf=torch.inf)
-    for dim in range(mesh.ndim):
-        dist.all_reduce(amax, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+    for group in [ranks] if isinstance(ranks, dist.ProcessGroup) else ranks.get_all_groups():
+        dist.all_reduce(amax, dist.ReduceOp.MAX, group=group)
     return amax
 
 

@@ -9,7 +9,7 @@ from fsdp_fixtures import run_on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from halo_train import convert_to_halo_training, equalizer_state_dict
+from halo_train import collect_equalizers, convert_to_halo_training, equalizer_state_dict
 
 RECIPE = "fp8"
 
@@ -57,3 +57,29 @@ def test_gradients_are_the_mean_over_ranks_with_one_equalizer(tmp_path: Path):
         grads.append([p.grad.clone() for p in alone.parameters()])
     for ours, g0, g1 in zip(ranks[0]["grads"], *grads, strict=True):
         torch.testing.assert_close(ours, (g0 + g1) / 2)
+
+
+def collect(rank: int, world: int, device: str, folder: Path) -> None:
+    model = DistributedDataParallel(build())
+    with collect_equalizers(nn.Sequential(model) if rank else model):  # around it or inside
+        for step in range(2):
+            model(batch(step, rank))
+    taken = equalizer_state_dict(model.module)
+    model(batch(2, rank)).sum().backward()
+    kept = equalizer_state_dict(model.module)
+    assert all(torch.equal(kept[name], exponent) for name, exponent in taken.items())
+    torch.save(taken, folder / f"rank{rank}.pt")
+
+
+def test_equalizers_are_collected_over_all_ranks(tmp_path: Path):
+    run_on_ranks([collect], 2, "cpu", tmp_path)
+    alone = build()
+    with collect_equalizers(alone):
+        for step in range(2):
+            for rank in range(2):
+                alone(batch(step, rank))
+    wanted = equalizer_state_dict(alone)
+    assert wanted.keys() == {"0", "2"}
+    for rank in range(2):
+        taken = torch.load(tmp_path / f"rank{rank}.pt")
+        assert all(torch.equal(taken[name], exponent) for name, exponent in wanted.items())
