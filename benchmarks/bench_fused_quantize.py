@@ -33,6 +33,7 @@ BYTES = {
     "gated, not rotated": 5,
     "gated, erf": 5,
     "gradients": 16,
+    "gradients, blocks": 10,
     "weight": 5,
 }
 """Bytes that a case has to move for an element: inputs, read once or for both passes, and outputs."""
@@ -106,6 +107,10 @@ def cases(rows: int, columns: int, block: int, gated: bool) -> dict[str, tuple[C
         lambda i: ops.gated_grad_quantize(turn(es, i), turn(xs, i), turn(ups, i), "silu", E4M3, s),
         unfused,
     )
+    if torch.cuda.get_device_capability() >= (9, 0):
+        found["gradients, blocks"] = (
+            lambda i: ops.gated_grad_blocks(turn(es, i), turn(xs, i), turn(ups, i), "silu", E4M3, s),
+        )
     return found
 
 

@@ -36,6 +36,9 @@ CASES = {
     "gradient": 6,
     "gradient, folded": 6,
     "gradient, sums": 6,
+    "gradient, blocks": 4,
+    "gradient, blocks, folded": 4,
+    "gradient, blocks, sums": 4,
     "one scale": 5,
     "one scale, rotated": 5,
     "transposed bytes": 2,
@@ -109,10 +112,19 @@ def measure(columns: int, block: int, elements: int, cast: Callable[[Tensor], An
         "gradient, sums": lambda i: ops.quantize_grad(
             xs[i % BUFFERS], E4M3, None, row_scale, column_sums=True
         ),
+        "gradient, blocks": lambda i: ops.quantize_grad_blocks(xs[i % BUFFERS], E4M3, None, row_scale),
+        "gradient, blocks, folded": lambda i: ops.quantize_grad_blocks(
+            xs[i % BUFFERS], E4M3, col_scale, row_scale
+        ),
+        "gradient, blocks, sums": lambda i: ops.quantize_grad_blocks(
+            xs[i % BUFFERS], E4M3, None, row_scale, column_sums=True
+        ),
         "one scale": lambda i: ops.quantize_tensor(xs[i % BUFFERS], E4M3),
         "one scale, rotated": lambda i: ops.quantize_tensor(xs[i % BUFFERS], E4M3, block),
         "transposed bytes": lambda i: ops.transpose_bytes(qs[i % BUFFERS]),
     }
+    if torch.cuda.get_device_capability() < (9, 0):
+        calls = {name: call for name, call in calls.items() if "blocks" not in name}
     if cast is not None:
         calls["hadamard, then torchao"] = lambda i: cast(ops.hadamard(xs[i % BUFFERS], block, norm))
     times = {name: time_us(call) for name, call in calls.items()}
@@ -129,11 +141,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
     cast = torchao_cast()
-    names = [name for name in CASES if cast is not None or name != "hadamard, then torchao"]
-    print("| K | block | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 2) + "|")
-    results = []
+    results: list[dict[str, Any]] = []
     for columns, block in SHAPES.items():
         result = measure(columns, block, 1 << args.log_elements, cast)
+        names = [name for name in CASES if name in result["us"]]
+        if not results:
+            print("| K | block | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 2) + "|")
         results.append(result)
         cells = [f"{result['us'][name]:.0f} ({result['ratio'][name]:.2f})" for name in names]
         print(f"| {columns} | {block} | " + " | ".join(cells) + " |", flush=True)

@@ -14,6 +14,7 @@ namespace {
 
 using halo_train::Activation;
 using halo_train::check_block;
+using halo_train::check_cluster_launch;
 using halo_train::check_launch;
 using halo_train::current_stream;
 using halo_train::DType;
@@ -169,11 +170,15 @@ std::tuple<Tensor, Tensor> gated_quantize(const Tensor& gate_input, const Tensor
   return {result.data, result.scale};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_grad_quantize(
-    const Tensor& dh_input, const Tensor& gate_input, const Tensor& up_input, std::string activation,
-    ScalarType dtype, const Tensor& row_scale, const std::optional<Tensor>& gate_col_scale,
-    const std::optional<Tensor>& up_col_scale) {
-  const char* const op = "gated_grad_quantize";
+using GatedGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Both forms of both gradients, made by make_form(rows, cols, like, quantised) and filled by `kernel`.
+template <typename MakeForm>
+GatedGrads gated_grads(const char* op, const Tensor& dh_input, const Tensor& gate_input,
+                       const Tensor& up_input, const std::string& activation, ScalarType dtype,
+                       const Tensor& row_scale, const std::optional<Tensor>& gate_col_scale,
+                       const std::optional<Tensor>& up_col_scale, const MakeForm& make_form,
+                       cudaError_t (*kernel)(const GatedGradArgs&, cudaStream_t), bool gathers) {
   const int device = dh_input.get_device_index();
   const DeviceGuard guard(device);
   check_like(op, gate_input, dh_input);
@@ -182,10 +187,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
                up = with_dense_rows(up_input);
   const int64_t rows = dh.size(0), cols = dh.size(1);
   const Quantised quantised = quantised_type(dtype);
-  const FormPair gate_rows(rows, cols, dh, quantised), up_rows(rows, cols, dh, quantised);
-  const FormPair gate_columns(cols, rows, dh, quantised), up_columns(cols, rows, dh, quantised);
+  const FormPair gate_rows = make_form(rows, cols, dh, quantised),
+                 up_rows = make_form(rows, cols, dh, quantised);
+  const FormPair gate_columns = make_form(cols, rows, dh, quantised),
+                 up_columns = make_form(cols, rows, dh, quantised);
   if (dh.numel() > 0) {
-    const Tensor s = factors_of(row_scale, rows, dh), amax = empty_words(2 * (rows + cols), dh);
+    const Tensor s = factors_of(row_scale, rows, dh), amax = empty_words(gathers ? 2 * (rows + cols) : 0, dh);
     const std::optional<Tensor> t[2] = {optional_factors(gate_col_scale, cols, dh),
                                         optional_factors(up_col_scale, cols, dh)};
     GatedGradArgs args{};
@@ -208,10 +215,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
       args.forms[o] = {forms[o][0]->bytes(), forms[o][0]->floats(), forms[o][1]->bytes(),
                        forms[o][1]->floats()};
     }
-    check_launch(op, halo_train::gated_grad_quantize(args, current_stream(device)), device);
+    check_cluster_launch(op, kernel(args, current_stream(device)), device);
   }
   return {gate_rows.data,    gate_rows.scale,    up_rows.data,    up_rows.scale,
           gate_columns.data, gate_columns.scale, up_columns.data, up_columns.scale};
+}
+
+GatedGrads gated_grad_quantize(const Tensor& dh, const Tensor& gate, const Tensor& up, std::string activation,
+                               ScalarType dtype, const Tensor& row_scale,
+                               const std::optional<Tensor>& gate_col_scale,
+                               const std::optional<Tensor>& up_col_scale) {
+  const auto form = [](int64_t rows, int64_t cols, const Tensor& like, const Quantised& quantised) {
+    return FormPair(rows, cols, like, quantised);
+  };
+  return gated_grads("gated_grad_quantize", dh, gate, up, activation, dtype, row_scale, gate_col_scale,
+                     up_col_scale, form, &halo_train::gated_grad_quantize, true);
+}
+
+GatedGrads gated_grad_blocks(const Tensor& dh, const Tensor& gate, const Tensor& up, std::string activation,
+                             ScalarType dtype, const Tensor& row_scale,
+                             const std::optional<Tensor>& gate_col_scale,
+                             const std::optional<Tensor>& up_col_scale) {
+  return gated_grads("gated_grad_blocks", dh, gate, up, activation, dtype, row_scale, gate_col_scale,
+                     up_col_scale, &FormPair::of_blocks, &halo_train::gated_grad_blocks, false);
 }
 
 }  // namespace
@@ -220,4 +246,5 @@ STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
   m.impl("norm_quantize", TORCH_BOX(&norm_quantize));
   m.impl("gated_quantize", TORCH_BOX(&gated_quantize));
   m.impl("gated_grad_quantize", TORCH_BOX(&gated_grad_quantize));
+  m.impl("gated_grad_blocks", TORCH_BOX(&gated_grad_blocks));
 }

@@ -16,6 +16,9 @@ std::tuple<Tensor, Tensor> quantize_rows_transposed(const Tensor& x, ScalarType 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& e, ScalarType dtype,
                                                                  const std::optional<Tensor>& col_scale,
                                                                  const Tensor& row_scale, bool column_sums);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad_blocks(
+    const Tensor& e, ScalarType dtype, const std::optional<Tensor>& col_scale, const Tensor& row_scale,
+    bool column_sums);
 Tensor transpose_bytes(const Tensor& x);
 void hadamard_(Tensor x, int64_t block, double scale, const std::optional<Tensor>& signs,
                const std::optional<Tensor>& out_scale, const std::optional<Tensor>& matrix);

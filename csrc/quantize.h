@@ -112,6 +112,12 @@ cudaError_t quantize_grad(const QuantizeGradArgs& args, cudaStream_t stream);
 // The floats of QuantizeGradArgs::partial_sums.
 int64_t column_sums_scratch(int64_t rows, int64_t cols);
 
+// The same in e4m3 with scales for blocks of kScaleBlock elements: forms.row_scales [ceil(cols /
+// kScaleBlock), rows] and forms.col_scales [ceil(rows / kScaleBlock), cols], powers of two. x is read once,
+// amax is not used. cudaErrorNotSupported before Hopper.
+cudaError_t quantize_grad_blocks(const QuantizeGradArgs& args, cudaStream_t stream);
+int64_t block_sums_scratch(int64_t rows, int64_t cols);  // the floats of partial_sums here
+
 // The same of both gradients of h = act(gate) up: dh up act'(gate) and dh act(gate).
 struct GatedGradArgs {
   const void *dh, *gate, *up;  // [rows, cols]
@@ -125,6 +131,8 @@ struct GatedGradArgs {
   uint32_t* amax;  // scratch, 2 (rows + cols) words
 };
 cudaError_t gated_grad_quantize(const GatedGradArgs& args, cudaStream_t stream);
+// With scales as of quantize_grad_blocks().
+cudaError_t gated_grad_blocks(const GatedGradArgs& args, cudaStream_t stream);
 
 // y = x diag(col_scale) in float32, dense, for a rotation that comes before the rounding.
 cudaError_t widen(const void* x, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,

@@ -61,14 +61,30 @@ inline Tensor empty_words(int64_t count, const Tensor& like) {
 // 8-bit data [rows, cols] and its row scales; the scales of rows without elements are 1.
 struct FormPair {
   FormPair(int64_t rows, int64_t cols, const Tensor& like, const Quantised& quantised)
-      : data(empty({rows, cols}, like, quantised.dtype_code)), scale(empty_floats({rows}, like)) {
+      : FormPair(rows, cols, {rows}, like, quantised) {
     if (cols == 0) torch::stable::fill_(scale, 1.0);
+  }
+  // With a scale for each block of each row: [blocks, rows].
+  static FormPair of_blocks(int64_t rows, int64_t cols, const Tensor& like, const Quantised& quantised) {
+    return FormPair(rows, cols, {(cols + kScaleBlock - 1) / kScaleBlock, rows}, like, quantised);
   }
   uint8_t* bytes() const { return static_cast<uint8_t*>(data.data_ptr()); }
   float* floats() const { return static_cast<float*>(scale.data_ptr()); }
 
   Tensor data, scale;
+
+ private:
+  FormPair(int64_t rows, int64_t cols, const std::vector<int64_t>& scales, const Tensor& like,
+           const Quantised& quantised)
+      : data(empty({rows, cols}, like, quantised.dtype_code)), scale(empty_floats(scales, like)) {}
 };
+
+// Of kernels that run in clusters of thread blocks.
+inline void check_cluster_launch(const char* op, cudaError_t error, int device) {
+  STD_TORCH_CHECK(error != cudaErrorNotSupported, "halo_train::", op,
+                  ": scales for blocks need a GPU of compute capability 9.0 or later; use one scale a row");
+  check_launch(op, error, device);
+}
 
 inline void check_block(const char* op, int64_t block, int64_t cols) {
   STD_TORCH_CHECK(block > 0 && block <= 32768 && (block & (block - 1)) == 0 && cols % block == 0,

@@ -11,6 +11,7 @@
 namespace {
 
 using halo_train::check_block;
+using halo_train::check_cluster_launch;
 using halo_train::check_launch;
 using halo_train::current_stream;
 using halo_train::empty_floats;
@@ -110,33 +111,44 @@ std::tuple<Tensor, Tensor> quantize_tensor(const Tensor& x, ScalarType dtype, in
   return quantize("quantize_tensor", x, dtype, block, col_scale, true);
 }
 
+// What the kernels of gradients want, and the tensors that it points into.
+struct GradCall {
+  GradCall(const Tensor& x, QType qtype, const std::optional<Tensor>& col_scale,
+           const std::optional<Tensor>& row_scale, const halo_train::GradForms& forms) {
+    args.x = x.data_ptr();
+    args.dtype = input_type(x);
+    args.rows = x.size(0);
+    args.cols = x.size(1);
+    args.row_stride = x.stride(0);
+    if (col_scale) t = factors_of(*col_scale, args.cols, x);
+    if (row_scale) s = factors_of(*row_scale, args.rows, x);
+    args.col_scale = t ? static_cast<const float*>(t->data_ptr()) : nullptr;
+    args.row_scale = s ? static_cast<const float*>(s->data_ptr()) : nullptr;
+    args.qtype = qtype;
+    args.forms = forms;
+  }
+  void add_sums(const Tensor& sums, int64_t scratch) {
+    partial = empty_floats({scratch}, sums);
+    args.sums = static_cast<float*>(sums.data_ptr());
+    args.partial_sums = static_cast<float*>(partial->data_ptr());
+  }
+
+  halo_train::QuantizeGradArgs args{};
+  std::optional<Tensor> t, s, partial;
+};
+
 // Both forms of x, or its columns alone where forms.rows is nullptr, and its column sums where `sums` is
 // given.
 void quantize_forms(const char* op, const Tensor& x, QType qtype, const std::optional<Tensor>& col_scale,
                     const std::optional<Tensor>& row_scale, const halo_train::GradForms& forms,
                     const std::optional<Tensor>& sums = std::nullopt) {
   const int device = x.get_device_index();
-  halo_train::QuantizeGradArgs args{};
-  args.x = x.data_ptr();
-  args.dtype = input_type(x);
-  args.rows = x.size(0);
-  args.cols = x.size(1);
-  args.row_stride = x.stride(0);
-  std::optional<Tensor> t, s, partial;
-  if (col_scale) t = factors_of(*col_scale, args.cols, x);
-  if (row_scale) s = factors_of(*row_scale, args.rows, x);
-  args.col_scale = t ? static_cast<const float*>(t->data_ptr()) : nullptr;
-  args.row_scale = s ? static_cast<const float*>(s->data_ptr()) : nullptr;
-  args.qtype = qtype;
-  args.forms = forms;
-  const Tensor amax = empty_words(args.rows + args.cols, x);
-  args.amax = static_cast<uint32_t*>(amax.data_ptr());
-  if (sums) {
-    partial = empty_floats({halo_train::column_sums_scratch(args.rows, args.cols)}, x);
-    args.sums = static_cast<float*>(sums->data_ptr());
-    args.partial_sums = static_cast<float*>(partial->data_ptr());
-  }
-  check_launch(op, halo_train::quantize_grad(args, current_stream(device)), device);
+  GradCall call(x, qtype, col_scale, row_scale, forms);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  const Tensor amax = empty_words(rows + cols, x);
+  call.args.amax = static_cast<uint32_t*>(amax.data_ptr());
+  if (sums) call.add_sums(*sums, halo_train::column_sums_scratch(rows, cols));
+  check_launch(op, halo_train::quantize_grad(call.args, current_stream(device)), device);
 }
 
 std::tuple<Tensor, Tensor> equalizer_factors(const Tensor& input) {
@@ -197,6 +209,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& i
   return {a.data, a.scale, b.data, b.scale, sums};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad_blocks(
+    const Tensor& input, ScalarType dtype, const std::optional<Tensor>& col_scale, const Tensor& row_scale,
+    bool column_sums) {
+  const char* const op = "quantize_grad_blocks";
+  const int device = input.get_device_index();
+  const DeviceGuard guard(device);
+  const Tensor e = with_dense_rows(input);
+  const int64_t rows = e.size(0), cols = e.size(1);
+  const Quantised quantised = quantised_type(dtype);
+  const FormPair a = FormPair::of_blocks(rows, cols, e, quantised),
+                 b = FormPair::of_blocks(cols, rows, e, quantised);
+  Tensor sums = empty_floats({column_sums ? cols : 0}, e);
+  if (e.numel() > 0) {
+    GradCall call(e, quantised.type, col_scale, row_scale, {a.bytes(), a.floats(), b.bytes(), b.floats()});
+    if (column_sums) call.add_sums(sums, halo_train::block_sums_scratch(rows, cols));
+    check_cluster_launch(op, halo_train::quantize_grad_blocks(call.args, current_stream(device)), device);
+  } else {
+    torch::stable::fill_(sums, 0.0);
+  }
+  return {a.data, a.scale, b.data, b.scale, sums};
+}
+
 Tensor transpose_bytes(const Tensor& input) {
   const int device = input.get_device_index();
   const DeviceGuard guard(device);
@@ -218,6 +252,7 @@ STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
   m.impl("quantize_rows", TORCH_BOX(&halo_train::operators::quantize_rows));
   m.impl("quantize_rows_transposed", TORCH_BOX(&halo_train::operators::quantize_rows_transposed));
   m.impl("quantize_grad", TORCH_BOX(&halo_train::operators::quantize_grad));
+  m.impl("quantize_grad_blocks", TORCH_BOX(&halo_train::operators::quantize_grad_blocks));
   m.impl("quantize_tensor", TORCH_BOX(&quantize_tensor));
   m.impl("transpose_bytes", TORCH_BOX(&halo_train::operators::transpose_bytes));
   m.impl("equalizer_factors", TORCH_BOX(&equalizer_factors));

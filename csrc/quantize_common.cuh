@@ -38,9 +38,16 @@ struct Eight {
     for (int i = 0; i < kWords; ++i) word[i] = 0;
   }
   __device__ __forceinline__ void floats(float (&v)[8]) const {
-    const T* element = reinterpret_cast<const T*>(word);
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // an operation each instead of three for two
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = static_cast<float>(element[i]);
+      for (int i = 0; i < 8; ++i) {
+        v[i] = __uint_as_float(i % 2 == 0 ? word[i / 2] << 16 : word[i / 2] & 0xffff0000u);
+      }
+    } else {
+      const T* element = reinterpret_cast<const T*>(word);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = static_cast<float>(element[i]);
+    }
   }
 };
 

@@ -1,31 +1,12 @@
 // Both 8-bit forms of a gradient, or of a weight its columns alone; see quantize_grad_kernel.cuh.
 
+#include "column_sums.cuh"
 #include "quantize_grad_kernel.cuh"
 
 namespace halo_train {
 namespace {
 
 using namespace detail;
-
-constexpr int kAddRows = 16;  // threads that share a column
-
-// sums[n] = sum of partial[.., n].
-__global__ void __launch_bounds__(32 * kAddRows)
-    add_partial_sums_kernel(const float* partial, float* sums, int64_t parts, int64_t cols) {
-  __shared__ float shared[kAddRows][32];
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
-  float total = 0.0f;
-  if (column < cols) {
-#pragma unroll 8
-    for (int64_t i = threadIdx.y; i < parts; i += kAddRows) total += __ldg(partial + i * cols + column);
-  }
-  shared[threadIdx.y][threadIdx.x] = total;
-  __syncthreads();
-  if (threadIdx.y > 0 || column >= cols) return;
-#pragma unroll
-  for (int i = 1; i < kAddRows; ++i) total += shared[i][threadIdx.x];
-  sums[column] = total;
-}
 
 constexpr int kTiles = 4;
 
@@ -40,9 +21,7 @@ cudaError_t launch(const GradParams<Source>& p, float* sums, cudaStream_t stream
   if (sums == nullptr) return round_grad<Source, kType, true, false, kTiles>(p, stream);
   error = round_grad<Source, kType, true, true, kTiles>(p, stream);
   if (error != cudaSuccess) return error;
-  add_partial_sums_kernel<<<static_cast<unsigned>(ceil_div(p.cols, 32)), dim3(32, kAddRows), 0, stream>>>(
-      p.partial_sums, sums, ceil_div(p.rows, kGradRows * kTiles), p.cols);
-  return cudaGetLastError();
+  return add_partial_sums(p.partial_sums, sums, ceil_div(p.rows, kGradRows * kTiles), p.cols, stream);
 }
 
 }  // namespace

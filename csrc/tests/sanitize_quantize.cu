@@ -1,12 +1,13 @@
 // Every quantising kernel on small odd shapes, without PyTorch: for compute-sanitizer, which would take
 // minutes with it.
 //     nvcc -std=c++17 -O3 -lineinfo -arch=sm_90 -Icsrc csrc/tests/sanitize_quantize.cu csrc/*quantize*.cu
-//     csrc/gated_grad.cu csrc/producers.cu csrc/transpose.cu -o build/sanitize_quantize
+//     csrc/gated_grad.cu csrc/*grad_blocks.cu csrc/producers.cu csrc/transpose.cu -o build/sanitize_quantize
 //     for tool in memcheck synccheck; do compute-sanitizer --tool $tool --error-exitcode 1
 //     build/sanitize_quantize; done
 //     for part in 0 1 2 3 4 5 6 7; do compute-sanitizer --tool racecheck --error-exitcode 1
 //     build/sanitize_quantize $part 8 & done
 
+#include <algorithm>
 #include <iterator>
 #include <vector>
 
@@ -68,6 +69,19 @@ void run(DType dtype, size_t size, QType qtype, int64_t rows, int64_t cols, int 
   g.sums = sums.as<float>();
   g.partial_sums = partial.as<float>();
   CHECK(halo_train::quantize_grad(g, nullptr));
+  if (qtype == QType::kE4M3) {
+    const auto blocks = [](int64_t n) { return (n + halo_train::kScaleBlock - 1) / halo_train::kScaleBlock; };
+    const Buffer row_blocks(sizeof(float) * blocks(cols) * rows),
+        col_blocks(sizeof(float) * blocks(rows) * cols),
+        block_sums(sizeof(float) * halo_train::block_sums_scratch(rows, cols));
+    g.forms.row_scales = row_blocks.as<float>();
+    g.forms.col_scales = col_blocks.as<float>();
+    g.partial_sums = block_sums.as<float>();
+    CHECK(halo_train::quantize_grad_blocks(g, nullptr));
+    g.sums = nullptr;
+    g.col_scale = nullptr;
+    CHECK(halo_train::quantize_grad_blocks(g, nullptr));
+  }
   CHECK(halo_train::transpose_bytes(q.get(), transposed.get(), rows, cols, nullptr));
   CHECK(halo_train::widen(x.get(), dtype, rows, cols, stride, col_scale.as<float>(), wide.as<float>(), 0,
                           nullptr));
@@ -127,6 +141,15 @@ void run_fused(DType dtype, size_t size, QType qtype, int64_t rows, int64_t cols
     }
     grad.amax = amax.as<uint32_t>();
     CHECK(halo_train::gated_grad_quantize(grad, nullptr));
+    if (qtype != QType::kE4M3) continue;
+    const int64_t blocks = (std::max(rows, cols) + halo_train::kScaleBlock - 1) / halo_train::kScaleBlock;
+    const Buffer block_scales(2 * sizeof(float) * blocks * (rows + cols));
+    for (int o = 0; o < 2; ++o) {
+      float* const floats = block_scales.as<float>() + o * blocks * (rows + cols);
+      grad.forms[o].row_scales = floats;
+      grad.forms[o].col_scales = floats + blocks * rows;
+    }
+    CHECK(halo_train::gated_grad_blocks(grad, nullptr));
   }
 }
 

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from . import fused_reference, reference
+from .block_scales import gated_grad_blocks as gated_grad_blocks
+from .block_scales import quantize_grad_blocks as quantize_grad_blocks
 from .checks import MAX_BLOCK as MAX_BLOCK
 from .checks import MIN_ROUNDS_BLOCK as MIN_ROUNDS_BLOCK
 from .checks import (
     check_block,
     check_gated,
+    check_gated_grad,
     check_hadamard,
     check_matrix,
     check_norm,
@@ -263,11 +266,7 @@ def gated_grad_quantize(
         ValueError: as gated_quantize.
     """
     op = "gated_grad_quantize"
-    check_matrix(op, dh, 1, gate_col_scale)
-    check_gated(op, dh, activation, gate=gate, up=up)
-    check_vector(op, "row_scale", row_scale, dh.shape[0], dh)
-    if up_col_scale is not None:
-        check_vector(op, "up_col_scale", up_col_scale, dh.shape[1], dh)
+    check_gated_grad(op, dh, gate, up, activation, row_scale, gate_col_scale, up_col_scale)
     arguments = (dh, gate, up, activation, dtype, row_scale, gate_col_scale, up_col_scale)
     if not _has_kernel_types(dh, dtype):
         return fused_reference.gated_grad_quantize(*arguments)

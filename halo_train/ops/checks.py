@@ -48,6 +48,30 @@ def check_matrix(op: str, x: Tensor, block: int, col_scale: Tensor | None) -> No
         check_vector(op, "col_scale", col_scale, shape[1], x)
 
 
+def check_gated_grad(
+    op: str,
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    row_scale: Tensor,
+    gate_col_scale: Tensor | None,
+    up_col_scale: Tensor | None,
+) -> None:
+    check_matrix(op, dh, 1, gate_col_scale)
+    check_gated(op, dh, activation, gate=gate, up=up)
+    check_vector(op, "row_scale", row_scale, dh.shape[0], dh)
+    if up_col_scale is not None:
+        check_vector(op, "up_col_scale", up_col_scale, dh.shape[1], dh)
+
+
+def check_block_dtype(op: str, dtype: torch.dtype) -> None:
+    if dtype != torch.float8_e4m3fn:
+        raise ValueError(
+            f"{op}: dtype must be float8_e4m3fn, whose products take scales for blocks; got {dtype}; use one scale a row"
+        )
+
+
 def check_rounding(op: str, x: Tensor, data: Tensor, scale: Tensor, counted: int) -> None:
     check_input(op, x)
     if counted < 1:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import EXPONENTS
+from .reference import EXPONENTS, SCALE_BLOCK
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -33,6 +33,18 @@ def _quantize_grad(
     a, u = _quantize_rows(e, dtype)
     b, v = _quantize_rows_transposed(e, dtype)
     return a, u, b, v, e.new_empty(e.shape[1] if column_sums else 0, dtype=v.dtype)
+
+
+def _blocks(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scales = x.new_empty((-(-x.shape[1] // SCALE_BLOCK), x.shape[0]), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), scales
+
+
+def _quantize_grad_blocks(
+    e: Tensor, dtype: torch.dtype, col_scale: Tensor | None, row_scale: Tensor, column_sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums = e.new_empty(e.shape[1] if column_sums else 0, dtype=_wide(e))
+    return (*_blocks(e, dtype), *_blocks(e.t(), dtype), sums)
 
 
 def _equalizer_factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,6 +183,13 @@ def _gated_grad_quantize(
     return (*rows, *_quantize_rows_transposed(dh, dtype), *_quantize_rows_transposed(dh, dtype))
 
 
+def _gated_grad_blocks(
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, dtype: torch.dtype, *_: Any
+) -> tuple[Tensor, ...]:
+    rows = [*_blocks(dh, dtype), *_blocks(dh, dtype)]
+    return (*rows, *_blocks(dh.t(), dtype), *_blocks(dh.t(), dtype))
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "hadamard": _hadamard,
     "hadamard_": lambda *_: None,
@@ -180,6 +199,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "quantize_rows": _quantize_rows,
     "quantize_rows_transposed": _quantize_rows_transposed,
     "quantize_grad": _quantize_grad,
+    "quantize_grad_blocks": _quantize_grad_blocks,
     "transpose_bytes": lambda x: x.new_empty((x.shape[1], x.shape[0])),
     "equalizer_factors": _equalizer_factors,
     "quantize_tensor": _quantize_tensor,
@@ -187,6 +207,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "rms_norm_backward": _rms_norm_backward,
     "gated_quantize": _gated_quantize,
     "gated_grad_quantize": _gated_grad_quantize,
+    "gated_grad_blocks": _gated_grad_blocks,
     "moments": _moments,
     "rounding_moments": _rounding_moments,
     "int8_matmul": _matmul,

@@ -123,15 +123,20 @@ def gated_grad_quantize(
         Pairs of 8-bit data and float32 scale: dgate diag(gate_col_scale) [M, F] and [M], dup diag(up_col_scale) likewise,
         (diag(row_scale) dgate)^T [F, M] and [F], (diag(row_scale) dup)^T likewise.
     """
-    wide = torch.promote_types(dh.dtype, torch.float32)
-    value, derivative = ACTIVATIONS[activation](gate.to(wide))
-    dgate, dup = dh.to(wide) * up.to(wide) * derivative, dh.to(wide) * value
+    dgate, dup = gated_gradients(dh, gate, up, activation)
     return (
         *quantize_rows(dgate, dtype, 1, gate_col_scale),
         *quantize_rows(dup, dtype, 1, up_col_scale),
         *quantize_rows_transposed(dgate, dtype, row_scale),
         *quantize_rows_transposed(dup, dtype, row_scale),
     )
+
+
+def gated_gradients(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """dgate = dh * up * act'(gate) and dup = dh * act(gate), unrounded: [M, F] in float32, of float64 in float64."""
+    wide = torch.promote_types(dh.dtype, torch.float32)
+    value, derivative = ACTIVATIONS[activation](gate.to(wide))
+    return dh.to(wide) * up.to(wide) * derivative, dh.to(wide) * value
 
 
 def _silu(x: Tensor) -> tuple[Tensor, Tensor]:

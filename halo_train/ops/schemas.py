@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import fused_reference, norm_backward, product_reference, reference, signs
+from . import block_reference, fused_reference, norm_backward, product_reference, reference, signs
 
 KERNEL_OPS = {
     "hadamard": "hadamard.cu",
@@ -16,11 +16,13 @@ KERNEL_OPS = {
     "quantize_rows": "quantize.cu",
     "quantize_rows_transposed": "quantize_grad.cu",
     "quantize_grad": "quantize_grad.cu",
+    "quantize_grad_blocks": "grad_blocks.cu",
     "transpose_bytes": "transpose.cu",
     "quantize_tensor": "quantize.cu",
     "norm_quantize": "norm_quantize.cu",
     "gated_quantize": "gated_quantize.cu",
     "gated_grad_quantize": "gated_grad.cu",
+    "gated_grad_blocks": "gated_grad_blocks.cu",
     "equalizer_factors": "equalizer.cu",
     "moments": "moments.cu",
     "rounding_moments": "moments.cu",
@@ -76,6 +78,11 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         "(Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference.quantize_grad,
     ),
+    "quantize_grad_blocks": (
+        "(Tensor e, ScalarType dtype, Tensor? col_scale, Tensor row_scale, bool column_sums) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+        block_reference.quantize_grad_blocks,
+    ),
     "transpose_bytes": ("(Tensor x) -> Tensor", reference.transpose_bytes),
     "equalizer_factors": ("(Tensor exponent) -> (Tensor, Tensor)", reference.equalizer_factors),
     "quantize_tensor": (
@@ -100,6 +107,12 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         "Tensor? gate_col_scale, Tensor? up_col_scale) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         fused_reference.gated_grad_quantize,
+    ),
+    "gated_grad_blocks": (
+        "(Tensor dh, Tensor gate, Tensor up, str activation, ScalarType dtype, Tensor row_scale, "
+        "Tensor? gate_col_scale, Tensor? up_col_scale) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        block_reference.gated_grad_blocks,
     ),
     "moments": ("(Tensor x) -> (Tensor, Tensor)", reference.moments),
     "rounding_moments": (
