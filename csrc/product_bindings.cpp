@@ -254,9 +254,11 @@ std::tuple<Tensor, Tensor, Tensor> matmul_gradients(const Tensor& e, const std::
                                                     const Tensor& x, const Tensor& x_scale,
                                                     const Tensor& x_col_scale, ScalarType grad_dtype,
                                                     int64_t block, const std::optional<Tensor>& col_scale,
-                                                    ScalarType out_dtype, bool column_sums, bool fast_accum) {
+                                                    ScalarType out_dtype, bool column_sums, bool fast_accum,
+                                                    bool blocks) {
+  const auto rounding = blocks ? operators::quantize_grad_blocks : operators::quantize_grad;
   auto [rows, row_scales, columns, column_scales, sums] =
-      operators::quantize_grad(e, grad_dtype, e_col_scale, x_scale, column_sums);
+      rounding(e, grad_dtype, e_col_scale, x_scale, column_sums);
   Tensor dx = matmul_weight_columns(rows, row_scales, weight, weight_row_scale, x.scalar_type(), out_dtype,
                                     fast_accum);
   rows = columns;  // gives its memory back

@@ -14,10 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .config import HaloConfig, Scaling, storage_dtype
+from .config import Format, HaloConfig, Scaling, storage_dtype
 from .gemm import MULTIPLE, scale_of_columns
 from .hadamard import hadamard_transform, largest_block
-from .quantize import Quantized, RoundedWeight, quantize, quantize_grad, quantize_transposed
+from .quantize import (
+    Quantized,
+    RoundedWeight,
+    quantize,
+    quantize_grad,
+    quantize_grad_blocks,
+    quantize_transposed,
+)
 
 _MIN_TOKEN_BLOCK = 256
 """A rotation along M spreads an outlier token over at least this many tokens; shorter axes are padded with zeros."""
@@ -96,7 +103,8 @@ def round_grad(
     """E [M', N'] rounded for dgrad and for wgrad, each only if it is needed; its column sums where they cost no pass."""
     if needs_dx and needs_dw and not config.rotate_m_dgrad:
         if config.scaling is Scaling.ROWWISE:
-            return quantize_grad(e, config.grad_format, fold, x_scale, column_sums=needs_db)
+            rounding = quantize_grad_blocks if rounds_in_blocks(e, config) else quantize_grad
+            return rounding(e, config.grad_format, fold, x_scale, column_sums=needs_db)
         q = quantize(e, config.grad_format, scaling=Scaling.TENSORWISE)
         return q, Quantized(q.transposed_data(), q.scale), None
     for_dx = for_dw = None
@@ -105,6 +113,13 @@ def round_grad(
     if needs_dw:
         for_dw = quantize_grad_for_wgrad(e, x_scale, config)
     return for_dx, for_dw, None
+
+
+def rounds_in_blocks(e: Tensor, config: HaloConfig) -> bool:
+    """Whether E, where it is rounded for dgrad and wgrad at once, gets a scale for each row and block of the contraction: for products
+    in e4m3 with fast sums, on a GPU whose kernels take such scales. It is read once then, not twice."""
+    both = config.format is Format.E4M3 and config.grad_format is Format.E4M3
+    return both and config.scaling is Scaling.ROWWISE and config.fast_accum and ops.takes_blocks(e)
 
 
 def contract_rows(q: Quantized) -> Quantized:

@@ -24,6 +24,7 @@ from .operands import (
     quantize_weight,
     rotation_block,
     round_grad,
+    rounds_in_blocks,
 )
 from .quantize import Quantized
 
@@ -191,6 +192,7 @@ def gradients(
         dtype,
         bias_dtype is not None,
         config.fast_accum,
+        rounds_in_blocks(e, config),
     )
     return dx, dw, None if bias_dtype is None else sums[: e.shape[1]].to(bias_dtype)
 

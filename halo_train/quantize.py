@@ -20,11 +20,14 @@ class Quantized(NamedTuple):
     data: Tensor
     """[..., K] in float8_e4m3fn, float8_e5m2 or int8 (float32/float64 for the format 'unrounded')."""
     scale: Tensor
-    """Row scales [...] or one scale [], float32 (float64 for float64 values)."""
+    """Row scales [...], one scale [], or of data [M, K] a scale for each row and block of ``ops.SCALE_BLOCK`` columns, [blocks, M];
+    float32 (float64 for float64 values)."""
 
     def dequantize(self) -> Tensor:
         """The values that the data stands for, in the dtype of the scale."""
         scale = self.scale.unsqueeze(-1) if self.scale.dim() else self.scale
+        if self.scale.dim() == self.data.dim() == 2:
+            scale = self.scale.t().repeat_interleave(ops.SCALE_BLOCK, dim=1)[:, : self.data.shape[1]]
         return self.data.to(self.scale.dtype) * scale
 
     def transposed_data(self) -> Tensor:
@@ -90,6 +93,20 @@ def quantize_grad(
     """
     dtype = storage_dtype(parse_choice(Format, "fmt", fmt), e.dtype)
     a, u, b, v, sums = ops.quantize_grad(e, dtype, col_scale, row_scale, column_sums)
+    return Quantized(a, u), Quantized(b, v), sums if column_sums else None
+
+
+def quantize_grad_blocks(
+    e: Tensor, fmt: Format | str, col_scale: Tensor | None, row_scale: Tensor, column_sums: bool = False
+) -> tuple[Quantized, Quantized, Tensor | None]:
+    """:func:`quantize_grad` in one read of E, with a scale for each row and block of ``ops.SCALE_BLOCK`` columns, in the second form
+    tokens, powers of 16.
+
+    Returns:
+        As there, with scales [blocks, M] and [blocks, N].
+    """
+    dtype = storage_dtype(parse_choice(Format, "fmt", fmt), e.dtype)
+    a, u, b, v, sums = ops.quantize_grad_blocks(e, dtype, col_scale, row_scale, column_sums)
     return Quantized(a, u), Quantized(b, v), sums if column_sums else None
 
 

@@ -11,7 +11,14 @@ from torch import Tensor
 from .. import ops
 from ..config import HaloConfig, Recompute, storage_dtype
 from ..gemm import MULTIPLE, matmul
-from ..operands import contract_rows, pad_matrix, pad_vector, quantize_input, rotation_block
+from ..operands import (
+    contract_rows,
+    pad_matrix,
+    pad_vector,
+    quantize_input,
+    rotation_block,
+    rounds_in_blocks,
+)
 from ..products import (
     ForDgrad,
     after,
@@ -213,7 +220,9 @@ class GatedMLPFunction(torch.autograd.Function):
                 )
                 folds = gate_w.fold(config, gate.shape[1]), up_w.fold(config, up.shape[1])
                 dtype = storage_dtype(config.grad_format, dh.dtype)
-                parts = ops.gated_grad_quantize(dh, gate, up, arguments.activation, dtype, scale, *folds)
+                in_blocks = rounds_in_blocks(dh, config)
+                rounding = ops.gated_grad_blocks if in_blocks else ops.gated_grad_quantize
+                parts = rounding(dh, gate, up, arguments.activation, dtype, scale, *folds)
                 dgate, dup, dgate_t, dup_t = (Quantized(*parts[i : i + 2]) for i in (0, 2, 4, 6))
                 del dh, gate, up  # before x is transposed and dW made
                 if needs_dy:

@@ -38,6 +38,8 @@ from .products import matmul_rows as matmul_rows
 from .products import matmul_weight_columns as matmul_weight_columns
 from .products import matmul_weight_rows as matmul_weight_rows
 from .products import scaled_matmul as scaled_matmul
+from .products import takes_blocks as takes_blocks
+from .reference import SCALE_BLOCK as SCALE_BLOCK
 from .registry import kernel_status as kernel_status
 from .registry import library, overloads
 from .schemas import KERNEL_OPS as KERNEL_OPS

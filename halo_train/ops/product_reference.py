@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .block_reference import quantize_grad_blocks
 from .reference import (
     hadamard,
     matmul_rows,
@@ -78,11 +79,13 @@ def matmul_gradients(
     out_dtype: torch.dtype,
     column_sums: bool,
     fast_accum: bool = True,
+    blocks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of :func:`quantize_grad` of e [M, N] with e_col_scale and x_scale: :func:`matmul_weight_columns` of the rows, in the dtype of x, to
+    """Of :func:`quantize_grad`, or with ``blocks`` :func:`quantize_grad_blocks`, of e [M, N] with e_col_scale and x_scale: :func:`matmul_weight_columns` of the rows, in the dtype of x, to
     [M, K] of ``out_dtype``; :func:`matmul_rotated` of the columns by the rows of x [M, K], x_col_scale and col_scale, to [N, K] in the
     dtype of the weight; the sums."""
-    rows, row_scales, columns, column_scales, sums = quantize_grad(
+    rounding = quantize_grad_blocks if blocks else quantize_grad
+    rows, row_scales, columns, column_scales, sums = rounding(
         e, grad_dtype, e_col_scale, x_scale, column_sums
     )
     dx = matmul_weight_columns(rows, row_scales, weight, weight_row_scale, x.dtype, out_dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import product_reference, reference
 from .checks import check_contracted, check_matrix, check_product, check_vector
-from .registry import overloads
+from .registry import kernel_status, overloads
 
 
 def scaled_matmul(
@@ -107,8 +107,9 @@ def matmul_gradients(
     out_dtype: torch.dtype,
     column_sums: bool,
     fast_accum: bool = True,
+    blocks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``quantize_grad``, :func:`matmul_weight_columns` of its rows and :func:`matmul_rotated` of its columns; see
+    """``quantize_grad``, or with ``blocks`` ``quantize_grad_blocks``, :func:`matmul_weight_columns` of its rows and :func:`matmul_rotated` of its columns; see
     :func:`product_reference.matmul_gradients`."""
     op = "matmul_gradients"
     check_matrix(op, e, 1, e_col_scale)
@@ -122,7 +123,7 @@ def matmul_gradients(
         check_vector(op, "weight_row_scale", weight_row_scale, weight.shape[0], e)
     arguments = (
         *(e, e_col_scale, weight, weight_row_scale, x, x_scale, x_col_scale),
-        *(grad_dtype, block, col_scale, out_dtype, column_sums, fast_accum),
+        *(grad_dtype, block, col_scale, out_dtype, column_sums, fast_accum, blocks),
     )
     if grad_dtype not in reference.QMAX or not _are_rounded_by_kernels(x.dtype, out_dtype, e, weight):
         return product_reference.matmul_gradients(*arguments)
@@ -148,6 +149,23 @@ def matmul_rotated(
     if not _has_kernel(a, out_dtype):
         return product_reference.matmul_rotated(a, b, scale_a, scale_b, rows, block, col_scale, out_dtype)
     return overloads.matmul_rotated(a, b, scale_a, scale_b, rows, block, col_scale, out_dtype, fast_accum)
+
+
+def takes_blocks(x: Tensor) -> bool:
+    """Whether products of e4m3 on the device of x take a scale for each row and block of the contraction: on Hopper, with kernels that
+    were built for it."""
+    return x.is_cuda and x.dtype != torch.float64 and _is_built_for_hopper(x.device.index or 0)
+
+
+_BUILT_FOR_HOPPER: dict[int, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def _is_built_for_hopper(device: int) -> bool:
+    if device not in _BUILT_FOR_HOPPER:
+        built = kernel_status()["build"].get("architectures", ())
+        _BUILT_FOR_HOPPER[device] = "sm_90a" in built and torch.cuda.get_device_capability(device) == (9, 0)
+    return _BUILT_FOR_HOPPER[device]
 
 
 def _are_rounded_by_kernels(dtype: torch.dtype, out_dtype: torch.dtype, x: Tensor, weight: Tensor) -> bool:

@@ -148,7 +148,7 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "matmul_gradients": (
         "(Tensor e, Tensor? e_col_scale, Tensor weight, Tensor? weight_row_scale, Tensor x, Tensor x_scale, Tensor x_col_scale, "
-        "ScalarType grad_dtype, int block, Tensor? col_scale, ScalarType out_dtype, bool column_sums, bool fast_accum) -> "
+        "ScalarType grad_dtype, int block, Tensor? col_scale, ScalarType out_dtype, bool column_sums, bool fast_accum, bool blocks) -> "
         "(Tensor, Tensor, Tensor)",
         product_reference.matmul_gradients,
     ),

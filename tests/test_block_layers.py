@@ -1,0 +1,139 @@
+"""Layers whose gradients have a scale for each row and block of the contraction, as on Hopper, with the reference on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from halo_train import RECIPES, convert_to_halo_training, halo_linear, ops
+from halo_train.operands import round_grad
+
+CONFIGS = {
+    "fp8": RECIPES["fp8"],
+    "fp8, folded": RECIPES["fp8"].with_folded_dgrad,
+    "fp8_plain": RECIPES["fp8_plain"],
+}
+SHAPES = [(300, 528, 64), (257, 48, 33), (16, 16, 272), (1, 300, 16)]
+
+
+@pytest.fixture(autouse=True)
+def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "takes_blocks", lambda e: e.dtype != torch.float64)
+
+
+def operands(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(s, generator=generator).to(dtype) for s in ((m, k), (n, k), (n,), (m, n)))
+
+
+def grads(function, x: Tensor, w: Tensor, b: Tensor, e: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.detach().clone().requires_grad_() for t in (x, w, b)]
+    return torch.autograd.grad(function(*leaves), leaves, e)
+
+
+def decibels(rounded: Tensor, exact: Tensor) -> float:
+    exact = exact.double()
+    return 20 * torch.log10(exact.norm() / (rounded.double() - exact).norm()).item()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("recipe", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_as_exact_as_those_of_row_scales(recipe, shape, dtype, monkeypatch):
+    x, w, b, e = operands(*shape, dtype=dtype)
+    exact = grads(F.linear, x.double(), w.double(), b.double(), e.double())
+
+    def layer(*t):
+        return halo_linear(*t, config=CONFIGS[recipe])
+
+    ours = grads(layer, x, w, b, e)
+    monkeypatch.setattr(ops, "takes_blocks", lambda e: False)
+    rows = grads(layer, x, w, b, e)
+    for mine, other, true in zip(ours, rows, exact, strict=True):
+        assert mine.shape == true.shape
+        assert decibels(mine, true) > min(decibels(other, true) - 1.0, 60.0)
+    assert not torch.equal(ours[0], rows[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("recipe", CONFIGS)
+def test_one_operator_has_the_bits_of_its_steps(recipe, shape, monkeypatch):
+    x, w, b, e = operands(*shape)
+    d = torch.exp2(torch.randint(-3, 4, (shape[2],)).float()) if CONFIGS[recipe].equalize else None
+
+    def layer(*t):
+        return halo_linear(*t, config=CONFIGS[recipe], equalizer=d)
+
+    alone = grads(layer, x, w, b, e)
+    monkeypatch.setattr("halo_train.products._are_operators_seen", lambda: True)
+    for mine, other in zip(alone, grads(layer, x, w, b, e), strict=True):
+        assert torch.equal(mine, other)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for mine, other in zip(alone, grads(compiled, x, w, b, e), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_blocks_of_other_magnitudes_keep_their_bits():
+    """Where the columns of E differ by 2^21, e4m3 with a scale a row has no bits left for some."""
+    *_, e = operands(1024, 1024, 64)
+    e = e * torch.exp2(torch.arange(4) * 7.0 - 14).repeat_interleave(256)
+    for_dx, for_dw, _ = round_grad(e, None, torch.ones(1024), True, True, False, RECIPES["fp8"])
+    parts = zip(for_dx.dequantize().split(256, 1), e.split(256, 1), strict=True)
+    assert min(decibels(mine, true) for mine, true in parts) > 30
+    assert decibels(for_dw.dequantize(), e.t()) > 30
+
+
+def test_frozen_weights_and_inputs_without_gradient():
+    x, w, b, e = operands(300, 272, 64)
+    exact = grads(F.linear, x, w, b, e)
+    frozen = x.clone().requires_grad_()
+    halo_linear(frozen, w, b, config=RECIPES["fp8"]).backward(e)
+    assert decibels(frozen.grad, exact[0]) > 25
+    trained = w.clone().requires_grad_()
+    halo_linear(x, trained, b, config=RECIPES["fp8"]).backward(e)
+    assert decibels(trained.grad, exact[1]) > 25
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_a_gradient_surfaces(bad):
+    x, w, b, e = operands(300, 528, 64)
+    e[7, 500] = bad
+    dx, dw, _ = grads(lambda *t: halo_linear(*t, config=RECIPES["fp8"]), x, w, b, e)
+    assert not dx[7].isfinite().any()
+    assert not dw[500].isfinite().any()
+    assert dx[:7].isfinite().all()
+    assert dw[:500].isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fused_blocks(compiled):
+    def model(**options):
+        transformers.set_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=320, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            use_cache=False,
+        )  # fmt: skip
+        built = transformers.AutoModelForCausalLM.from_config(config)
+        if options:
+            convert_to_halo_training(built, **options)
+        return built
+
+    ids = torch.randint(1, 64, (2, 150), generator=torch.Generator().manual_seed(0))
+
+    def gradients(built: nn.Module) -> dict[str, Tensor]:
+        built(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad for name, p in built.named_parameters()}
+
+    exact = gradients(model())
+    fused, apart = model(recipe="fp8", fuse=True), model(recipe="fp8", fuse=False)
+    if compiled:
+        torch.compiler.reset()
+        for block in fused.model.layers:
+            block.compile(backend="aot_eager")
+    fused, apart = gradients(fused), gradients(apart)
+    for name, true in exact.items():
+        assert decibels(fused[name.replace("._orig_mod", "")], true) > decibels(apart[name], true) - 3
