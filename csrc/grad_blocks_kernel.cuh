@@ -1,6 +1,6 @@
 // Gradients in both 8-bit forms as in quantize_grad_kernel.cuh, in one read of their inputs: a row has a
 // scale for each block of kScaleBlock columns, a column one for each block of as many rows, so that the
-// thread blocks of a cluster hold all that a scale depends on. Scales are powers of two; numerics as in
+// thread blocks of a cluster hold all that a scale depends on. Scales are powers of 16; numerics as in
 // grad_blocks() of halo_train/ops/reference.py: values pass through bfloat16, in pairs of which everything
 // here is done.
 
@@ -42,18 +42,22 @@ __device__ __forceinline__ float low_of(uint32_t pair) { return __uint_as_float(
 __device__ __forceinline__ float high_of(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // The exponents of scales, biased as those of floats, are those of the largest magnitudes, or one more, less
-// this. The smallest is 2^-60: sums of a product must not overflow on the way from one scale to the next.
+// this, and up to the next multiple of 4 (with the bias, to where both lowest bits are set). The smallest is
+// 2^-60: sums of a product must not overflow on the way from one scale to the next.
 constexpr uint32_t kScaleShift = 8, kSmallestScale = 67, kAboveLargest = 0x1f;  // 448 = 1.75 2^8
+constexpr uint32_t kMultipleOf4 = 3;
 
-// 2^-k of pairs of magnitudes, k the smallest with magnitude <= 448 2^k.
+// 2^-k of pairs of magnitudes, k the smallest multiple of 4 with magnitude <= 448 2^k.
 __device__ __forceinline__ uint32_t inverse_scales(uint32_t amax) {
   constexpr uint32_t kLeast = kSmallestScale + kScaleShift, kTwice = 254 + kScaleShift;
-  const uint32_t exponents = (amax + (kAboveLargest << 16 | kAboveLargest)) & 0x7f807f80u;
+  const uint32_t larger = (amax + (kAboveLargest << 16 | kAboveLargest)) & 0x7f807f80u;
+  const uint32_t exponents = larger | kMultipleOf4 << 23 | kMultipleOf4 << 7;
   return (kTwice << 23 | kTwice << 7) - __vmaxu2(exponents, kLeast << 23 | kLeast << 7);
 }
-// The scale of one magnitude: 2^k, 1 if there is nothing but zeros, NaN for what is not finite.
+// The scale of one magnitude: that 2^k, 1 if there is nothing but zeros, NaN for what is not finite.
 __device__ __forceinline__ float power_scale(uint32_t amax) {
-  const uint32_t exponent = max((amax + kAboveLargest) >> 7, kSmallestScale + kScaleShift) - kScaleShift;
+  const uint32_t larger = (amax + kAboveLargest) >> 7 | kMultipleOf4;
+  const uint32_t exponent = max(larger, kSmallestScale + kScaleShift) - kScaleShift;
   return __uint_as_float(amax == 0 ? 0x3f800000u : amax >= 0x7f80u ? 0x7fc00000u : exponent << 23);
 }
 

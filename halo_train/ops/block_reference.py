@@ -1,7 +1,7 @@
 """Gradients in e4m3 with scales for blocks of the contraction, in plain PyTorch; see :mod:`halo_train.ops.reference`.
 
 Operand E of dgrad and of wgrad has one scale for each row and each block of SCALE_BLOCK elements of the contraction, so that a GPU
-rounds it both ways in one read. Scales are powers of two, which products exchange for one another without an error. Values pass
+rounds it both ways in one read. Scales are powers of 16, which products exchange for one another without an error. Values pass
 through bfloat16, in which the GPU keeps them between the two ways: what is wider is rounded twice.
 """
 
@@ -73,13 +73,13 @@ def _round_blocks(y: Tensor, factors: Tensor | None, dtype: torch.dtype) -> tupl
 def _block_scales(y: Tensor) -> tuple[Tensor, Tensor]:
     """Of bfloat16 y [R, C] the scales [R, blocks] in float32, and what blocks are multiplied by, in bfloat16.
 
-    2^k with the smallest k, at least MIN_EXPONENT, with amax <= 448 2^k: 448 = 1.75 2^8, so that k is the exponent of amax less 8,
-    plus 1 above 1.75.
+    2^k with k the smallest multiple of 4, at least MIN_EXPONENT, with amax <= 448 2^k: 448 = 1.75 2^8, so that k is the exponent of amax
+    less 8, plus 1 above 1.75, and up to a multiple of 4; with the bias of 127, to where both lowest bits are set.
     """
     blocks = F.pad(y, (0, -y.shape[1] % SCALE_BLOCK)).unflatten(1, (-1, SCALE_BLOCK))
     amax = blocks.abs().amax(2) if y.shape[1] else y.new_zeros(y.shape[0], 0)
     bits = torch.where(amax.isnan(), 0, amax.view(torch.int16).int())
-    biased = ((bits + 0x1F >> 7) - 8).clamp(min=127 + MIN_EXPONENT)
+    biased = ((bits + 0x1F >> 7) - 8).clamp(min=127 + MIN_EXPONENT) | 3
     scale = (biased << 23).view(torch.float32)
     scale = torch.where(amax == 0, torch.ones_like(scale), scale)
     scale = torch.where(amax.isfinite(), scale, torch.full_like(scale, torch.nan))
