@@ -252,11 +252,12 @@ def test_opcheck(device, dtype):
     for factors in (None, d):
         check(namespace.matmul_rounded, weight, factors, weight, factors, dtype, 64, out, True)
     tokens = rounded(32, 32, dtype, device)
-    for sums, factors in ((False, None), (True, t.new_ones(32))):
-        others = (dtype, 16, factors, out, sums, True)
-        check(
-            namespace.matmul_gradients, weight, d, weight.t()[:, :32], None, *tokens, t.new_ones(32), *others
-        )
+    in_blocks = [False, True] if dtype != torch.int8 and (device == "cpu" or ops.takes_blocks(weight)) else [False]
+    for blocks in in_blocks:
+        for sums, factors in ((False, None), (True, t.new_ones(32))):
+            others = (dtype, 16, factors, out, sums, True, blocks)
+            operands = (weight, d, weight.t()[:, :32], None, *tokens, t.new_ones(32))
+            check(namespace.matmul_gradients, *operands, *others)
     check(namespace.matmul_rotated, a, b, u, v, False, 16, None, out, True)
     check(namespace.matmul_rotated, a, b.t().contiguous(), u, v, True, 16, None, out, True)
 
