@@ -252,7 +252,9 @@ def test_opcheck(device, dtype):
     for factors in (None, d):
         check(namespace.matmul_rounded, weight, factors, weight, factors, dtype, 64, out, True)
     tokens = rounded(32, 32, dtype, device)
-    in_blocks = [False, True] if dtype != torch.int8 and (device == "cpu" or ops.takes_blocks(weight)) else [False]
+    in_blocks = (
+        [False, True] if dtype != torch.int8 and (device == "cpu" or ops.takes_blocks(weight)) else [False]
+    )
     for blocks in in_blocks:
         for sums, factors in ((False, None), (True, t.new_ones(32))):
             others = (dtype, 16, factors, out, sums, True, blocks)
