@@ -145,6 +145,13 @@ class HaloConfig:
         """
         return self.requantize_w_dgrad and self.format is Format.INT8
 
+    @property
+    def allows_blocks(self) -> bool:
+        """Whether E may have a scale for each row and block of the contraction: of e4m3 with fast sums there is a kernel, on Hopper,
+        that multiplies by such scales."""
+        both = self.format is Format.E4M3 and self.grad_format is Format.E4M3
+        return both and self.scaling is Scaling.ROWWISE and self.fast_accum
+
     @functools.cached_property
     def with_recomputed_inputs(self) -> HaloConfig:
         """The same with X rounded once more in backward, for an X that is kept anyway."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .config import Format, HaloConfig, Scaling, storage_dtype
+from .config import HaloConfig, Scaling, storage_dtype
 from .gemm import MULTIPLE, scale_of_columns
 from .hadamard import hadamard_transform, largest_block
 from .quantize import (
@@ -116,10 +116,9 @@ def round_grad(
 
 
 def rounds_in_blocks(e: Tensor, config: HaloConfig) -> bool:
-    """Whether E, where it is rounded for dgrad and wgrad at once, gets a scale for each row and block of the contraction: for products
-    in e4m3 with fast sums, on a GPU whose kernels take such scales. It is read once then, not twice."""
-    both = config.format is Format.E4M3 and config.grad_format is Format.E4M3
-    return both and config.scaling is Scaling.ROWWISE and config.fast_accum and ops.takes_blocks(e)
+    """Whether E, where it is rounded for dgrad and wgrad at once, gets a scale for each row and block of the contraction. It is read
+    once then, not twice."""
+    return config.allows_blocks and ops.takes_blocks(e)
 
 
 def contract_rows(q: Quantized) -> Quantized:
