@@ -248,14 +248,11 @@ Tensor matmul_rotated(const Tensor& a, const Tensor& b, const Tensor& scale_a, c
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> matmul_gradients(const Tensor& e, const std::optional<Tensor>& e_col_scale,
-                                                    const Tensor& weight,
-                                                    const std::optional<Tensor>& weight_row_scale,
-                                                    const Tensor& x, const Tensor& x_scale,
-                                                    const Tensor& x_col_scale, ScalarType grad_dtype,
-                                                    int64_t block, const std::optional<Tensor>& col_scale,
-                                                    ScalarType out_dtype, bool column_sums, bool fast_accum,
-                                                    bool blocks) {
+std::tuple<Tensor, Tensor, Tensor> matmul_gradients(
+    const Tensor& e, const std::optional<Tensor>& e_col_scale, const Tensor& weight,
+    const std::optional<Tensor>& weight_row_scale, const Tensor& x, const Tensor& x_scale,
+    const Tensor& x_col_scale, ScalarType grad_dtype, int64_t block, const std::optional<Tensor>& col_scale,
+    ScalarType out_dtype, bool column_sums, bool fast_accum, bool blocks) {
   const auto rounding = blocks ? operators::quantize_grad_blocks : operators::quantize_grad;
   auto [rows, row_scales, columns, column_scales, sums] =
       rounding(e, grad_dtype, e_col_scale, x_scale, column_sums);
