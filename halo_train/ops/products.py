@@ -160,12 +160,15 @@ def takes_blocks(x: Tensor) -> bool:
 _BUILT_FOR_HOPPER: dict[int, bool] = {}
 
 
-@torch.compiler.assume_constant_result
 def _is_built_for_hopper(device: int) -> bool:
     if device not in _BUILT_FOR_HOPPER:
         built = kernel_status()["build"].get("architectures", ())
         _BUILT_FOR_HOPPER[device] = "sm_90a" in built and torch.cuda.get_device_capability(device) == (9, 0)
     return _BUILT_FOR_HOPPER[device]
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler.
+_is_built_for_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _are_rounded_by_kernels(dtype: torch.dtype, out_dtype: torch.dtype, x: Tensor, weight: Tensor) -> bool:
