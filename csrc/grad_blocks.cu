@@ -21,7 +21,7 @@ cudaError_t launch(const QuantizeGradArgs& a, const M& matrix, cudaStream_t stre
   if (a.sums == nullptr) return launch_grad_blocks<PlainGrad<M>, false>(p, stream);
   const cudaError_t error = launch_grad_blocks<PlainGrad<M>, true>(p, stream);
   if (error != cudaSuccess) return error;
-  return add_partial_sums(p.partial_sums, a.sums, ceil_div(p.rows, kBlockRows), p.cols, stream);
+  return add_partial_sums({p.partial_sums, a.sums, ceil_div(p.rows, kBlockRows), p.cols}, stream);
 }
 
 template <typename T>

@@ -163,6 +163,7 @@ class BlockValues {
   static constexpr int kBatch = kAsTheyAre ? 8 : 2;  // rows
 
  public:
+  static constexpr bool kPairsAreInputs = kAsTheyAre;
   static constexpr bool kStaged = kVector && kInputs > 1;
   static constexpr size_t kBytes = kStaged ? sizeof(uint4) * 8 * kInputs * kThreads : 0;
 
@@ -185,7 +186,7 @@ class BlockValues {
       }
     }
   }
-  // With the sums of its columns of the first output, if they are wanted.
+  // With the sums of the columns of the first output where they are wanted and pairs do not tell them.
   __device__ __forceinline__ void make(uint32_t (&pairs)[kOutputs][8][4], float (&sum)[8]) const {
     if (!inside()) {
 #pragma unroll
@@ -238,7 +239,7 @@ class BlockValues {
   __device__ __forceinline__ void make_row(uint32_t (&pairs)[kOutputs][8][4], float (&sum)[8], int r,
                                            const typename Source::Raw& raw) const {
     float v[kOutputs][8];
-    if constexpr (!kAsTheyAre || kSum) p_.source.values(v, raw);
+    if constexpr (!kAsTheyAre) p_.source.values(v, raw);
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
@@ -250,7 +251,7 @@ class BlockValues {
         }
       }
     }
-    if constexpr (kSum) {
+    if constexpr (kSum && !kAsTheyAre) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum[j] += v[0][j];
     }
@@ -345,22 +346,25 @@ __global__ void __launch_bounds__(32 * kBlockWarps, kResidentBlocks<Source>)
   expect_in_cluster(&received, sizeof(maxima));
   uint32_t pairs[kOutputs][8][4];
   using Values = BlockValues<Source, kSum>;
+  static_assert(kBlockRows <= kThreads && kBlockColumns <= kThreads);
+  // Of what threads do for one row or column of the tile.
+  const int tile_r = threadIdx.x, tile_c = kThreads - 1 - threadIdx.x;
+  float row_factor = 1.0f, col_factor[kOutputs];  // before the inputs, so that nobody waits for them after
+  if (tile_r < kBlockRows && row0 + tile_r < p.rows && p.row_scale != nullptr) {
+    row_factor = __ldg(p.row_scale + row0 + tile_r);
+  }
+#pragma unroll
+  for (int o = 0; o < kOutputs; ++o) {
+    const bool scaled = tile_c < kBlockColumns && col0 + tile_c < p.cols && p.col_scale[o] != nullptr;
+    col_factor[o] = scaled ? __ldg(p.col_scale[o] + col0 + tile_c) : 1.0f;
+  }
   const Values values(block_memory, p, row, column);
   float sum[8] = {};
   if constexpr (!Values::kStaged) values.make(pairs, sum);
-  static_assert(kBlockRows <= kThreads && kBlockColumns <= kThreads);
-  const int tile_r = threadIdx.x,
-            tile_c = kThreads - 1 - threadIdx.x;  // of what threads do for one of either
-  if (tile_r < kBlockRows) {
-    const float* const factors = row0 + tile_r < p.rows ? p.row_scale : nullptr;
-    row_factors[tile_r] = factors != nullptr ? __ldg(factors + row0 + tile_r) : 1.0f;
-  }
+  if (tile_r < kBlockRows) row_factors[tile_r] = row_factor;
   if (tile_c < kBlockColumns) {
 #pragma unroll
-    for (int o = 0; o < kOutputs; ++o) {
-      const float* const factors = col0 + tile_c < p.cols ? p.col_scale[o] : nullptr;
-      col_factors[o][tile_c] = factors != nullptr ? __ldg(factors + col0 + tile_c) : 1.0f;
-    }
+    for (int o = 0; o < kOutputs; ++o) col_factors[o][tile_c] = col_factor[o];
   }
   if constexpr (Values::kStaged) values.make(pairs, sum);
   __syncthreads();
@@ -378,14 +382,6 @@ __global__ void __launch_bounds__(32 * kBlockWarps, kResidentBlocks<Source>)
         *reinterpret_cast<uint4*>(&warp_maxima[o][warp][4 * group]) =
             make_uint4(col_best[0], col_best[1], col_best[2], col_best[3]);
       }
-    }
-  }
-  __shared__ float warp_sums[kSum ? kBlockWarps : 1][kSum ? kBlockColumns : 1];
-  if constexpr (kSum) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], 8);
-      if (half == 0) warp_sums[warp][8 * group + j] = sum[j];
     }
   }
   wait_for_cluster();
@@ -406,6 +402,21 @@ __global__ void __launch_bounds__(32 * kBlockWarps, kResidentBlocks<Source>)
       for (int w = 1; w < kBlockWarps; ++w) best = max_magnitudes(best, warp_maxima[o][w][pair]);
       send_in_cluster(&maxima[o].columns[below][pair], best & kMagnitudes, &received,
                       threadIdx.x / (kBlockColumns / 2) * kAcross + across);
+    }
+  }
+  __shared__ float warp_sums[kSum ? kBlockWarps : 1][kSum ? kBlockColumns : 1];
+  if constexpr (kSum) {  // while maxima are on their way
+    if constexpr (Values::kPairsAreInputs) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        sum[i % 4 * 2] += low_of(pairs[0][i / 4][i % 4]);
+        sum[i % 4 * 2 + 1] += high_of(pairs[0][i / 4][i % 4]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], 8);
+      if (half == 0) warp_sums[warp][8 * group + j] = sum[j];
     }
   }
   wait_for_all(&received);

@@ -21,7 +21,7 @@ cudaError_t launch(const GradParams<Source>& p, float* sums, cudaStream_t stream
   if (sums == nullptr) return round_grad<Source, kType, true, false, kTiles>(p, stream);
   error = round_grad<Source, kType, true, true, kTiles>(p, stream);
   if (error != cudaSuccess) return error;
-  return add_partial_sums(p.partial_sums, sums, ceil_div(p.rows, kGradRows * kTiles), p.cols, stream);
+  return add_partial_sums({p.partial_sums, sums, ceil_div(p.rows, kGradRows * kTiles), p.cols}, stream);
 }
 
 }  // namespace

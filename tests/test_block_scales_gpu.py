@@ -24,7 +24,7 @@ pytestmark = [
 
 # Vectors in whole and partial tiles and clusters, and what is taken an element at a time.
 SHAPES = [(16, 16), (16, 4096), (1040, 264), (272, 400), (512, 1024), (2064, 8), (4096, 1040), (144, 28672)]
-SHAPES += [(1, 1), (3, 7), (33, 48), (100, 264), (257, 1000), (513, 136), (48, 1001), (1, 70000), (70000, 1)]
+SHAPES += [(1, 1), (3, 7), (33, 48), (100, 264), (257, 1000), (513, 136), (48, 1001), (1, 9000), (9000, 1)]
 
 
 def assert_same(ours: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
