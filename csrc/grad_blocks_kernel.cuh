@@ -1,8 +1,7 @@
 // Gradients in both 8-bit forms as in quantize_grad_kernel.cuh, in one read of their inputs: a row has a
 // scale for each block of kScaleBlock columns, a column one for each block of as many rows, so that the
 // thread blocks of a cluster hold all that a scale depends on. Scales are powers of 16; numerics as in
-// grad_blocks() of halo_train/ops/reference.py: values pass through bfloat16, in pairs of which everything
-// here is done.
+// halo_train/ops/block_reference.py: values pass through bfloat16, in pairs of which everything here is done.
 
 #pragma once
 
