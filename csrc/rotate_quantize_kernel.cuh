@@ -39,6 +39,7 @@ struct RotateParams {
   float* scale;
   uint32_t* tensor_amax;  // see QuantizeRowsArgs
   float norm, inverse_cols;
+  float qmax, inverse_qmax;  // of the 8-bit type
 };
 
 constexpr int kNotRotated = -1;
@@ -103,11 +104,13 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
   using Loader = typename Shared::Loader;
   using Factors = typename Shared::Factors;
   extern __shared__ uint4 shared[];
-  __shared__ uint32_t warp_amax[2][kMaxRowWarps];
+  constexpr bool kPair = kLogWarps == 1 && !kGroups;  // two warps make a row
+  __shared__ __align__(8) uint32_t warp_amax[2][kMaxRowWarps];
   __shared__ float warp_sums[2][kMaxRowWarps];
   __shared__ uint64_t full[kMaxRowWarps][kMaxStages];
   __shared__ uint4 matrix[32];
-  __shared__ SumMatrix sums[kSums ? 32 : 1];
+  __shared__ uint4 sum_signs[kSums ? 32 : 1];
+  __shared__ uint32_t minus_identity[kSums ? 32 : 1];
 
   const RowGroup<!Shared::kGrouped> group(p.warps);
   const int lane = group.lane, warp = group.warp, first_warp = group.group * p.warps;
@@ -134,28 +137,43 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
     p.source.tiles(tile, row, tile0);
     loader.start(stage, tile);
   };
+  // The factors before the first row: they are needed first, and come from the L2 cache. Thread blocks that
+  // hold one row ask for all of theirs at once.
+  constexpr bool kFactors = Factors::kWords > 0;
+  float columns[kFactors && !Shared::kGrouped ? L::kLoads : 1][8];
+  if constexpr (kFactors && !Shared::kGrouped) {
+#pragma unroll
+    for (int j = 0; j < L::kLoads; ++j) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) columns[j][i] = 0.0f;
+      if (loader.inside(j)) p.source.columns(columns[j], tile0 + lane_column<L>(lane) + (j << 6));
+    }
+  }
   for (int s = 0; s < row_stages; ++s) start(s, first + s * step);
-
-  if constexpr (Factors::kWords > 0) {
-    const auto keep = [&](int j) {
-      Factors f{};
-      if (loader.inside(j)) f = p.source.template factors<Factors>(tile0 + lane_column<L>(lane) + (j << 6));
+  if (kRotated && block_warp == 0) {
+    matrix[lane] = rotate_matrix(kBlockBits == 7 ? p.log_block : log_block);
+    if constexpr (kSums) {
+      if (log_block > 7) {
+        const SumMatrix sums = sum_matrix<L>(log_block);
+        sum_signs[lane] = sums.signs, minus_identity[lane] = sums.minus_identity;
+      }
+    }
+  }
+  if constexpr (kFactors) {
+    const auto keep = [&](int j, const Factors& f) {
 #pragma unroll
       for (int w = 0; w < Factors::kWords; ++w) factors[32 * (j * Factors::kWords + w)] = f.word[w];
     };
     if constexpr (Shared::kGrouped) {
 #pragma unroll 4
-      for (int j = group.group; j < L::kLoads; j += rows_at_once) keep(j);  // the rows share the work
+      for (int j = group.group; j < L::kLoads; j += rows_at_once) {  // the rows share the work
+        Factors f{};
+        if (loader.inside(j)) f = p.source.template factors<Factors>(tile0 + lane_column<L>(lane) + (j << 6));
+        keep(j, f);
+      }
     } else {
-      // All on their way at once. Every thread block reads the same: they do not begin at the same place.
 #pragma unroll
-      for (int j = 0; j < L::kLoads; ++j) keep((j + blockIdx.x) & (L::kLoads - 1));
-    }
-  }
-  if (kRotated && block_warp == 0) {
-    matrix[lane] = rotate_matrix(kBlockBits == 7 ? p.log_block : log_block);
-    if constexpr (kSums) {
-      if (log_block > 7) sums[lane] = sum_matrix<L>(log_block);
+      for (int j = 0; j < L::kLoads; ++j) keep(j, Factors(columns[j]));
     }
   }
 
@@ -211,15 +229,15 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
     if constexpr (kRotated && kLast != 2) butterfly_registers<2>(v);
     if constexpr (kSums) {
       if (kLogValues > 5 || log_block > 7) {
-        multiply_sums(v, sums[lane]);
+        multiply_sums(v, SumMatrix{sum_signs[lane], minus_identity[lane]});
       } else {
         butterfly_registers<3>(v);
       }
     }
     if constexpr (L::kTrade) {
-      const int thread = read_thread(), own = first_warp + (thread >> 5);
-      float4* const mine = reinterpret_cast<float4*>(exchange) + own * 8 * L::kGiven + (thread & 31);
-      trade_values<L>(v, mine, mine + (own & 1 ? -8 : 8) * L::kGiven, own & 1,
+      const bool upper = block_warp & 1;
+      float4* const mine = reinterpret_cast<float4*>(exchange) + block_warp * 8 * L::kGiven + lane;
+      trade_values<L>(v, mine, mine + (upper ? -8 : 8) * L::kGiven, upper,
                       [&] { exchange_barrier<kGroups, 32 * L::kWarps>(group, block_warp >> kLogWarps); });
     } else if constexpr (L::kExchange) {
       butterfly_registers<3>(v);
@@ -295,10 +313,15 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
       if constexpr (kLogWarps > 0) group.barrier();
     } else {
       amax = __reduce_max_sync(0xffffffffu, amax);
-      if (p.warps > 1) {
+      if (kLogWarps > 0 || p.warps > 1) {
         if (lane == 0) warp_amax[parity][block_warp] = amax;
         group.barrier();
-        amax = __reduce_max_sync(0xffffffffu, lane < p.warps ? warp_amax[parity][first_warp + lane] : 0);
+        if constexpr (kPair) {
+          const uint2 both = *reinterpret_cast<const uint2*>(warp_amax[parity] + first_warp);
+          amax = max(both.x, both.y);
+        } else {
+          amax = __reduce_max_sync(0xffffffffu, lane < p.warps ? warp_amax[parity][first_warp + lane] : 0);
+        }
         if constexpr (Source::kNorm == Norm::kRms) {
           squares = warp_sum(lane < p.warps ? warp_sums[parity][first_warp + lane] : 0.0f);
         }
@@ -311,17 +334,17 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
       norm *= state.rstd;
     }
     amax = magnitude(__uint_as_float(amax) * norm);
-    const float factor = norm * (p.int8 ? inverse_of<QType::kInt8>(amax) : inverse_of<QType::kE4M3>(amax));
+    const float factor = norm * inverse_of(amax, p.qmax);
 
     uint8_t* q = p.q + static_cast<int64_t>(row) * p.cols;
-    if constexpr (kRotated) {
-      last_butterfly<kLast>(v, factor, L::kTrade && (read_thread() & 32) != 0);
-    } else {
-#pragma unroll
-      for (int i = 0; i < L::kValues; ++i) v[i] *= factor;
-    }
-    const auto store = [&](auto qtype) {
+    const auto store = [&](auto qtype, bool upper) {
       constexpr QType kType = decltype(qtype)::value;
+      if constexpr (kRotated) {
+        last_butterfly<kLast>(v, factor, upper);
+      } else {
+#pragma unroll
+        for (int i = 0; i < L::kValues; ++i) v[i] *= factor;
+      }
       if constexpr (!kRotated) {
         const int out = tile0 + lane_column<L>(lane);
 #pragma unroll
@@ -351,8 +374,8 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
           }
         }
       } else {
-        const int upper = L::kTrade ? warp & 1 : 0;
-        const int out = L::of_lane(lane) | (warp - upper) << L::kTileBits | L::before(upper << L::kTraded);
+        const int out = L::of_lane(lane) | (warp - upper) << L::kTileBits |
+                        L::before(static_cast<int>(upper) << L::kTraded);
 #pragma unroll
         for (int i = 0; i < L::kValues; i += 16) {
           const bool other = L::kTrade && (i >> L::kTraded & 1);
@@ -365,16 +388,21 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
         }
       }
     };
-    if (p.int8) {
-      store(std::integral_constant<QType, QType::kInt8>{});
-    } else {
-      store(std::integral_constant<QType, QType::kE4M3>{});
-    }
-    // Last, so that one warp's division keeps nobody waiting.
-    if (warp == 0 && lane == 0) {
-      if (p.tensor_amax == nullptr || row == 0) {
-        p.scale[row] = p.int8 ? scale_of<QType::kInt8>(amax) : scale_of<QType::kE4M3>(amax);
+    const auto store_half = [&](bool upper) {
+      if (p.int8) {
+        store(std::integral_constant<QType, QType::kInt8>{}, upper);
+      } else {
+        store(std::integral_constant<QType, QType::kE4M3>{}, upper);
       }
+    };
+    if (L::kTrade && (block_warp & 1)) {
+      store_half(true);
+    } else {
+      store_half(false);
+    }
+    // Last, so that nobody waits for one warp's store.
+    if ((warp | lane) == 0) {
+      if (p.tensor_amax == nullptr || row == 0) p.scale[row] = scale_of(amax, p.qmax, p.inverse_qmax);
       if constexpr (Source::kNorm != Norm::kNone) p.source.rstd[row] = state.rstd;
       if constexpr (Source::kNorm == Norm::kLayer) p.source.mean[row] = state.mean;
     }

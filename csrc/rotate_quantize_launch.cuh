@@ -106,6 +106,8 @@ cudaError_t rotate_rows(const Source& source, const RowsOutput& out, int block, 
   p.norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
   p.inverse_cols = 1.0f / static_cast<float>(p.cols);
   p.int8 = out.qtype == QType::kInt8;
+  p.qmax = p.int8 ? qmax<QType::kInt8>() : qmax<QType::kE4M3>();
+  p.inverse_qmax = 1.0f / p.qmax;
   return rotate_sized(p, out.device, stream);
 }
 

@@ -12,6 +12,7 @@
 namespace halo_train {
 
 constexpr float kAmaxFloor = 0x1p-100f;
+constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 template <QType kType>
 __host__ __device__ constexpr float qmax() {
@@ -33,15 +34,33 @@ __device__ __forceinline__ float floored(uint32_t amax_bits) {
   return amax < kAmaxFloor ? kAmaxFloor : amax;  // keeps NaN
 }
 
-// What a row with this largest magnitude is multiplied by before it is rounded, and what undoes it.
+// What a row with this largest magnitude is multiplied by before it is rounded, and what undoes it: the bits
+// of quotients by __fdiv_rn, of every magnitude and every qmax() (csrc/tests/quotients.cu), but without
+// branches, across which nothing else of a kernel would be scheduled.
+__device__ __forceinline__ float inverse_of(uint32_t amax_bits, float qmax) {
+  const float amax = floored(amax_bits);
+  const bool large = amax > 0x1p64f;  // where the reciprocal might be subnormal
+  const float x = large ? amax * 0x1p-64f : amax;
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  reciprocal = fmaf(fmaf(-x, reciprocal, 1.0f), reciprocal, reciprocal);
+  const float q = qmax * reciprocal;
+  const float inverse = fmaf(fmaf(-x, q, qmax), reciprocal, q) * (large ? 0x1p-64f : 1.0f);
+  return amax_bits == kInfinityBits ? 0.0f : inverse;
+}
 template <QType kType>
 __device__ __forceinline__ float inverse_of(uint32_t amax_bits) {
-  return __fdiv_rn(qmax<kType>(), floored(amax_bits));
+  return inverse_of(amax_bits, qmax<kType>());
 }
 
+__device__ __forceinline__ float scale_of(uint32_t amax_bits, float qmax, float inverse_qmax) {
+  const float amax = floored(amax_bits), q = amax * inverse_qmax;
+  const float scale = fmaf(fmaf(-qmax, q, amax), inverse_qmax, q);
+  return amax_bits == 0 ? 1.0f : amax_bits == kInfinityBits ? amax : scale;
+}
 template <QType kType>
 __device__ __forceinline__ float scale_of(uint32_t amax_bits) {
-  return amax_bits == 0 ? 1.0f : __fdiv_rn(floored(amax_bits), qmax<kType>());
+  return scale_of(amax_bits, qmax<kType>(), 1.0f / qmax<kType>());
 }
 
 // Two values to two bytes, the first in the lowest.

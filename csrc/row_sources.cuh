@@ -274,10 +274,14 @@ struct PlainRows {
   __device__ __forceinline__ void tiles(const T* (&tile)[1], int64_t row, int column) const {
     tile[0] = x + row * stride + column;
   }
+  // Eight of col_scale.
+  __device__ __forceinline__ void columns(float (&f)[8], int column) const {
+    detail::load8(f, col_scale, column, 1.0f);
+  }
   template <typename F>
   __device__ __forceinline__ F factors(int column) const {
     float f[8];
-    detail::load8(f, col_scale, column, 1.0f);
+    columns(f, column);
     return F(f);
   }
   template <typename F>
