@@ -41,7 +41,8 @@ class RegisterLoader {
   __device__ RegisterLoader(uint4*, uint64_t*, int lane, int columns, int)
       : in_(lane_column<L>(lane)), columns_(columns) {}
   __device__ __forceinline__ void start(int, const T* const (&tile)[1]) {
-    const T* const from = tile[0] + lane_column<L>(read_thread() & 31);
+    // Where warps trade values no register is left for in_.
+    const T* const from = tile[0] + (L::kTrade ? lane_column<L>(read_thread() & 31) : in_);
 #pragma unroll
     for (int j = 0; j < L::kLoads; ++j) {
 #pragma unroll
