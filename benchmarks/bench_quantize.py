@@ -33,6 +33,7 @@ CASES = {
     "rotated, float32": 5,
     "not rotated": 3,
     "columns": 5,
+    "columns, tiles": 3,
     "gradient": 6,
     "gradient, folded": 6,
     "gradient, sums": 6,
@@ -107,6 +108,7 @@ def measure(columns: int, block: int, elements: int, cast: Callable[[Tensor], An
         "rotated, float32": lambda i: ops.quantize_rows(wide[i % BUFFERS], E4M3, block),
         "not rotated": lambda i: ops.quantize_rows(xs[i % BUFFERS], E4M3),
         "columns": lambda i: ops.quantize_rows_transposed(xs[i % BUFFERS], E4M3),
+        "columns, tiles": lambda i: ops.quantize_tiles(xs[i % BUFFERS], E4M3),
         "gradient": lambda i: ops.quantize_grad(xs[i % BUFFERS], E4M3, None, row_scale),
         "gradient, folded": lambda i: ops.quantize_grad(xs[i % BUFFERS], E4M3, col_scale, row_scale),
         "gradient, sums": lambda i: ops.quantize_grad(
@@ -124,7 +126,7 @@ def measure(columns: int, block: int, elements: int, cast: Callable[[Tensor], An
         "transposed bytes": lambda i: ops.transpose_bytes(qs[i % BUFFERS]),
     }
     if torch.cuda.get_device_capability() < (9, 0):
-        calls = {name: call for name, call in calls.items() if "blocks" not in name}
+        calls = {name: call for name, call in calls.items() if "blocks" not in name and "tiles" not in name}
     if cast is not None:
         calls["hadamard, then torchao"] = lambda i: cast(ops.hadamard(xs[i % BUFFERS], block, norm))
     times = {name: time_us(call) for name, call in calls.items()}

@@ -502,17 +502,16 @@ __global__ void __launch_bounds__(32 * kBlockWarps, kResidentBlocks<Source>)
 #endif
 }
 
-// cudaErrorNotSupported before Hopper, which has no clusters.
-template <typename Source, bool kSum>
-cudaError_t launch_grad_blocks(const GradParams<Source>& p, cudaStream_t stream) {
+// A thread block for each tile, in clusters that hold kScaleBlock rows of kScaleBlock columns.
+// cudaErrorNotSupported before Hopper, which has none.
+template <typename P>
+cudaError_t launch_in_clusters(void (*kernel)(P), const P& p, size_t shared, cudaStream_t stream) {
   if (!launches_early()) return cudaErrorNotSupported;
   const int64_t down = ceil_div(p.rows, kScaleBlock), most = 65535 / kDown;  // clusters
   const auto y = static_cast<unsigned>(std::min(down, most)), z = static_cast<unsigned>(ceil_div(down, most));
-  constexpr auto kKernel = grad_blocks_kernel<Source, kSum>;
-  constexpr size_t kShared = kBlockBytes<Source>;
-  if constexpr (kShared > 32 * 1024) {  // with what the kernel declares itself more than needs no asking
+  if (shared > 32 * 1024) {  // with what the kernel declares itself more than needs no asking
     const cudaError_t error =
-        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kShared));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute cluster;
@@ -521,11 +520,16 @@ cudaError_t launch_grad_blocks(const GradParams<Source>& p, cudaStream_t stream)
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(ceil_div(p.cols, kScaleBlock)) * kAcross, y * kDown, z);
   config.blockDim = dim3(32 * kBlockWarps);
-  config.dynamicSmemBytes = kShared;
+  config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kKernel, p);
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+template <typename Source, bool kSum>
+cudaError_t launch_grad_blocks(const GradParams<Source>& p, cudaStream_t stream) {
+  return launch_in_clusters(grad_blocks_kernel<Source, kSum>, p, kBlockBytes<Source>, stream);
 }
 
 }  // namespace halo_train::detail

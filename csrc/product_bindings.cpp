@@ -171,6 +171,7 @@ Tensor kernel_matmul(const Tensor& a, const Tensor& b, const Tensor& scale_a, co
   product.rows_a = scale_a.dim() > 0;
   product.blocks_a = scale_a.dim() == 2;
   product.rows_b = scale_b.dim() == 1;
+  product.tiles_b = scale_b.dim() == 2;
   product.dtype = *halo_train::kernel_dtype(out_dtype);
   product.device = device;
   halo_train::check_launch("scaled_matmul",
@@ -234,7 +235,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matmul_rounded(const Tensor& x,
 Tensor matmul_weight_columns(const Tensor& a, const Tensor& scale_a, const Tensor& weight,
                              const std::optional<Tensor>& row_scale, ScalarType dtype, ScalarType out_dtype,
                              bool fast_accum) {
-  const auto [data, scale] = operators::quantize_rows_transposed(weight, dtype, row_scale);
+  const auto rounding = scale_a.dim() == 2 ? operators::quantize_tiles : operators::quantize_rows_transposed;
+  const auto [data, scale] = rounding(weight, dtype, row_scale);
   return scaled_matmul(a, data, scale_a, scale, out_dtype, fast_accum);
 }
 

@@ -66,7 +66,11 @@ struct FormPair {
   }
   // With a scale for each block of each row: [blocks, rows].
   static FormPair of_blocks(int64_t rows, int64_t cols, const Tensor& like, const Quantised& quantised) {
-    return FormPair(rows, cols, {(cols + kScaleBlock - 1) / kScaleBlock, rows}, like, quantised);
+    return FormPair(rows, cols, {blocks_of(cols), rows}, like, quantised);
+  }
+  // With a scale for each tile of kScaleBlock rows and columns: [blocks, tiles].
+  static FormPair of_tiles(int64_t rows, int64_t cols, const Tensor& like, const Quantised& quantised) {
+    return FormPair(rows, cols, {blocks_of(cols), blocks_of(rows)}, like, quantised);
   }
   uint8_t* bytes() const { return static_cast<uint8_t*>(data.data_ptr()); }
   float* floats() const { return static_cast<float*>(scale.data_ptr()); }
@@ -74,6 +78,7 @@ struct FormPair {
   Tensor data, scale;
 
  private:
+  static int64_t blocks_of(int64_t n) { return (n + kScaleBlock - 1) / kScaleBlock; }
   FormPair(int64_t rows, int64_t cols, const std::vector<int64_t>& scales, const Tensor& like,
            const Quantised& quantised)
       : data(empty({rows, cols}, like, quantised.dtype_code)), scale(empty_floats(scales, like)) {}

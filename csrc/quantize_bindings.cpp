@@ -231,6 +231,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad_blocks(
   return {a.data, a.scale, b.data, b.scale, sums};
 }
 
+std::tuple<Tensor, Tensor> quantize_tiles(const Tensor& input, ScalarType dtype,
+                                          const std::optional<Tensor>& row_scale) {
+  const int device = input.get_device_index();
+  const DeviceGuard guard(device);
+  const Tensor x = with_dense_rows(input);
+  const Quantised quantised = quantised_type(dtype);
+  const FormPair columns = FormPair::of_tiles(x.size(1), x.size(0), x, quantised);
+  if (x.numel() > 0) {
+    const GradCall call(x, quantised.type, std::nullopt, row_scale,
+                        {nullptr, nullptr, columns.bytes(), columns.floats()});
+    check_cluster_launch("quantize_tiles", halo_train::quantize_tiles(call.args, current_stream(device)),
+                         device);
+  }
+  return {columns.data, columns.scale};
+}
+
 Tensor transpose_bytes(const Tensor& input) {
   const int device = input.get_device_index();
   const DeviceGuard guard(device);
@@ -253,6 +269,7 @@ STABLE_TORCH_LIBRARY_IMPL(halo_train, CUDA, m) {
   m.impl("quantize_rows_transposed", TORCH_BOX(&halo_train::operators::quantize_rows_transposed));
   m.impl("quantize_grad", TORCH_BOX(&halo_train::operators::quantize_grad));
   m.impl("quantize_grad_blocks", TORCH_BOX(&halo_train::operators::quantize_grad_blocks));
+  m.impl("quantize_tiles", TORCH_BOX(&halo_train::operators::quantize_tiles));
   m.impl("quantize_tensor", TORCH_BOX(&quantize_tensor));
   m.impl("transpose_bytes", TORCH_BOX(&halo_train::operators::transpose_bytes));
   m.impl("equalizer_factors", TORCH_BOX(&equalizer_factors));

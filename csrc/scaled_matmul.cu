@@ -60,7 +60,7 @@ cudaError_t launch(const ScaledProduct& p, CUtensorMapDataType type, cudaStream_
   const cudaError_t error = resident_blocks<kKernel>(p.device, 0, kMatmulThreads, kShared, blocks);
   if (error != cudaSuccess) return error;
   const int64_t clusters = std::min<int64_t>(tiles_of(p.m, p.n, kTileN), blocks / kClusterBlocks);
-  const MatmulScales scales{p.scale_a, p.scale_b, p.rows_a, p.rows_b};
+  const MatmulScales scales{p.scale_a, p.scale_b, p.rows_a, p.tiles_b ? kOfTiles : p.rows_b};
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {kClusterBlocks, 1, 1};
@@ -77,11 +77,12 @@ cudaError_t launch(const ScaledProduct& p, CUtensorMapDataType type, cudaStream_
 
 template <QType kType, typename Out>
 cudaError_t launch(const ScaledProduct& p, CUtensorMapDataType type, cudaStream_t stream) {
+  if (p.tiles_b && !p.blocks_a) return cudaErrorInvalidValue;
   if constexpr (kType == QType::kInt8) {  // half as wide where wide tiles would leave multiprocessors idle
     if (p.blocks_a) return cudaErrorInvalidValue;
     if (!fills_gpu(p.m, p.n, p.device)) return launch<kType, 128, Out>(p, type, stream);
   } else if (p.blocks_a) {
-    return launch<kType, 256, Out, kScaleBlock / detail::kStageBytes>(p, type, stream);
+    return launch<kType, kScaleBlock, Out, kScaleBlock / detail::kStageBytes>(p, type, stream);
   }
   return launch<kType, 256, Out>(p, type, stream);
 }

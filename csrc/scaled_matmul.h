@@ -21,12 +21,14 @@ struct ScaledProduct {
   int64_t a_stride, b_stride;
   int64_t m, n, k;
   // One a row, or one for all, or [ceil(k / kScaleBlock), m], powers of two: one for each row and block of
-  // the contraction. The sums are taken from one block's scale to the next's: a scale that is 2^127 times the
-  // next makes what is not finite, and 2^95 times may.
+  // the contraction; scale_b then also [ceil(k / kScaleBlock), ceil(n / kScaleBlock)], powers of two: one for
+  // each tile of kScaleBlock rows and elements of the contraction. The sums are taken from one block's scale
+  // to the next's: a scale that is 2^127 times the next makes what is not finite, and 2^95 times may.
   const float* scale_a;
   const float* scale_b;
   bool rows_a, rows_b;  // one a row
   bool blocks_a;        // with rows_a, one a row and block; kE4M3
+  bool tiles_b;         // with blocks_a, one a tile
   DType dtype;          // of c
   int device;
 };

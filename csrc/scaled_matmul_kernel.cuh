@@ -15,6 +15,7 @@
 // Where A has a scale for each row and block of the contraction, sums go from one block's scale to the next's
 // in place. A group waits for its products for that, and the other's fill the gap. A warp does not multiply
 // the upper or lower eight of its rows when none of them has another scale: multiplications cost clock, too.
+// B may have a scale for each such block and kTileN rows then, which the sums of a tile share.
 
 #pragma once
 
@@ -197,36 +198,51 @@ __device__ __forceinline__ void place(uint32_t index, uint32_t tiles_m, uint32_t
   n = static_cast<int>(rest / rows);
 }
 
+constexpr int kOfTiles = 2;  // b_step with kScaleSteps: scales of B [blocks, tiles of kTileN rows]
+
 struct MatmulScales {
   const float* a;  // with kScaleSteps [blocks, m_rows]
   const float* b;
   int a_step, b_step;  // 1: one a row; 0: one for all
 };
 
-// Scales of a row and of the eighth below it, of one block of the contraction after the other, loaded a block
-// before they are used.
+// Scales of a row and of the eighth below it, times that of the tile of B if there are such, of one block of
+// the contraction after the other, loaded a block before they are used.
 struct RowScales {
-  const float* at;
+  const float *at, *tile_at;
   int below;
   float2 now, after;
+  float tile_after;
 
-  __device__ __forceinline__ float2 load() const { return {load_ahead(at), load_ahead(at + below)}; }
-  __device__ __forceinline__ void start(const float* scales, int row, int rows, bool more) {
+  // Where there are more blocks, those of the next.
+  __device__ __forceinline__ void load(bool more, int rows, int tiles) {
+    if (more) at += rows;
+    after = {load_ahead(at), load_ahead(at + below)};
+    tile_after = 1.0f;
+    if (tile_at == nullptr) return;
+    if (more) tile_at += tiles;
+    tile_after = load_ahead(tile_at);
+  }
+  __device__ __forceinline__ void go_on() { now = {after.x * tile_after, after.y * tile_after}; }
+
+  // `first_tile`: the scale of this tile in the first block, or nullptr.
+  __device__ __forceinline__ void start(const float* scales, int row, int rows, const float* first_tile,
+                                        int tiles, bool more) {
     const int first = min(row, rows - 1);
     at = scales + first;
     below = min(row + 8, rows - 1) - first;
-    now = load();
-    if (more) at += rows;
-    after = load();
+    tile_at = first_tile;
+    load(false, rows, tiles);
+    go_on();
+    load(more, rows, tiles);
   }
   // Goes on to the next block: what takes sums from the scales before to those. Exact, as scales are powers
   // of two: the division is (tests/test_products.py).
-  __device__ __forceinline__ float2 next(int rows, bool more) {
-    const float2 ratios{__fdividef(now.x, after.x), __fdividef(now.y, after.y)};
-    now = after;
-    if (more) at += rows;
-    after = load();
-    return ratios;
+  __device__ __forceinline__ float2 next(int rows, int tiles, bool more) {
+    const float2 before = now;
+    go_on();
+    load(more, rows, tiles);
+    return {__fdividef(before.x, now.x), __fdividef(before.y, now.y)};
   }
 };
 
@@ -320,18 +336,25 @@ __global__ void __launch_bounds__(detail::kMatmulThreads, 1)
       helper_arrive(is_free);
       // Of the last block of the contraction, where sums end.
       const float* last_scales = scales.a;
+      int64_t last = 0;
       if constexpr (kScaleSteps > 0) {
-        last_scales += static_cast<int64_t>((steps - 1) / kScaleSteps) * m_rows;
+        last = (steps - 1) / kScaleSteps;
+        last_scales += last * m_rows;
       }
       for (uint32_t tile = blockIdx.x / kClusterBlocks; tile < tiles; tile += clusters) {
         int m, n;
         place(tile, tiles_m, tiles_n, m, n);
         const int row = (m * kClusterBlocks + rank) * kBlockRows + group * kGroupRows, column = n * kTileN;
+        const float* from = scales.b;
+        int step = scales.b_step;
+        if constexpr (kScaleSteps > 0) {
+          if (step == kOfTiles) from += last * tiles_n + n, step = 0;
+        }
         float by_column[kTileN / 32], by_row[kGroupRows / 32];
 #pragma unroll
         for (int i = 0; i < kTileN / 32; ++i) {
           const int at = column + 32 * i + lane;
-          by_column[i] = at < n_rows ? __ldg(scales.b + at * scales.b_step) : 0.0f;
+          by_column[i] = at < n_rows ? __ldg(from + at * step) : 0.0f;
         }
 #pragma unroll
         for (int i = 0; i < kGroupRows / 32; ++i) {
@@ -461,7 +484,8 @@ __global__ void __launch_bounds__(detail::kMatmulThreads, 1)
         int m, n;
         place(tile, tiles_m, tiles_n, m, n);
         const int row = (m * kClusterBlocks + rank) * kBlockRows + group * kGroupRows;
-        of_rows.start(scales.a, row + 16 * (warp % 4) + lane / 4, m_rows, kScaleSteps < steps);
+        of_rows.start(scales.a, row + 16 * (warp % 4) + lane / 4, m_rows,
+                      scales.b_step == kOfTiles ? scales.b + n : nullptr, tiles_n, kScaleSteps < steps);
       }
       steps_to(2);
       put_away(0);
@@ -472,7 +496,7 @@ __global__ void __launch_bounds__(detail::kMatmulThreads, 1)
       } else {
         static_assert(kScaleSteps == 2 || kScaleSteps == 4);
         for (steps_to(kScaleSteps); k < steps; steps_to(k + kScaleSteps - 1)) {
-          float2 ratios = of_rows.next(m_rows, k + kScaleSteps < steps);
+          float2 ratios = of_rows.next(m_rows, tiles_n, k + kScaleSteps < steps);
           stays(ratios.x);  // known before the products end
           stays(ratios.y);
           const bool above = !__all_sync(0xffffffffu, ratios.x == 1.0f);

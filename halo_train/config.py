@@ -147,10 +147,11 @@ class HaloConfig:
 
     @property
     def allows_blocks(self) -> bool:
-        """Whether E may have a scale for each row and block of the contraction: of e4m3 with fast sums there is a kernel, on Hopper,
+        """Whether E may have a scale for each row and block of the contraction, W of dgrad one for each tile: of e4m3 with fast sums there is a kernel, on Hopper,
         that multiplies by such scales."""
         both = self.format is Format.E4M3 and self.grad_format is Format.E4M3
-        return both and self.scaling is Scaling.ROWWISE and self.fast_accum
+        plain = self.scaling is Scaling.ROWWISE and not self.rotate_m_dgrad
+        return both and plain and self.fast_accum
 
     @functools.cached_property
     def with_recomputed_inputs(self) -> HaloConfig:

@@ -20,7 +20,8 @@ def matmul(a: Quantized, b: Quantized, out_dtype: torch.dtype, fast_accum: bool 
     int8 products accumulate exactly.
 
     Args:
-        a: data [M, K], scale [M], [] or, of e4m3, [ceil(K / SCALE_BLOCK), M]. b: data [N, K], scale [N] or []. On a GPU K and N are multiples of 16.
+        a: data [M, K], scale [M], [] or, of e4m3, [ceil(K / SCALE_BLOCK), M]. b: data [N, K], scale [N], [] or,
+            with such scales of a, [ceil(K / SCALE_BLOCK), ceil(N / SCALE_BLOCK)]. On a GPU K and N are multiples of 16.
         out_dtype: of the result.
         fast_accum: let a float8 GEMM keep its sums in the tensor core, with fewer bits than float32 (relative error 1.3e-3
             at a contraction of 4096, growing with its square root; docs/numerics.md, section 5).

@@ -23,6 +23,7 @@ from .quantize import (
     quantize,
     quantize_grad,
     quantize_grad_blocks,
+    quantize_tiles,
     quantize_transposed,
 )
 
@@ -54,13 +55,23 @@ def levels_of(scale: Tensor, config: HaloConfig) -> Tensor | None:
 
 def quantize_weight_columns(weight: Tensor, levels: Tensor | None, config: HaloConfig) -> Quantized:
     """(diag(1/levels) W)^T rounded, the second operand of a dgrad that requantizes W: W [N, K] padded to multiples of 16, to data
-    [K', N']."""
+    [K', N'].
+
+    With a scale a column, or, where W is trained and its E :func:`rounds_in_blocks`, a tile: in one read of W. For W that is not
+    trained E is rounded for dgrad alone, with a scale a row, and W but once.
+    """
     padded = pad_matrix(weight, MULTIPLE, MULTIPLE)
-    return quantize_transposed(padded, config.format, None if levels is None else levels.reciprocal())
+    rounding = (
+        quantize_tiles if weight.requires_grad and rounds_in_blocks(weight, config) else quantize_transposed
+    )
+    return rounding(padded, config.format, None if levels is None else levels.reciprocal())
 
 
 def round_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> RoundedWeight:
-    """W [N, K] in the forms that the three products of ``config`` take, for ``halo_linear(rounded_weight=)``."""
+    """W [N, K] in the forms that the three products of ``config`` take, for ``halo_linear(rounded_weight=)``.
+
+    Where E has scales for blocks, the columns of a W that requires a gradient have scales for tiles, as in backward.
+    """
     rows, columns = quantize_weight(weight, d, config), None
     if config.requantize_w_dgrad:
         columns = quantize_weight_columns(weight, levels_of(rows.scale, config), config)
@@ -99,8 +110,16 @@ def round_grad(
     needs_dw: bool,
     needs_db: bool,
     config: HaloConfig,
+    in_tiles: bool = False,
 ) -> tuple[Quantized | None, Quantized | None, Tensor | None]:
-    """E [M', N'] rounded for dgrad and for wgrad, each only if it is needed; its column sums where they cost no pass."""
+    """E [M', N'] rounded for dgrad and for wgrad, each only if it is needed; its column sums where they cost no pass.
+
+    Args:
+        in_tiles: dgrad's W has a scale for each tile, so that E must have some for blocks.
+    """
+    if needs_dx and not needs_dw and in_tiles:
+        unused = e.new_ones(e.shape[0], dtype=torch.float32)
+        return quantize_grad_blocks(e, config.grad_format, fold, unused)[0], None, None
     if needs_dx and needs_dw and not config.rotate_m_dgrad:
         if config.scaling is Scaling.ROWWISE:
             rounding = quantize_grad_blocks if rounds_in_blocks(e, config) else quantize_grad
@@ -116,8 +135,12 @@ def round_grad(
 
 
 def rounds_in_blocks(e: Tensor, config: HaloConfig) -> bool:
-    """Whether E, where it is rounded for dgrad and wgrad at once, gets a scale for each row and block of the contraction. It is read
-    once then, not twice."""
+    """Whether E, where it is rounded for dgrad and wgrad at once, gets a scale for each row and block of the contraction, and W of such
+    a dgrad one for each tile. Both are read once then, not twice.
+
+    Args:
+        e: E or W.
+    """
     return config.allows_blocks and ops.takes_blocks(e)
 
 

@@ -157,7 +157,8 @@ def round_gradient(
     padded = pad_matrix(e, MULTIPLE, MULTIPLE)
     fold = w.fold(config, padded.shape[1])
     needs_db = bias_dtype is not None
-    for_dx, for_dw, sums = round_grad(padded, fold, x_scale, needs_dx, needs_dw, needs_db, config)
+    in_tiles = config.requantize_w_dgrad and w.scale is not None and w.scale.dim() == 2
+    for_dx, for_dw, sums = round_grad(padded, fold, x_scale, needs_dx, needs_dw, needs_db, config, in_tiles)
     if bias_dtype is None:
         return for_dx, for_dw, None
     if sums is None:

@@ -20,14 +20,17 @@ class Quantized(NamedTuple):
     data: Tensor
     """[..., K] in float8_e4m3fn, float8_e5m2 or int8 (float32/float64 for the format 'unrounded')."""
     scale: Tensor
-    """Row scales [...], one scale [], or of data [M, K] a scale for each row and block of ``ops.SCALE_BLOCK`` columns, [blocks, M];
-    float32 (float64 for float64 values)."""
+    """Row scales [...], one scale [], or of data [M, K] a scale for each row and block of ``ops.SCALE_BLOCK`` columns, [blocks, M], or
+    for each tile of as many rows, too, [blocks, tiles]; float32 (float64 for float64 values)."""
 
     def dequantize(self) -> Tensor:
         """The values that the data stands for, in the dtype of the scale."""
         scale = self.scale.unsqueeze(-1) if self.scale.dim() else self.scale
         if self.scale.dim() == self.data.dim() == 2:
-            scale = self.scale.t().repeat_interleave(ops.SCALE_BLOCK, dim=1)[:, : self.data.shape[1]]
+            rows, columns = self.data.shape
+            scale = self.scale.t().repeat_interleave(ops.SCALE_BLOCK, dim=1)[:, :columns]
+            if scale.shape[0] != rows:
+                scale = scale.repeat_interleave(ops.SCALE_BLOCK, dim=0)[:rows]
         return self.data.to(self.scale.dtype) * scale
 
     def transposed_data(self) -> Tensor:
@@ -80,6 +83,16 @@ def quantize_transposed(x: Tensor, fmt: Format | str, row_scale: Tensor | None =
     return Quantized(*ops.quantize_rows_transposed(x, dtype, row_scale))
 
 
+def quantize_tiles(x: Tensor, fmt: Format | str, row_scale: Tensor | None = None) -> Quantized:
+    """:func:`quantize_transposed` in one read of x, with a scale for each tile of ``ops.SCALE_BLOCK`` rows and columns, powers of 16.
+
+    Returns:
+        As there, with scales [blocks of M, blocks of N].
+    """
+    dtype = storage_dtype(parse_choice(Format, "fmt", fmt), x.dtype)
+    return Quantized(*ops.quantize_tiles(x, dtype, row_scale))
+
+
 def quantize_grad(
     e: Tensor, fmt: Format | str, col_scale: Tensor | None, row_scale: Tensor, column_sums: bool = False
 ) -> tuple[Quantized, Quantized, Tensor | None]:
@@ -116,8 +129,8 @@ class RoundedWeight(NamedTuple):
     rows: Quantized
     """(W D) H, data [N', K'], for fprop."""
     columns: Quantized | None
-    """W^T, data [K', N'] with one scale a column of W, for a dgrad that requantizes W, in int8 with its rows divided by levels; else None:
-    it takes the rows."""
+    """W^T, data [K', N'] with one scale a column of W or, where E has scales for blocks, a tile, for a dgrad that requantizes W, in int8
+    with its rows divided by levels; else None: it takes the rows."""
 
 
 class Equalizer(NamedTuple):

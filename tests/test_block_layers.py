@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 from halo_train import RECIPES, convert_to_halo_training, halo_linear, ops
-from halo_train.operands import round_grad
+from halo_train.operands import round_grad, round_weight
 
 CONFIGS = {
     "fp8": RECIPES["fp8"],
@@ -76,6 +76,75 @@ def test_one_operator_has_the_bits_of_its_steps(recipe, shape, monkeypatch):
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for mine, other in zip(alone, grads(compiled, x, w, b, e), strict=True):
         assert torch.equal(mine, other)
+
+
+def dgrad(w: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """E W exactly, and of E in blocks with a scale for each tile of W and for each column."""
+    rows, scales, *_ = ops.quantize_grad_blocks(e, torch.float8_e4m3fn, None, torch.ones(e.shape[0]))
+    tiles = ops.matmul_weight_columns(rows, scales, w, None, torch.float8_e4m3fn, torch.float32)
+    data, of_columns = ops.quantize_rows_transposed(w, torch.float8_e4m3fn, None)
+    columns = ops.scaled_matmul(rows, data, scales, of_columns, torch.float32)
+    return e.double() @ w.double(), tiles, columns
+
+
+@pytest.mark.parametrize("size", [1.0, 0.25])
+@pytest.mark.parametrize("shape", [(64, 768, 600), (40, 300, 1040)])
+def test_scales_of_tiles_are_as_exact_as_those_of_columns(shape, size):
+    torch.manual_seed(0)
+    m, n, k = shape
+    w, e = size * torch.randn(n, k), torch.randn(m, n)
+    exact, tiles, columns = dgrad(w, e)
+    assert decibels(tiles, exact) > decibels(columns, exact) - 0.3
+    # Six rows with all the energy of their columns: the largest value of each is exact where the column's scale is made from it.
+    w[:6] *= 64
+    exact, tiles, columns = dgrad(w, e)
+    assert decibels(tiles, exact) > min(decibels(columns, exact) - 0.3, 27.5)
+    e[:, :6] = 0
+    exact, tiles, columns = dgrad(w, e)
+    assert decibels(tiles, exact) > decibels(columns, exact) - 0.3
+
+
+def test_small_columns_of_a_tile():
+    torch.manual_seed(0)
+    exponents = torch.randint(-6, 7, (600,))
+    # Values up to 448 / 1.75 / 2^k: the scale is 1, and the smallest columns, of deviation 2^-6 / 2^k, are where e4m3 loses bits.
+    exact, tiles, columns = dgrad(torch.randn(768, 600) * torch.exp2(exponents.float()), torch.randn(64, 768))
+    assert decibels(tiles, exact) > decibels(columns, exact) - 0.3
+    for exponent in range(-6, 7):
+        of = exponents == exponent
+        mine, other = decibels(tiles[:, of], exact[:, of]), decibels(columns[:, of], exact[:, of])
+        assert mine > other - (0.5 if exponent > -5 else 3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("equalized", [False, True])
+def test_a_weight_rounded_before_has_the_bits_of_one_rounded_in_backward(shape, equalized):
+    x, w, b, e = operands(*shape)
+    config = RECIPES["fp8"]
+    d = torch.exp2(torch.randint(-3, 4, (shape[2],)).float()) if equalized else None
+    with torch.no_grad():
+        rounded = round_weight(w.requires_grad_(), d, config)
+    assert rounded.columns.scale.dim() == 2
+    here = grads(lambda *t: halo_linear(*t, config=config, equalizer=d), x, w, b, e)
+    before = grads(lambda *t: halo_linear(*t, config=config, equalizer=d, rounded_weight=rounded), x, w, b, e)
+    for mine, other in zip(before, here, strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_dgrad_alone_by_a_weight_rounded_before(trained):
+    x, w, b, e = operands(300, 528, 64)
+    config = RECIPES["fp8"]
+    with torch.no_grad():
+        rounded = round_weight(w.requires_grad_(trained), None, config)
+    assert rounded.columns.scale.dim() == (2 if trained else 1)
+    x.requires_grad_()
+    y = halo_linear(x, w, b, config=config, rounded_weight=rounded)
+    (dx,) = torch.autograd.grad(y, x, e)
+    assert decibels(dx, e.double() @ w.detach().double()) > 27.5
+    if trained:  # the bits of a backward that makes dW, too
+        y = halo_linear(x, w, b, config=config, rounded_weight=rounded)
+        assert torch.equal(torch.autograd.grad(y, (x, w), e)[0], dx)
 
 
 def test_blocks_of_other_magnitudes_keep_their_bits():

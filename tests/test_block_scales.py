@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from block_oracle import assert_rounds_blocks, values_of
@@ -66,6 +68,48 @@ def test_tiny_blocks_lose_their_codes_before_their_scales_end():
     assert b.float().tolist() == [[0, 0, 0, 0, a[4].item()]]
 
 
+def assert_rounds_tiles(data: torch.Tensor, scale: torch.Tensor, exact: torch.Tensor) -> None:
+    """As assert_rounds_blocks, of rows of exact^T, with the scale of a tile for each of its rows."""
+    n, k = exact.shape
+    assert scale.shape == (-(-n // SCALE_BLOCK), -(-k // SCALE_BLOCK))
+    of_rows = scale.repeat_interleave(SCALE_BLOCK, dim=1)[:, :k].contiguous()
+    steps = of_rows.double().t().repeat_interleave(SCALE_BLOCK, dim=1)[:, :n]
+    error = (values_of(data, of_rows) - exact.t()).abs()
+    assert (error <= (2**-4 + 2**-8) * exact.t().abs() + 2**-10 * 1.01 * steps).all()
+    for block, tile in torch.cartesian_prod(*(torch.arange(s) for s in scale.shape)).reshape(-1, 2).tolist():
+        rows = slice(SCALE_BLOCK * block, SCALE_BLOCK * (block + 1))
+        amax = exact[rows, SCALE_BLOCK * tile : SCALE_BLOCK * (tile + 1)].abs().max().item()
+        found = scale[block, tile].item()
+        exponent = math.log2(found)
+        assert exponent % 4 == 0
+        if amax == 0:
+            assert found == 1
+        else:
+            assert amax <= 448 * found * 1.01
+            assert exponent == -60 or amax >= 448 * found * 0.99 / 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_weight(n, k, scaled, dtype):
+    w, _, s = example(n, k, dtype)
+    w = torch.where(w.isfinite(), w, 1.0)
+    if n > 300:
+        w[256:512, :256] = 0
+    data, scale = ops.quantize_tiles(w, E4M3, s if scaled else None)
+    assert (data.dtype, data.shape, scale.dtype) == (E4M3, (k, n), torch.float32)
+    assert data.is_contiguous()
+    assert_rounds_tiles(data, scale, w.double() * s.double()[:, None] if scaled else w.double())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nonfinite_weights_are_seen_in_their_own_tiles(bad):
+    w = torch.randn(SCALE_BLOCK + 16, 2 * SCALE_BLOCK)
+    w[SCALE_BLOCK + 3, 5] = bad
+    assert ops.quantize_tiles(w, E4M3)[1].isnan().nonzero().tolist() == [[1, 0]]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nonfinite_values_are_seen_in_their_own_blocks(bad):
     e = torch.randn(SCALE_BLOCK + 16, 2 * SCALE_BLOCK)
@@ -86,6 +130,8 @@ def test_empty(shape):
     assert v.shape == (-(-shape[0] // SCALE_BLOCK), shape[1])
     forms = ops.gated_grad_blocks(e, e, e, "silu", E4M3, s)
     assert [f.shape for f in forms[1::2]] == [u.shape, u.shape, v.shape, v.shape]
+    data, scale = ops.quantize_tiles(e, E4M3, s)
+    assert (data.shape, scale.shape) == (shape[::-1], tuple(-(-n // SCALE_BLOCK) for n in shape))
 
 
 X, W = torch.ones(2, 6), torch.ones(6)
@@ -98,6 +144,8 @@ X, W = torch.ones(2, 6), torch.ones(6)
             lambda: ops.quantize_grad_blocks(X, torch.int8, None, W[:2]),
             "float8_e4m3fn.*torch.int8.*scale a row",
         ),
+        (lambda: ops.quantize_tiles(X, torch.int8), "float8_e4m3fn.*torch.int8.*scale a row"),
+        (lambda: ops.quantize_tiles(X, E4M3, W), r"row_scale .*\(2,\).*\(6,\)"),
         (lambda: ops.quantize_grad_blocks(X, E4M3, None, W), r"row_scale .*\(2,\).*\(6,\)"),
         (lambda: ops.quantize_grad_blocks(X, E4M3, W[:2], W[:2]), r"col_scale .*\(6,\).*\(2,\)"),
         (lambda: ops.gated_grad_blocks(X, X, X, "silu", torch.float8_e5m2, W[:2]), "float8_e4m3fn.*e5m2"),
@@ -115,3 +163,4 @@ def test_opcheck(sums):
     e, t, s = example(40, 300, torch.bfloat16)
     torch.library.opcheck(torch.ops.halo_train.quantize_grad_blocks, (e, E4M3, t, s, sums))
     torch.library.opcheck(torch.ops.halo_train.gated_grad_blocks, (e, e, e, "gelu", E4M3, s, t, None))
+    torch.library.opcheck(torch.ops.halo_train.quantize_tiles, (e, E4M3, s if sums else None))

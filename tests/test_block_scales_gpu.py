@@ -51,6 +51,44 @@ def test_gradient(m, n, dtype):
         assert torch.equal(bits(sums), bits(ops.quantize_grad_blocks(ge, E4M3, gt, gs, column_sums=True)[4]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_weight(n, k, dtype):
+    w, _, s = example(n, k, dtype)
+    for factors in (None, s):
+        expected = block_reference.quantize_tiles(w, E4M3, factors)
+        assert_same(ops.quantize_tiles(w.cuda(), E4M3, None if factors is None else s.cuda()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [1024, 1025])
+def test_extreme_weights(dtype, width):
+    w = torch.randn(768, width, dtype=dtype)
+    tiles = torch.exp2(torch.randint(-140, 127, (3, width // SCALE_BLOCK + 1)).float())
+    w *= tiles.repeat_interleave(SCALE_BLOCK, 0).repeat_interleave(SCALE_BLOCK, 1)[:, :width].to(dtype)
+    w[100:600, 512:768] = 0  # a whole tile, and parts
+    w[5, 6], w[300, 300], w[600, 900], w[767, width - 1] = torch.nan, torch.inf, -torch.inf, torch.nan
+    for size in (None, 1.0, 1e-30, 1e30):
+        s = None if size is None else size * (torch.rand(768) + 0.1)
+        expected = block_reference.quantize_tiles(w, E4M3, s)
+        assert_same(ops.quantize_tiles(w.cuda(), E4M3, None if s is None else s.cuda()), expected)
+        for block, tile in ((0, 0), (1, 1), (2, 3), (2, (width - 1) // SCALE_BLOCK)):
+            assert expected[1][block, tile].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [-3e4, 3e4])
+def test_the_largest_weight_may_be_anywhere(dtype, value):
+    for row, column in ((0, 0), (0, 1), (24, 9), (131, 255), (255, 130), (300, 16)):
+        w = torch.ones(304, 272, dtype=dtype, device="cuda")
+        w[row, column] = value
+        data, scale = ops.quantize_tiles(w, E4M3)
+        expected = torch.full((2, 2), 2.0**-4)
+        expected[row // SCALE_BLOCK, column // SCALE_BLOCK] = 2.0**8
+        assert torch.equal(scale.cpu(), expected)
+        assert abs(data[column, row].item() * 2**8 - value) <= abs(value) / 16
+
+
 def test_views_with_gaps_and_odd_addresses():
     x = torch.randn(640, 1200).bfloat16()
     for view in (
@@ -69,6 +107,7 @@ def test_views_with_gaps_and_odd_addresses():
             ops.quantize_grad_blocks(ours, E4M3, t.cuda(), gs),
             block_reference.quantize_grad_blocks(view, E4M3, t, s),
         )
+        assert_same(ops.quantize_tiles(ours, E4M3, gs), block_reference.quantize_tiles(view, E4M3, s))
 
 
 @pytest.mark.parametrize("width", [1024, 1025])
@@ -98,6 +137,7 @@ def test_empty(shape):
     e, s = torch.empty(shape), torch.ones(shape[0])
     expected = block_reference.quantize_grad_blocks(e, E4M3, None, s, True)
     assert_same(ops.quantize_grad_blocks(e.cuda(), E4M3, None, s.cuda(), True), expected)
+    assert_same(ops.quantize_tiles(e.cuda(), E4M3), block_reference.quantize_tiles(e, E4M3))
     forms = ops.gated_grad_blocks(e.cuda(), e.cuda(), e.cuda(), "silu", E4M3, s.cuda())
     assert_same(forms, block_reference.gated_grad_blocks(e, e, e, "silu", E4M3, s))
 
@@ -144,6 +184,7 @@ def test_opcheck():
     for sums in (False, True):
         torch.library.opcheck(torch.ops.halo_train.quantize_grad_blocks, (e, E4M3, t, s, sums))
     torch.library.opcheck(torch.ops.halo_train.gated_grad_blocks, (e, e, e, "gelu", E4M3, s, t, None))
+    torch.library.opcheck(torch.ops.halo_train.quantize_tiles, (e, E4M3, s))
 
 
 def test_more_than_2_to_the_31_elements():
@@ -154,3 +195,6 @@ def test_more_than_2_to_the_31_elements():
     for q, scale in ((a, u), (b, v)):
         assert (q[-1, -1].item(), scale[-1, -1].item()) == (48, 2.0**-4)
         assert (q[-1, -2].item(), q[0, 0].item()) == (16, 256)
+    del a, b, q
+    data, scale = ops.quantize_tiles(e, E4M3)
+    assert (data[-1, -1].item(), scale[-1, -1].item(), data[0, 0].item()) == (48, 2.0**-4, 256)

@@ -111,6 +111,12 @@ def exact_in_blocks(data: Tensor, scale: Tensor) -> Tensor:
     return data.double() * scale.double()[block_of].t()
 
 
+def of_tiles(scale: Tensor, rows: int, k: int) -> Tensor:
+    """Scales [blocks of k, blocks of rows] of each element [rows, k], in float64."""
+    each = scale.double().t().repeat_interleave(SCALE_BLOCK, 0).repeat_interleave(SCALE_BLOCK, 1)
+    return each[:rows, :k]
+
+
 BLOCKED = [
     (48, 64, 256),
     (32, 48, 384),
@@ -157,13 +163,45 @@ def test_rows_have_a_scale_for_each_block_of_the_contraction(device, m, n, k, ou
     )
 
 
+@pytest.mark.parametrize(
+    ("device", "m", "n", "k"),
+    [
+        *[("cpu", *shape) for shape in BLOCKED],
+        *[pytest.param("cuda", *shape, marks=pytest.mark.gpu) for shape in [*BLOCKED, *MANY_TILES]],
+    ],
+)
+@pytest.mark.parametrize("out_dtype", OUTPUTS)
+@pytest.mark.parametrize("exponents", [(-2, 3), (-24, 10)])
+def test_the_other_operand_has_a_scale_for_each_tile(device, m, n, k, out_dtype, exponents):
+    a, b = codes(m, k, device), codes(n, k, device)
+    u, v = block_scales(m, k, device, exponents), block_scales(-(-n // SCALE_BLOCK), k, device, exponents)
+    if k:
+        u, v = u / u.amax(0), v / v.amax(0) * 2.0**-13  # results in the range of float16
+    y = ops.scaled_matmul(a, b, u, v, out_dtype)
+    assert y.dtype is out_dtype
+    expected = exact_in_blocks(a, u) @ (b.double() * of_tiles(v, n, k)).t()
+    if y.numel() and k:
+        assert relative(y, expected) < max(2e-3, 2 * torch.finfo(out_dtype).eps)
+    else:
+        assert torch.equal(y.double(), expected)
+    assert torch.equal(ops.matmul_rows(a, b.t().contiguous(), u, v, out_dtype), y)
+    equal = torch.full_like(v, 0.25)
+    columns = torch.full((n,), 0.25, device=device)
+    assert torch.equal(
+        ops.scaled_matmul(a, b, u, equal, torch.float32), ops.scaled_matmul(a, b, u, columns, torch.float32)
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("m", "n", "k"), [*BLOCKED, *MANY_TILES])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_block_scales_have_the_bits_of_the_reference(m, n, k, out_dtype):
+@pytest.mark.parametrize("tiles", [False, True])
+def test_block_scales_have_the_bits_of_the_reference(m, n, k, out_dtype, tiles):
     # Sums of products have no more bits than the tensor cores keep.
     a, b = (torch.randint(-2, 3, (rows, k)).to(torch.float8_e4m3fn) for rows in (m, n))
     u, v = block_scales(m, k, "cpu", (-3, 0)), torch.rand(n)
+    if tiles:
+        v = block_scales(-(-n // SCALE_BLOCK), k, "cpu", (-2, 1))
     expected = reference.scaled_matmul(a, b, u, v, torch.float32)
     y = ops.scaled_matmul(a.cuda(), b.cuda(), u.cuda(), v.cuda(), out_dtype)
     assert torch.equal(y.cpu(), expected.to(out_dtype))
@@ -199,6 +237,20 @@ def test_what_is_not_finite_in_a_block_stays_in_its_row(device, out_dtype):
     y = ops.scaled_matmul(a, b, u, torch.ones(64, device=device), out_dtype)
     for row in range(48):
         assert y[row].isfinite().all() if row not in not_finite else not y[row].isfinite().any(), row
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_in_a_tile_stays_in_its_columns(device, bad):
+    n, k = 3 * SCALE_BLOCK, 4 * SCALE_BLOCK
+    a, b, u = codes(48, k, device), codes(n, k, device), block_scales(48, k, device, (-2, 3))
+    for block in range(4):
+        v = block_scales(3, k, device, (-2, 3))
+        v[block, 1] = bad
+        y = ops.scaled_matmul(a, b, u, v, torch.float32)
+        assert not y[:, SCALE_BLOCK : 2 * SCALE_BLOCK].isfinite().any()
+        assert y[:, :SCALE_BLOCK].isfinite().all()
+        assert y[:, 2 * SCALE_BLOCK :].isfinite().all()
 
 
 @pytest.mark.gpu

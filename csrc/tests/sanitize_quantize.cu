@@ -81,6 +81,9 @@ void run(DType dtype, size_t size, QType qtype, int64_t rows, int64_t cols, int 
     g.sums = nullptr;
     g.col_scale = nullptr;
     CHECK(halo_train::quantize_grad_blocks(g, nullptr));
+    CHECK(halo_train::quantize_tiles(g, nullptr));
+    g.row_scale = nullptr;
+    CHECK(halo_train::quantize_tiles(g, nullptr));
   }
   CHECK(halo_train::transpose_bytes(q.get(), transposed.get(), rows, cols, nullptr));
   CHECK(halo_train::widen(x.get(), dtype, rows, cols, stride, col_scale.as<float>(), wide.as<float>(), 0,

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import fused_reference, reference
 from .block_scales import gated_grad_blocks as gated_grad_blocks
 from .block_scales import quantize_grad_blocks as quantize_grad_blocks
+from .block_scales import quantize_tiles as quantize_tiles
 from .checks import MAX_BLOCK as MAX_BLOCK
 from .checks import MIN_ROUNDS_BLOCK as MIN_ROUNDS_BLOCK
 from .checks import (

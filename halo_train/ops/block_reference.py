@@ -1,7 +1,7 @@
-"""Gradients in e4m3 with scales for blocks of the contraction, in plain PyTorch; see :mod:`halo_train.ops.reference`.
+"""Gradients and weights in e4m3 with scales for blocks of the contraction, in plain PyTorch; see :mod:`halo_train.ops.reference`.
 
 Operand E of dgrad and of wgrad has one scale for each row and each block of SCALE_BLOCK elements of the contraction, so that a GPU
-rounds it both ways in one read. Scales are powers of 16, which products exchange for one another without an error. Values pass
+rounds it both ways in one read; W of dgrad has one for each tile of SCALE_BLOCK x SCALE_BLOCK. Scales are powers of 16, which products exchange for one another without an error. Values pass
 through bfloat16, in which the GPU keeps them between the two ways: what is wider is rounded twice.
 """
 
@@ -60,24 +60,58 @@ def gated_grad_blocks(
     )
 
 
+def quantize_tiles(x: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows of (diag(row_scale) x)^T with a scale for each tile of SCALE_BLOCK x SCALE_BLOCK, powers of 16 as in
+    :func:`quantize_grad_blocks`.
+
+    Args:
+        x: [N, K]; row_scale: [N], or None for ones.
+        dtype: float8_e4m3fn.
+
+    Returns:
+        data [K, N], scales [ceil(N / SCALE_BLOCK), ceil(K / SCALE_BLOCK)] in float32. The scale of a tile with inf or NaN is NaN, of
+        zeros alone 1.
+    """
+    y, factors = x.to(torch.bfloat16).t(), row_scale
+    scaled = y if factors is None else y * factors.to(y.dtype)
+    tiles = _tiles(_tiles(scaled).transpose(0, 2)).abs()  # [inside, blocks, tiles, inside]
+    amax = tiles.amax((0, 3)) if x.numel() else y.new_zeros(tiles.shape[1:3])
+    scale, inverse = _power_scales(amax)
+    expanded = inverse.t().repeat_interleave(SCALE_BLOCK, dim=0).repeat_interleave(SCALE_BLOCK, dim=1)
+    return _round(y, expanded[: y.shape[0], : y.shape[1]], factors, dtype), scale
+
+
+def _tiles(y: Tensor) -> Tensor:
+    """The last axis in parts of SCALE_BLOCK, zeros after the last."""
+    return F.pad(y, (0, -y.shape[-1] % SCALE_BLOCK)).unflatten(-1, (-1, SCALE_BLOCK))
+
+
 def _round_blocks(y: Tensor, factors: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """bfloat16 rows of y diag(factors) [R, C] with a scale for each block: q [R, C] and scales [ceil(C / SCALE_BLOCK), R]."""
     scale, inverse = _block_scales(y if factors is None else y * factors.to(y.dtype))
-    # The inverse before the factors: exact, in bfloat16.
-    values = (y * inverse.repeat_interleave(SCALE_BLOCK, dim=1)[:, : y.shape[1]]).float()
+    inverse = inverse.repeat_interleave(SCALE_BLOCK, dim=1)[:, : y.shape[1]]
+    return _round(y, inverse, factors, dtype), scale.t().contiguous()
+
+
+def _round(y: Tensor, inverse: Tensor, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """bfloat16 y diag(factors) [R, C] times inverse [R, C]."""
+    values = (y * inverse).float()  # the inverse before the factors: exact, in bfloat16
     if factors is not None:
         values = values * factors.float()
-    return values.clamp(-QMAX[dtype], QMAX[dtype]).to(dtype).contiguous(), scale.t().contiguous()
+    return values.clamp(-QMAX[dtype], QMAX[dtype]).to(dtype).contiguous()
 
 
 def _block_scales(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Of bfloat16 y [R, C] the scales [R, blocks] in float32, and what blocks are multiplied by, in bfloat16.
+    """Of bfloat16 y [R, C] the scales [R, blocks], and what blocks are multiplied by: :func:`_power_scales`."""
+    return _power_scales(_tiles(y).abs().amax(2) if y.shape[1] else y.new_zeros(y.shape[0], 0))
+
+
+def _power_scales(amax: Tensor) -> tuple[Tensor, Tensor]:
+    """Of bfloat16 amax the scales in float32, and what blocks are multiplied by, in bfloat16.
 
     2^k with k the smallest multiple of 4, at least MIN_EXPONENT, with amax <= 448 2^k: 448 = 1.75 2^8, so that k is the exponent of amax
     less 8, plus 1 above 1.75, and up to a multiple of 4; with the bias of 127, to where both lowest bits are set.
     """
-    blocks = F.pad(y, (0, -y.shape[1] % SCALE_BLOCK)).unflatten(1, (-1, SCALE_BLOCK))
-    amax = blocks.abs().amax(2) if y.shape[1] else y.new_zeros(y.shape[0], 0)
     bits = torch.where(amax.isnan(), 0, amax.view(torch.int16).int())
     biased = ((bits + 0x1F >> 7) - 8).clamp(min=127 + MIN_EXPONENT) | 3
     scale = (biased << 23).view(torch.float32)

@@ -1,4 +1,4 @@
-"""Gradients in e4m3 with scales for blocks, as functions that check their arguments; those of float64 values are the reference."""
+"""Gradients and weights in e4m3 with scales for blocks, as functions that check their arguments; those of float64 values are the reference."""
 
 from __future__ import annotations
 
@@ -27,6 +27,23 @@ def quantize_grad_blocks(
     if e.dtype == torch.float64:
         return block_reference.quantize_grad_blocks(e, dtype, col_scale, row_scale, column_sums)
     return overloads.quantize_grad_blocks(e, dtype, col_scale, row_scale, column_sums)
+
+
+def quantize_tiles(x: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Columns of a weight with a scale for each tile, in one read; see :func:`block_reference.quantize_tiles`.
+
+    Raises:
+        ValueError: x is no matrix, row_scale does not fit, dtype is not float8_e4m3fn.
+        RuntimeError: x is on a GPU before Hopper.
+    """
+    op = "quantize_tiles"
+    check_matrix(op, x, 1, None)
+    if row_scale is not None:
+        check_vector(op, "row_scale", row_scale, x.shape[0], x)
+    check_block_dtype(op, dtype)
+    if x.dtype == torch.float64:
+        return block_reference.quantize_tiles(x, dtype, row_scale)
+    return overloads.quantize_tiles(x, dtype, row_scale)
 
 
 def gated_grad_blocks(

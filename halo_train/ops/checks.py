@@ -200,13 +200,15 @@ def check_product(
     op: str, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor | None, rows: bool = False
 ) -> None:
     """a [M, K] and b [N, K], or [K, N] with ``rows``, can be multiplied, and have scales of the rows and columns of the result, or one
-    scale; a may have one for each row and block of K."""
+    scale; a may have one for each row and block of K, and b then one for each tile."""
     check_contracted(op, a, b, rows)
     if scale_a.dim() == 2:
         _check_block_scales(op, a, b, scale_a)
     else:
         _check_scale(op, "scale_a", scale_a, a.shape[0], "rows")
-    if scale_b is not None:
+    if scale_b is not None and scale_b.dim() == 2:
+        _check_tile_scales(op, a.shape[1], b.shape[1 if rows else 0], scale_a, scale_b)
+    elif scale_b is not None:
         _check_scale(op, "scale_b", scale_b, b.shape[1 if rows else 0], "columns" if rows else "rows")
 
 
@@ -230,6 +232,16 @@ def _check_block_scales(op: str, a: Tensor, b: Tensor, scale: Tensor) -> None:
         raise ValueError(
             f"{op}: scale_a must have shape {expected}, a value for each {SCALE_BLOCK} elements of the contraction and each row; "
             f"got {tuple(scale.shape)}"
+        )
+
+
+def _check_tile_scales(op: str, contraction: int, count: int, scale_a: Tensor, scale_b: Tensor) -> None:
+    expected = (-(-contraction // SCALE_BLOCK), -(-count // SCALE_BLOCK))
+    if scale_b.shape != expected or scale_a.dim() != 2:
+        raise ValueError(
+            f"{op}: scale_b must have one value, one for each of {count}, or, where scale_a has a value for each block of the contraction, "
+            f"shape {expected}, a value for each tile of {SCALE_BLOCK} x {SCALE_BLOCK}; got {tuple(scale_b.shape)} with scale_a of shape "
+            f"{tuple(scale_a.shape)}"
         )
 
 

@@ -47,6 +47,12 @@ def _quantize_grad_blocks(
     return (*_blocks(e, dtype), *_blocks(e.t(), dtype), sums)
 
 
+def _quantize_tiles(x: Tensor, dtype: torch.dtype, *_: Any) -> tuple[Tensor, Tensor]:
+    n, k = x.shape
+    scale = x.new_empty((-(-n // SCALE_BLOCK), -(-k // SCALE_BLOCK)), dtype=torch.float32)
+    return x.new_empty((k, n), dtype=dtype), scale
+
+
 def _equalizer_factors(exponent: Tensor) -> tuple[Tensor, Tensor]:
     d = exponent.new_empty(exponent.shape, dtype=torch.float32)
     return d, torch.empty_like(d)
@@ -200,6 +206,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "quantize_rows_transposed": _quantize_rows_transposed,
     "quantize_grad": _quantize_grad,
     "quantize_grad_blocks": _quantize_grad_blocks,
+    "quantize_tiles": _quantize_tiles,
     "transpose_bytes": lambda x: x.new_empty((x.shape[1], x.shape[0])),
     "equalizer_factors": _equalizer_factors,
     "quantize_tensor": _quantize_tensor,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .block_reference import quantize_grad_blocks
+from .block_reference import quantize_grad_blocks, quantize_tiles
 from .reference import (
     hadamard,
     matmul_rows,
@@ -42,9 +42,10 @@ def matmul_weight_columns(
     out_dtype: torch.dtype,
     fast_accum: bool = True,
 ) -> Tensor:
-    """:func:`scaled_matmul` of a [M, N] by :func:`quantize_rows_transposed` of the weight [N, K] and row_scale [N], in ``dtype``:
-    [M, K]."""
-    data, scale = quantize_rows_transposed(weight, dtype, row_scale)
+    """:func:`scaled_matmul` of a [M, N] by :func:`quantize_rows_transposed` of the weight [N, K] and row_scale [N], in ``dtype``, or by
+    :func:`quantize_tiles` where scale_a has a value for each block: [M, K]."""
+    rounding = quantize_tiles if scale_a.dim() == 2 else quantize_rows_transposed
+    data, scale = rounding(weight, dtype, row_scale)
     return scaled_matmul(a, data, scale_a, scale, out_dtype)
 
 

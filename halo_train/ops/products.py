@@ -62,7 +62,7 @@ def matmul_weight_columns(
     out_dtype: torch.dtype,
     fast_accum: bool = True,
 ) -> Tensor:
-    """:func:`scaled_matmul` by what ``quantize_rows_transposed`` makes of a weight; see
+    """:func:`scaled_matmul` by what ``quantize_rows_transposed`` makes of a weight, ``quantize_tiles`` for an a with scales for blocks; see
     :func:`product_reference.matmul_weight_columns`."""
     check_matrix("matmul_weight_columns", weight, 1, None)
     check_product("matmul_weight_columns", a, weight, scale_a, None, rows=True)

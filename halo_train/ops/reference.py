@@ -256,7 +256,8 @@ def scaled_matmul(
 
     Args:
         a: [M, K] and b: [N, K], both quantised.
-        scale_a: [M], [] or [ceil(K / SCALE_BLOCK), M], powers of two: one for each row and block of K; scale_b: [N] or [].
+        scale_a: [M], [] or [ceil(K / SCALE_BLOCK), M], powers of two: one for each row and block of K.
+        scale_b: [N], [] or, with such a scale_a, [ceil(K / SCALE_BLOCK), ceil(N / SCALE_BLOCK)], powers of two: one for each tile.
         fast_accum: what a GPU may do with its sums, see :func:`halo_train.gemm.matmul`; not here.
 
     Returns:
@@ -268,6 +269,12 @@ def scaled_matmul(
     if scale_a.dim() == 2:
         a = a.to(wide) * scale_a.to(wide).t().repeat_interleave(SCALE_BLOCK, dim=1)[:, : a.shape[1]]
         scale_a = scale_a.new_ones(())
+    if scale_b.dim() == 2:
+        tiles = (
+            scale_b.to(wide).t().repeat_interleave(SCALE_BLOCK, dim=0).repeat_interleave(SCALE_BLOCK, dim=1)
+        )
+        b = b.to(wide) * tiles[: b.shape[0], : b.shape[1]]
+        scale_b = scale_b.new_ones(())
     return _scale_product(a.to(wide) @ b.to(wide).t(), scale_a, scale_b, out_dtype)
 
 
@@ -280,8 +287,8 @@ def int8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtyp
 def matmul_rows(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, fast_accum: bool = True
 ) -> Tensor:
-    """diag(scale_a) (a b) diag(scale_b), [M, N] from a [M, K] and b [K, N]: scale_a as in
-    :func:`scaled_matmul`, scale_b [N] or []."""
+    """diag(scale_a) (a b) diag(scale_b), [M, N] from a [M, K] and b [K, N]: scales as in
+    :func:`scaled_matmul`."""
     return scaled_matmul(a, b.t().contiguous(), scale_a, scale_b, out_dtype)
 
 

@@ -17,6 +17,7 @@ KERNEL_OPS = {
     "quantize_rows_transposed": "quantize_grad.cu",
     "quantize_grad": "quantize_grad.cu",
     "quantize_grad_blocks": "grad_blocks.cu",
+    "quantize_tiles": "quantize_tiles.cu",
     "transpose_bytes": "transpose.cu",
     "quantize_tensor": "quantize.cu",
     "norm_quantize": "norm_quantize.cu",
@@ -82,6 +83,10 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         "(Tensor e, ScalarType dtype, Tensor? col_scale, Tensor row_scale, bool column_sums) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor)",
         block_reference.quantize_grad_blocks,
+    ),
+    "quantize_tiles": (
+        "(Tensor x, ScalarType dtype, Tensor? row_scale) -> (Tensor, Tensor)",
+        block_reference.quantize_tiles,
     ),
     "transpose_bytes": ("(Tensor x) -> Tensor", reference.transpose_bytes),
     "equalizer_factors": ("(Tensor exponent) -> (Tensor, Tensor)", reference.equalizer_factors),
