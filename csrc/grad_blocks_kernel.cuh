@@ -426,7 +426,8 @@ __global__ void __launch_bounds__(32 * kBlockWarps, kResidentBlocks<Source>)
       forms.row_scales[blockIdx.x / kAcross * p.rows + row0 + tile_r] =
           scale_from<kAcross, kBlockRows / 2>(maxima[o].rows[0], tile_r);
     }
-    if (below == 0 && tile_c < kBlockColumns && col0 + tile_c < p.cols) {
+    // Of many rows the grid is taller than they are (block_down()).
+    if (below == 0 && row0 < p.rows && tile_c < kBlockColumns && col0 + tile_c < p.cols) {
       forms.col_scales[down / kDown * p.cols + col0 + tile_c] =
           scale_from<kDown, kBlockColumns / 2>(maxima[o].columns[0], tile_c);
     }
