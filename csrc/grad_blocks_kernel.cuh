@@ -5,8 +5,8 @@
 
 #pragma once
 
+#include "cluster.cuh"
 #include "quantize_grad_kernel.cuh"
-#include "shared_address.cuh"
 
 namespace halo_train::detail {
 
@@ -58,59 +58,6 @@ __device__ __forceinline__ float power_scale(uint32_t amax) {
   const uint32_t larger = (amax + kAboveLargest) >> 7 | kMultipleOf4;
   const uint32_t exponent = max(larger, kSmallestScale + kScaleShift) - kScaleShift;
   return __uint_as_float(amax == 0 ? 0x3f800000u : amax >= 0x7f80u ? 0x7fc00000u : exponent << 23);
-}
-
-// Maxima go to the thread blocks of a cluster as stores that their barriers count: barriers of the cluster
-// with fences would wait for every access to memory and empty the L1 cache.
-__device__ __forceinline__ void expect_in_cluster(uint64_t* barrier, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  if (threadIdx.x == 0) {
-    const uint32_t address = shared_address(barrier);
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address));
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
-                 : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-// All thread blocks of the cluster expect something.
-__device__ __forceinline__ void wait_for_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-// To the same place in the shared memory of thread block `rank`.
-__device__ __forceinline__ void send_in_cluster(uint32_t* to, uint32_t value, uint64_t* barrier,
-                                                uint32_t rank) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n\t"
-      ".reg .b32 to, barrier;\n\t"
-      "mapa.shared::cluster.u32 to, %0, %3;\n\t"
-      "mapa.shared::cluster.u32 barrier, %2, %3;\n\t"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %1, [barrier];\n\t"
-      "}" ::"r"(shared_address(to)),
-      "r"(value), "r"(shared_address(barrier)), "r"(rank)
-      : "memory");
-#endif
-}
-// What is expected has come.
-__device__ __forceinline__ void wait_for_all(uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t done = 0;
-  while (!done) {
-    asm volatile(
-        "{\n\t"
-        ".reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n\t"
-        "selp.b32 %0, 1, 0, p;\n\t"
-        "}"
-        : "=r"(done)
-        : "r"(shared_address(barrier))
-        : "memory");
-  }
-#endif
 }
 
 // Maxima of the rows of a tile in parts of kBlockColumns columns, of its columns in parts of kBlockRows rows,

@@ -1,0 +1,62 @@
+// Words from one thread block of a cluster to the shared memory of the others. Empty before Hopper.
+
+#pragma once
+
+#include "shared_address.cuh"
+
+namespace halo_train::detail {
+
+// Maxima go to the thread blocks of a cluster as stores that their barriers count: barriers of the cluster
+// with fences would wait for every access to memory and empty the L1 cache.
+__device__ __forceinline__ void expect_in_cluster(uint64_t* barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x == 0) {
+    const uint32_t address = shared_address(barrier);
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address));
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+                 : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+// All thread blocks of the cluster expect something.
+__device__ __forceinline__ void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+// To the same place in the shared memory of thread block `rank`.
+__device__ __forceinline__ void send_in_cluster(uint32_t* to, uint32_t value, uint64_t* barrier,
+                                                uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t"
+      ".reg .b32 to, barrier;\n\t"
+      "mapa.shared::cluster.u32 to, %0, %3;\n\t"
+      "mapa.shared::cluster.u32 barrier, %2, %3;\n\t"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %1, [barrier];\n\t"
+      "}" ::"r"(shared_address(to)),
+      "r"(value), "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+#endif
+}
+// What is expected has come.
+__device__ __forceinline__ void wait_for_all(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n\t"
+        ".reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n\t"
+        "selp.b32 %0, 1, 0, p;\n\t"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(barrier))
+        : "memory");
+  }
+#endif
+}
+
+}  // namespace halo_train::detail
