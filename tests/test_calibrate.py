@@ -66,7 +66,8 @@ def test_cheapest_that_is_good_enough():
     for layer in result.layers:
         good = {name: layer.time[name] for name, score in layer.scores.items() if score >= result.target_db}
         assert layer.recipe == (min(good, key=good.get) if good else "bf16")
-    assert {layer.name: layer.recipe for layer in result.layers}["easy"] == "int8_plain"
+    # Of so small a layer the bytes decide, and fp8 reads gradients once.
+    assert {layer.name: layer.recipe for layer in result.layers}["easy"] == "fp8_plain"
 
 
 def test_a_target_out_of_reach_keeps_a_layer_in_bf16():
@@ -85,7 +86,7 @@ def test_time_counts_where_it_is_preferred():
     layers = found.layers
     assert all(layer.recipe == "bf16" for layer in layers)
     assert "prefer=" not in str(found)
-    assert "no 8-bit recipe is faster; int8_plain takes" in layers[0].reason
+    assert "no 8-bit recipe is faster; fp8_plain takes" in layers[0].reason
     with pytest.raises(ValueError, match="prefer must be one of memory, time; got 'speed'"):
         calibrate(Net(), batches(), step, prefer="speed")
 
@@ -150,10 +151,11 @@ def test_custom_recipes_survive_the_file(tmp_path):
 
 
 def test_modelled_time_is_that_of_the_gpu():
-    """GEMMs and bytes at the rates of an H200 with 16384 tokens, whatever the host takes: 1.4 to 1.7 for `fp8`, more for `int8`."""
+    """GEMMs and bytes at the rates of an H200 with 16384 tokens, whatever the host takes: 1.6 to 1.8 for `fp8` (measured: 1.68 to 1.77),
+    more for `int8`."""
     for shape in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
         fp8, plain, int8 = (1 / relative_time(RECIPES[name], shape) for name in ("fp8", "fp8_plain", "int8"))
-        assert 1.4 < fp8 < 1.75
+        assert 1.6 < fp8 < 1.8
         assert fp8 < plain
         assert fp8 < int8 < 1.9
     assert relative_time(RECIPES["bf16"], (4096, 4096)) == 1
