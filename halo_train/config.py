@@ -147,8 +147,8 @@ class HaloConfig:
 
     @property
     def allows_blocks(self) -> bool:
-        """Whether E may have a scale for each row and block of the contraction, W of dgrad one for each tile: of e4m3 with fast sums there is a kernel, on Hopper,
-        that multiplies by such scales."""
+        """Whether E may have a scale for each row and block of the contraction, and W of dgrad one for each tile: of e4m3 with fast sums
+        there is a kernel, on Hopper, that multiplies by such scales."""
         both = self.format is Format.E4M3 and self.grad_format is Format.E4M3
         plain = self.scaling is Scaling.ROWWISE and not self.rotate_m_dgrad
         return both and plain and self.fast_accum

@@ -30,7 +30,8 @@ def collect_equalizers(model: nn.Module) -> Iterator[None]:
     Inside there are no gradients, compiled modules run eager, and those layers round without factors and run one by one.
     The factors depend on the largest magnitude in each column alone: not on how the rows are shared out over batches and, under
     FSDP2 or DDP, ranks, of which each must call this and the model equally often; to DDP that is a ``model`` with it inside or around it.
-    One all-reduce then serves all layers of a mesh or process group. Layers that saw nothing, on any rank, take theirs from their next batch. After an error inside no layer has taken any.
+    One all-reduce then serves all layers of a mesh or process group. Layers that saw nothing, on any rank, take theirs from their next
+    batch. After an error inside no layer has taken any.
 
     Call ``model.eval()`` before where dropout should not decide, and ``model.train()`` after.
     """

@@ -1,8 +1,9 @@
 """Gradients and weights in e4m3 with scales for blocks of the contraction, in plain PyTorch; see :mod:`halo_train.ops.reference`.
 
 Operand E of dgrad and of wgrad has one scale for each row and each block of SCALE_BLOCK elements of the contraction, so that a GPU
-rounds it both ways in one read; W of dgrad has one for each tile of SCALE_BLOCK x SCALE_BLOCK. Scales are powers of 16, which products exchange for one another without an error. Values pass
-through bfloat16, in which the GPU keeps them between the two ways: what is wider is rounded twice.
+rounds it both ways in one read; W of dgrad has one for each tile of SCALE_BLOCK x SCALE_BLOCK. Scales are powers of 16, which products
+exchange for one another without an error. Values pass through bfloat16, in which the GPU keeps them between the two ways: what is wider
+is rounded twice.
 """
 
 from __future__ import annotations

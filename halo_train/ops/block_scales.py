@@ -1,4 +1,4 @@
-"""Gradients and weights in e4m3 with scales for blocks, as functions that check their arguments; those of float64 values are the reference."""
+"""Gradients and weights in e4m3 with scales for blocks, as functions that check their arguments; float64 goes to the reference."""
 
 from __future__ import annotations
 

@@ -82,7 +82,8 @@ def matmul_gradients(
     fast_accum: bool = True,
     blocks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of :func:`quantize_grad`, or with ``blocks`` :func:`quantize_grad_blocks`, of e [M, N] with e_col_scale and x_scale: :func:`matmul_weight_columns` of the rows, in the dtype of x, to
+    """Of :func:`quantize_grad`, or with ``blocks`` :func:`quantize_grad_blocks`, of e [M, N] with e_col_scale and x_scale:
+    :func:`matmul_weight_columns` of the rows, in the dtype of x, to
     [M, K] of ``out_dtype``; :func:`matmul_rotated` of the columns by the rows of x [M, K], x_col_scale and col_scale, to [N, K] in the
     dtype of the weight; the sums."""
     rounding = quantize_grad_blocks if blocks else quantize_grad

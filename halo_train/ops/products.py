@@ -109,8 +109,8 @@ def matmul_gradients(
     fast_accum: bool = True,
     blocks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``quantize_grad``, or with ``blocks`` ``quantize_grad_blocks``, :func:`matmul_weight_columns` of its rows and :func:`matmul_rotated` of its columns; see
-    :func:`product_reference.matmul_gradients`."""
+    """``quantize_grad``, or with ``blocks`` ``quantize_grad_blocks``, :func:`matmul_weight_columns` of its rows and :func:`matmul_rotated` of
+    its columns; see :func:`product_reference.matmul_gradients`."""
     op = "matmul_gradients"
     check_matrix(op, e, 1, e_col_scale)
     check_matrix(op, weight, block, col_scale)
