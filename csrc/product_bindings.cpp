@@ -235,8 +235,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matmul_rounded(const Tensor& x,
 Tensor matmul_weight_columns(const Tensor& a, const Tensor& scale_a, const Tensor& weight,
                              const std::optional<Tensor>& row_scale, ScalarType dtype, ScalarType out_dtype,
                              bool fast_accum) {
-  const auto rounding = scale_a.dim() == 2 ? operators::quantize_tiles : operators::quantize_rows_transposed;
-  const auto [data, scale] = rounding(weight, dtype, row_scale);
+  const bool tiles = scale_a.dim() == 2;
+  STD_TORCH_CHECK(!tiles || !row_scale,
+                  "halo_train: matmul_weight_columns takes no row_scale with scales for blocks of a");
+  const auto [data, scale] = tiles ? operators::quantize_tiles(weight, dtype, std::nullopt)
+                                   : operators::quantize_rows_transposed(weight, dtype, row_scale);
   return scaled_matmul(a, data, scale_a, scale, out_dtype, fast_accum);
 }
 
@@ -260,8 +263,9 @@ std::tuple<Tensor, Tensor, Tensor> matmul_gradients(
       rounding(e, grad_dtype, e_col_scale, x_scale, column_sums);
   Tensor dx = matmul_weight_columns(rows, row_scales, weight, weight_row_scale, x.scalar_type(), out_dtype,
                                     fast_accum);
-  rows = columns;  // gives its memory back
-  Tensor dw = matmul_rotated(columns, x, column_scales, x_col_scale, true, block, col_scale,
+  rows = columns;                              // gives its memory back
+  const bool by_rows = x_col_scale.dim() < 2;  // else x is given by its columns, with scales for tiles
+  Tensor dw = matmul_rotated(columns, x, column_scales, x_col_scale, by_rows, block, col_scale,
                              weight.scalar_type(), fast_accum);
   return {dx, dw, sums};
 }

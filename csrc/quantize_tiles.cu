@@ -1,5 +1,5 @@
-// The columns of a weight in e4m3 with a scale for each tile of kScaleBlock x kScaleBlock, in one read: the
-// cluster of thread blocks of grad_blocks_kernel.cuh holds such a tile, and what its scale depends on is one
+// The columns of a weight or an input in e4m3 with a scale for each tile of kScaleBlock x kScaleBlock, in one
+// read: the cluster of thread blocks of grad_blocks_kernel.cuh holds such a tile, and what its scale depends on is one
 // number from each. Numerics as there.
 
 #include "grad_blocks_kernel.cuh"
@@ -31,7 +31,9 @@ __global__ void __launch_bounds__(32 * kBlockWarps, 4) quantize_tiles_kernel(con
   static_assert(kBlockRows <= kThreads);
   if (threadIdx.x < kBlockRows) {
     const int64_t row = row0 + threadIdx.x;
-    row_factors[threadIdx.x] = p.row_scale != nullptr && row < p.rows ? __ldg(p.row_scale + row) : 1.0f;
+    // Here row_scale are divisors.
+    row_factors[threadIdx.x] =
+        p.row_scale != nullptr && row < p.rows ? __frcp_rn(__ldg(p.row_scale + row)) : 1.0f;
   }
   __syncthreads();
   float s[8];

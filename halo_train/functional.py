@@ -5,6 +5,7 @@ Symbols and equations: docs/numerics.md. In short, with (X D^-1) H = diag(s) Xq 
     fprop   Y  = diag(s) (Xq Wq^T) diag(t)
     dgrad   Ea, u = rows of E;              dX = diag(u) (Ea Wc^T) diag(c)      Wc, c = rows of W^T
     wgrad   Eb, v = rows of (diag(s) E)^T;  dW = diag(v) (Eb Xq) H^T D
+                        or, by columns,  dW = diag(v) (Eb Xc^T)         Xc = rows of (diag(1/s) X)^T
 
 or, where W is rounded once only, the *folded* dgrad::
 
@@ -25,9 +26,16 @@ from . import ops
 from .config import Format, HaloConfig
 from .gemm import MULTIPLE
 from .hadamard import hadamard_transform
-from .operands import pad_vector, quantize_input, rotation_block
+from .operands import (
+    pad_vector,
+    quantize_input,
+    quantize_input_columns,
+    rotation_block,
+    takes_input_columns,
+)
 from .products import (
     ForDgrad,
+    ForWgrad,
     again,
     as_matrix,
     as_output,
@@ -176,8 +184,8 @@ class HaloLinearFunction(torch.autograd.Function):
     :class:`RoundedWeight`, each data and scale or None twice. Then data and scale of a :class:`RoundedInput`, whose carrier
     [M', K'] is x and gets its gradient padded (and rotated) as it is, and the leading shape of Y. What is rounded here is left out.
 
-    Saved for backward: Xq (1 byte an element; x itself if the config says so), its scales s and d when the weight needs a
-    gradient. When x does, what dgrad takes: the weight itself, which takes no memory, or its columns if they are given, in int8 with
+    Saved for backward: Xq or the columns of X (1 byte an element; x itself if the config says so), their scales, s and d when the
+    weight needs a gradient. When x does, what dgrad takes: the weight itself, which takes no memory, or its columns if they are given, in int8 with
     its levels; folded, Wq, its scales t and 1/d. The
     padding is part of Xq and Wq; it is zero and adds nothing to a sum.
     """
@@ -217,19 +225,27 @@ class HaloLinearFunction(torch.autograd.Function):
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         # Row scales are saved with the data they belong to: wgrad needs s, a folded dgrad t.
         again_from_x = config.recomputes_inputs and quantized_input is None
-        saved_x = (x if again_from_x else rounded.data, rounded.scale, d) if needs_dw else (None, None, None)
+        by_columns = (
+            needs_dx and needs_dw and quantized_input is None and takes_input_columns(tokens, n, config)
+        )
+        saved_x = ForWgrad()
+        if needs_dw:
+            data, tiles = (x if again_from_x else rounded.data), None
+            if by_columns and not again_from_x:
+                data, tiles = quantize_input_columns(tokens, rounded.scale, config)
+            saved_x = ForWgrad(data, rounded.scale, tiles, None if by_columns else d)
         columns = None if wc_data is None or wc_scale is None else Quantized(wc_data, wc_scale)
         saved_w = ForDgrad()
         if needs_dx:
             saved_w = for_dgrad(weight, w_rows, w_row_scale, columns, config)
-        needs_inverse = again_from_x or not config.requantize_w_dgrad
+        needs_inverse = (again_from_x and not by_columns) or not config.requantize_w_dgrad
         ctx.save_for_backward(*saved_x, *saved_w, inverse if needs_inverse else None)
         ctx.config, ctx.block, ctx.from_carrier = (
             config,
             block,
             quantized_input is not None,
         )
-        ctx.again_from_x = again_from_x
+        ctx.again_from_x, ctx.by_columns = again_from_x, by_columns
         ctx.x_dtype, ctx.x_shape, ctx.weight_form = x.dtype, x.shape, (weight.shape, weight.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -237,8 +253,9 @@ class HaloLinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
-        x_data, x_scale, d, *saved_w, inverse = ctx.saved_tensors
-        config, x, w = ctx.config, Quantized(x_data, x_scale), ForDgrad(*saved_w)
+        *saved, inverse = ctx.saved_tensors
+        x, w = ForWgrad(*saved[:4]), ForDgrad(*saved[4:])
+        config = ctx.config
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         bias_dtype, for_dw = ctx.bias_dtype if needs_db else None, None
         dx: Tensor | None = None
@@ -248,10 +265,12 @@ class HaloLinearFunction(torch.autograd.Function):
         with without_autocast(e.device.type):
             rounds_here = w.weight is not None and needs_dw and not ctx.again_from_x
             if rounds_here and not config.rotate_m_dgrad and in_one_call(config):
-                dx, dw, db = gradients(e, w, x, ctx.block, d, bias_dtype, ctx.x_dtype, config)
+                dx, dw, db = gradients(e, w, x, ctx.block, bias_dtype, ctx.x_dtype, config)
                 dw = crop(dw, *ctx.weight_form[0])
             else:
-                for_dx, for_dw, db = round_gradient(e, w, x.scale, needs_dx, needs_dw, bias_dtype, config)
+                for_dx, for_dw, db = round_gradient(
+                    e, w, x.scale, needs_dx, needs_dw, bias_dtype, config, ctx.by_columns
+                )
                 dx = None if for_dx is None else dgrad(for_dx, w, ctx.x_dtype, config)
             if dx is not None:
                 if config.rotate_m_dgrad:
@@ -264,10 +283,22 @@ class HaloLinearFunction(torch.autograd.Function):
                     dx = dx if len(ctx.x_shape) == 2 else dx.reshape(ctx.x_shape)
             if for_dw is not None:
                 if ctx.again_from_x:
-                    factors = again(inverse, ctx.x_shape[-1], e)
-                    x = Quantized(quantize_input(as_matrix(x_data), factors, config).data, x_scale)
-                dw = wgrad(for_dw, x, ctx.block, d, ctx.weight_form, config, rows=True)
+                    x = _round_again(x, inverse, e, ctx.by_columns, config)
+                dw = wgrad(for_dw, x.quantized, ctx.block, x.d, ctx.weight_form, config, rows=True)
         return dx, dw, db, *(None,) * (len(ctx.needs_input_grad) - 3)
+
+
+def _round_again(
+    x: ForWgrad, inverse: Tensor | None, e: Tensor, by_columns: bool, config: HaloConfig
+) -> ForWgrad:
+    """What wgrad takes of X itself."""
+    assert x.data is not None
+    assert x.scale is not None
+    tokens = as_matrix(x.data)
+    if by_columns:
+        data, tiles = quantize_input_columns(tokens, x.scale, config)
+        return ForWgrad(data, x.scale, tiles)
+    return x._replace(data=quantize_input(tokens, again(inverse, tokens.shape[1], e), config).data)
 
 
 def _check(

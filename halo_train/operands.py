@@ -4,7 +4,7 @@ Symbols and equations: docs/numerics.md. In short, with (X D^-1) H = diag(s) Xq 
 
     fprop   Xq, s and Wq, t
     dgrad   Ea, u = rows of E,  Wc, c = rows of W^T;  int8: of E diag(l) and of (diag(1/l) W)^T;  folded: Ea, u = rows of E diag(t),  Wq^T
-    wgrad   Eb, v = rows of (diag(s) E)^T,  Xq^T
+    wgrad   Eb, v = rows of (diag(s) E)^T,  Xq^T;  in blocks:  Xc = rows of (diag(1/s) X)^T
 """
 
 from __future__ import annotations
@@ -44,6 +44,28 @@ def quantize_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> Qua
     return _quantize_rows(weight, d, config)
 
 
+def takes_input_columns(x: Tensor, out_features: int, config: HaloConfig) -> bool:
+    """Whether wgrad takes :func:`quantize_input_columns` of X [M, K] in place of the rotated rows of fprop, so that nothing is undone on
+    dW; of a layer whose backward makes dX, too.
+
+    It takes scales for blocks, and pays where what X costs, a byte an element more than to transpose its rows, is less than the 4 bytes
+    an element of dW; and where backward rounds X again anyway.
+    """
+    undone = config.rotate_k or config.equalize
+    pays = config.recomputes_inputs or x.shape[0] < 4 * out_features
+    return undone and pays and rounds_in_blocks(x, config)
+
+
+def quantize_input_columns(x: Tensor, scale: Tensor, config: HaloConfig) -> Quantized:
+    """(diag(1/scale) X)^T rounded, the second operand of a wgrad by columns: X [M, K] padded to multiples of 16, to data [K', M'] with a
+    scale for each tile, neither rotated nor equalised.
+
+    Args:
+        scale: of the rows of :func:`quantize_input`, which E is multiplied by.
+    """
+    return quantize_tiles(pad_matrix(x, MULTIPLE, MULTIPLE), config.format, scale)
+
+
 def levels_of(scale: Tensor, config: HaloConfig) -> Tensor | None:
     """What the rows of W are divided by for dgrad, and the columns of E multiplied, if the config has such levels: l [N'].
 
@@ -61,10 +83,9 @@ def quantize_weight_columns(weight: Tensor, levels: Tensor | None, config: HaloC
     trained E is rounded for dgrad alone, with a scale a row, and W but once.
     """
     padded = pad_matrix(weight, MULTIPLE, MULTIPLE)
-    rounding = (
-        quantize_tiles if weight.requires_grad and rounds_in_blocks(weight, config) else quantize_transposed
-    )
-    return rounding(padded, config.format, None if levels is None else levels.reciprocal())
+    if weight.requires_grad and rounds_in_blocks(weight, config):
+        return quantize_tiles(padded, config.format)
+    return quantize_transposed(padded, config.format, None if levels is None else levels.reciprocal())
 
 
 def round_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> RoundedWeight:
@@ -105,7 +126,7 @@ def quantize_grad_for_wgrad(e: Tensor, x_scale: Tensor, config: HaloConfig) -> Q
 def round_grad(
     e: Tensor,
     fold: Tensor | None,
-    x_scale: Tensor,
+    x_scale: Tensor | None,
     needs_dx: bool,
     needs_dw: bool,
     needs_db: bool,
@@ -115,12 +136,14 @@ def round_grad(
     """E [M', N'] rounded for dgrad and for wgrad, each only if it is needed; its column sums where they cost no pass.
 
     Args:
-        in_tiles: dgrad's W has a scale for each tile, so that E must have some for blocks.
+        in_tiles: dgrad's W or wgrad's X has a scale for each tile, so that E must have some for blocks.
     """
-    if needs_dx and not needs_dw and in_tiles:
-        unused = e.new_ones(e.shape[0], dtype=torch.float32)
-        return quantize_grad_blocks(e, config.grad_format, fold, unused)[0], None, None
+    if in_tiles and needs_dx != needs_dw:  # what is not needed is thrown away
+        factors = e.new_ones(e.shape[0], dtype=torch.float32) if x_scale is None else x_scale
+        rows, columns, _ = quantize_grad_blocks(e, config.grad_format, fold, factors)
+        return (rows, None, None) if needs_dx else (None, columns, None)
     if needs_dx and needs_dw and not config.rotate_m_dgrad:
+        assert x_scale is not None
         if config.scaling is Scaling.ROWWISE:
             rounding = quantize_grad_blocks if rounds_in_blocks(e, config) else quantize_grad
             return rounding(e, config.grad_format, fold, x_scale, column_sums=needs_db)
@@ -130,6 +153,7 @@ def round_grad(
     if needs_dx:
         for_dx = quantize_grad_for_dgrad(pad_tokens(e) if config.rotate_m_dgrad else e, fold, config)
     if needs_dw:
+        assert x_scale is not None
         for_dw = quantize_grad_for_wgrad(e, x_scale, config)
     return for_dx, for_dw, None
 
@@ -139,7 +163,7 @@ def rounds_in_blocks(e: Tensor, config: HaloConfig) -> bool:
     a dgrad one for each tile. Both are read once then, not twice.
 
     Args:
-        e: E or W.
+        e: E, W or X.
     """
     return config.allows_blocks and ops.takes_blocks(e)
 

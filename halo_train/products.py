@@ -29,6 +29,27 @@ from .operands import (
 from .quantize import Quantized
 
 
+class ForWgrad(NamedTuple):
+    """What wgrad takes of X [M, K]; all None where there is no wgrad."""
+
+    data: Tensor | None = None
+    """Its rows (X D^-1) H rounded [M', K'], or by columns (diag(1/s) X)^T [K', M']; or X itself, from which backward makes either."""
+    scale: Tensor | None = None
+    """s [M'], what the rows of E are multiplied by."""
+    tiles: Tensor | None = None
+    """Scales of the columns."""
+    d: Tensor | None = None
+    """That of the rows."""
+
+    @property
+    def quantized(self) -> Quantized:
+        """Data and its own scales."""
+        assert self.data is not None
+        scale = self.scale if self.tiles is None else self.tiles
+        assert scale is not None
+        return Quantized(self.data, scale)
+
+
 class ForDgrad(NamedTuple):
     """What dgrad takes of W [N, K]; all None where there is no dgrad."""
 
@@ -143,21 +164,23 @@ def for_dgrad(
 def round_gradient(
     e: Tensor,
     w: ForDgrad,
-    x_scale: Tensor,
+    x_scale: Tensor | None,
     needs_dx: bool,
     needs_dw: bool,
     bias_dtype: torch.dtype | None,
     config: HaloConfig,
+    by_columns: bool = False,
 ) -> tuple[Quantized | None, Quantized | None, Tensor | None]:
     """E [M, N] rounded for dgrad and for wgrad, each only if it is needed.
 
     Args:
         bias_dtype: dtype of the bias gradient [N], or None for no third result.
+        by_columns: wgrad takes the columns of X.
     """
     padded = pad_matrix(e, MULTIPLE, MULTIPLE)
     fold = w.fold(config, padded.shape[1])
     needs_db = bias_dtype is not None
-    in_tiles = config.requantize_w_dgrad and w.scale is not None and w.scale.dim() == 2
+    in_tiles = by_columns or (config.requantize_w_dgrad and w.scale is not None and w.scale.dim() == 2)
     for_dx, for_dw, sums = round_grad(padded, fold, x_scale, needs_dx, needs_dw, needs_db, config, in_tiles)
     if bias_dtype is None:
         return for_dx, for_dw, None
@@ -169,9 +192,8 @@ def round_gradient(
 def gradients(
     e: Tensor,
     w: ForDgrad,
-    x: Quantized,
+    x: ForWgrad,
     block: int,
-    d: Tensor | None,
     bias_dtype: torch.dtype | None,
     dtype: torch.dtype,
     config: HaloConfig,
@@ -179,17 +201,19 @@ def gradients(
     """:func:`round_gradient`, :func:`dgrad` [M', K'] in ``dtype`` and :func:`wgrad` [N', K'], padded, where :func:`in_one_call` and W
     itself is given."""
     assert w.weight is not None
+    assert x.scale is not None
     padded, weight = pad_matrix(e, MULTIPLE, MULTIPLE), pad_matrix(w.weight, MULTIPLE, MULTIPLE)
     dx, dw, sums = ops.matmul_gradients(
         padded,
         w.fold(config, padded.shape[1]),
         weight,
         w.divisors(),
-        *x,
-        scale_of_columns(x),
+        x.quantized.data,
+        x.scale,
+        scale_of_columns(x.quantized) if x.tiles is None else x.tiles,
         storage_dtype(config.grad_format, e.dtype),
-        block,
-        None if d is None else pad_vector(d, weight.shape[1]),
+        block if x.tiles is None else 1,
+        None if x.d is None else pad_vector(x.d, weight.shape[1]),
         dtype,
         bias_dtype is not None,
         config.fast_accum,
@@ -249,10 +273,13 @@ def wgrad(
     """E^T X H^T D [N, K].
 
     Args:
-        x: as :func:`halo_train.operands.contract_rows` returns it, for several products with it; or with ``rows`` as it was rounded.
+        x: as :func:`halo_train.operands.contract_rows` returns it, for several products with it, or its columns; or with ``rows`` as it
+            was rounded.
         weight: shape and dtype.
     """
     shape, dtype = weight
+    if x.scale.dim() == 2:
+        return crop(matmul(e, x, dtype, config.fast_accum), *shape)
     if rows and _are_operators_seen():
         x, rows = contract_rows(x), False
     if block == 1 and d is None:

@@ -83,14 +83,17 @@ def quantize_transposed(x: Tensor, fmt: Format | str, row_scale: Tensor | None =
     return Quantized(*ops.quantize_rows_transposed(x, dtype, row_scale))
 
 
-def quantize_tiles(x: Tensor, fmt: Format | str, row_scale: Tensor | None = None) -> Quantized:
-    """:func:`quantize_transposed` in one read of x, with a scale for each tile of ``ops.SCALE_BLOCK`` rows and columns, powers of 16.
+def quantize_tiles(x: Tensor, fmt: Format | str, divisor: Tensor | None = None) -> Quantized:
+    """Rounds (diag(1/divisor) x)^T in one read of x, with a scale for each tile of ``ops.SCALE_BLOCK`` rows and columns, powers of 16.
+
+    Args:
+        x: [M, N]; divisor: [M], or None for ones.
 
     Returns:
-        As there, with scales [blocks of M, blocks of N].
+        data [N, M], scale [blocks of M, blocks of N].
     """
     dtype = storage_dtype(parse_choice(Format, "fmt", fmt), x.dtype)
-    return Quantized(*ops.quantize_tiles(x, dtype, row_scale))
+    return Quantized(*ops.quantize_tiles(x, dtype, divisor))
 
 
 def quantize_grad(

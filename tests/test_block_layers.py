@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 from halo_train import RECIPES, convert_to_halo_training, halo_linear, ops
-from halo_train.operands import round_grad, round_weight
+from halo_train.operands import round_grad, round_weight, takes_input_columns
 
 CONFIGS = {
     "fp8": RECIPES["fp8"],
@@ -145,6 +145,85 @@ def test_dgrad_alone_by_a_weight_rounded_before(trained):
     if trained:  # the bits of a backward that makes dW, too
         y = halo_linear(x, w, b, config=config, rounded_weight=rounded)
         assert torch.equal(torch.autograd.grad(y, (x, w), e)[0], dx)
+
+
+def outliers(m: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """X with channels and tokens far above the others, W and E with tokens of all magnitudes."""
+    generator = torch.Generator().manual_seed(1)
+    x, w, _, e = operands(m, n, k)
+    x[:, ::97] *= 64
+    x *= torch.randn(m, 1, generator=generator).exp()
+    x[::151] *= 1000
+    return x, w, e * torch.randn(m, 1, generator=generator).mul(3).exp()
+
+
+def grads_of_weight(x: Tensor, w: Tensor, e: Tensor, **options) -> Tensor:
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    halo_linear(x, w, **options).backward(e)
+    return w.grad
+
+
+@pytest.mark.parametrize("equalized", [False, True])
+def test_wgrad_by_columns_loses_no_channel(equalized, monkeypatch):
+    """As exact as rows that are not rotated; rotated ones spread the errors of large channels over the others."""
+    x, w, e = outliers(1024, 320, 512)
+    d = torch.exp2((torch.arange(512) % 97 == 0).float() * 3) if equalized else None
+    exact = e.double().t() @ x.double()
+
+    def of_channels(recipe: str, d: Tensor | None) -> tuple[float, Tensor]:
+        dw = grads_of_weight(x, w, e, config=RECIPES[recipe], equalizer=d)
+        errors = (dw.double() - exact).norm(dim=0) / exact.norm(dim=0)
+        return decibels(dw, exact), -20 * torch.log10(errors)
+
+    all_columns, columns = of_channels("fp8", d)
+    monkeypatch.setattr("halo_train.functional.takes_input_columns", lambda *_: False)
+    _, rotated = of_channels("fp8", d)
+    all_plain, plain = of_channels("fp8_plain", None)
+    assert all_columns > all_plain - 1
+    assert columns.median() > max(plain.median() - 0.3, rotated.median() + 1)
+    assert columns.min() > max(plain.min() - 1, rotated.min() + 4)
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "fp8, folded"])
+def test_wgrad_by_columns_keeps_a_byte_an_element(recipe):
+    x, w, b, e = operands(640, 256, 512)
+    d = torch.exp2(torch.randint(-3, 4, (512,)).float())
+    kept: dict[int, Tensor] = {}
+    x.requires_grad_()
+    w.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(id(t), t), lambda t: t):
+        y = halo_linear(x, w, b, config=CONFIGS[recipe], equalizer=d)
+    of_x = [t for t in kept.values() if t.shape == (512, 640)]
+    assert [t.element_size() for t in of_x] == [1]
+    of_w = [t for t in kept.values() if t.shape == w.shape]
+    rest = sum(t.nbytes for t in kept.values()) - sum(t.nbytes for t in of_x + of_w)
+    assert rest <= 4 * (640 + 256 + 512) + 4 * 3 * 2
+    # Gradients of one alone are those of both.
+    dx, dw = torch.autograd.grad(y, (x, w), e, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(y, x, e, retain_graph=True)[0], dx)
+    assert torch.equal(torch.autograd.grad(y, w, e)[0], dw)
+
+
+def test_wgrad_by_columns_of_an_input_that_is_rounded_again():
+    x, w, _, e = operands(300, 528, 64)
+    once = grads_of_weight(x, w, e, config=RECIPES["fp8"])
+    assert torch.equal(grads_of_weight(x, w, e, config=RECIPES["fp8"].with_recomputed_inputs), once)
+
+
+@pytest.mark.parametrize("m", [255, 256])
+def test_wgrad_takes_columns_where_they_are_fewer_bytes(m):
+    x, recipe = torch.empty(m, 48), RECIPES["fp8"]
+    assert takes_input_columns(x, 64, recipe) is (m < 4 * 64)
+    assert takes_input_columns(x, 64, recipe.with_recomputed_inputs)
+    assert not takes_input_columns(x, 64, RECIPES["fp8_plain"])
+    assert not takes_input_columns(x, 64, RECIPES["int8"])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_an_input_surfaces(bad):
+    x, w, _, e = operands(300, 528, 64)
+    x[7, 5] = bad
+    assert not grads_of_weight(x, w, e, config=RECIPES["fp8"]).isfinite().any()
 
 
 def test_blocks_of_other_magnitudes_keep_their_bits():

@@ -61,19 +61,19 @@ def gated_grad_blocks(
     )
 
 
-def quantize_tiles(x: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows of (diag(row_scale) x)^T with a scale for each tile of SCALE_BLOCK x SCALE_BLOCK, powers of 16 as in
+def quantize_tiles(x: Tensor, dtype: torch.dtype, divisor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows of (diag(1/divisor) x)^T with a scale for each tile of SCALE_BLOCK x SCALE_BLOCK, powers of 16 as in
     :func:`quantize_grad_blocks`.
 
     Args:
-        x: [N, K]; row_scale: [N], or None for ones.
+        x: [N, K]; divisor: what its rows are divided by [N], or None for ones.
         dtype: float8_e4m3fn.
 
     Returns:
         data [K, N], scales [ceil(N / SCALE_BLOCK), ceil(K / SCALE_BLOCK)] in float32. The scale of a tile with inf or NaN is NaN, of
         zeros alone 1.
     """
-    y, factors = x.to(torch.bfloat16).t(), row_scale
+    y, factors = x.to(torch.bfloat16).t(), None if divisor is None else divisor.reciprocal()
     scaled = y if factors is None else y * factors.to(y.dtype)
     tiles = _tiles(_tiles(scaled).transpose(0, 2)).abs()  # [inside, blocks, tiles, inside]
     amax = tiles.amax((0, 3)) if x.numel() else y.new_zeros(tiles.shape[1:3])

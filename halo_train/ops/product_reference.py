@@ -43,9 +43,11 @@ def matmul_weight_columns(
     fast_accum: bool = True,
 ) -> Tensor:
     """:func:`scaled_matmul` of a [M, N] by :func:`quantize_rows_transposed` of the weight [N, K] and row_scale [N], in ``dtype``, or by
-    :func:`quantize_tiles` where scale_a has a value for each block: [M, K]."""
-    rounding = quantize_tiles if scale_a.dim() == 2 else quantize_rows_transposed
-    data, scale = rounding(weight, dtype, row_scale)
+    :func:`quantize_tiles`, then without row_scale, where scale_a has a value for each block: [M, K]."""
+    if scale_a.dim() == 2:
+        data, scale = quantize_tiles(weight, dtype)
+    else:
+        data, scale = quantize_rows_transposed(weight, dtype, row_scale)
     return scaled_matmul(a, data, scale_a, scale, out_dtype)
 
 
@@ -84,14 +86,15 @@ def matmul_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of :func:`quantize_grad`, or with ``blocks`` :func:`quantize_grad_blocks`, of e [M, N] with e_col_scale and x_scale:
     :func:`matmul_weight_columns` of the rows, in the dtype of x, to
-    [M, K] of ``out_dtype``; :func:`matmul_rotated` of the columns by the rows of x [M, K], x_col_scale and col_scale, to [N, K] in the
-    dtype of the weight; the sums."""
+    [M, K] of ``out_dtype``; :func:`matmul_rotated` of the columns by the rows of x [M, K], or where x_col_scale has a value for each tile
+    by x [K, M], x_col_scale and col_scale, to [N, K] in the dtype of the weight; the sums."""
     rounding = quantize_grad_blocks if blocks else quantize_grad
     rows, row_scales, columns, column_scales, sums = rounding(
         e, grad_dtype, e_col_scale, x_scale, column_sums
     )
     dx = matmul_weight_columns(rows, row_scales, weight, weight_row_scale, x.dtype, out_dtype)
-    dw = matmul_rotated(columns, x, column_scales, x_col_scale, True, block, col_scale, weight.dtype)
+    by_rows = x_col_scale.dim() < 2
+    dw = matmul_rotated(columns, x, column_scales, x_col_scale, by_rows, block, col_scale, weight.dtype)
     return dx, dw, sums
 
 

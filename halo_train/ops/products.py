@@ -67,6 +67,11 @@ def matmul_weight_columns(
     check_matrix("matmul_weight_columns", weight, 1, None)
     check_product("matmul_weight_columns", a, weight, scale_a, None, rows=True)
     if row_scale is not None:
+        if scale_a.dim() == 2:
+            raise ValueError(
+                "matmul_weight_columns: row_scale must be None where scale_a has a value for each block, because the weight has one for "
+                f"each tile; got {tuple(row_scale.shape)}; multiply the weight"
+            )
         check_vector("matmul_weight_columns", "row_scale", row_scale, weight.shape[0], weight)
     if not _has_kernel(a, out_dtype) or weight.dtype == torch.float64:
         return product_reference.matmul_weight_columns(a, scale_a, weight, row_scale, dtype, out_dtype)
@@ -110,15 +115,29 @@ def matmul_gradients(
     blocks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``quantize_grad``, or with ``blocks`` ``quantize_grad_blocks``, :func:`matmul_weight_columns` of its rows and :func:`matmul_rotated` of
-    its columns; see :func:`product_reference.matmul_gradients`."""
+    its columns; see :func:`product_reference.matmul_gradients`.
+
+    Raises:
+        ValueError: shapes that do not fit; x by its columns without blocks.
+    """
     op = "matmul_gradients"
     check_matrix(op, e, 1, e_col_scale)
     check_matrix(op, weight, block, col_scale)
     check_contracted(op, e, weight, rows=True)
-    if x.shape != (e.shape[0], weight.shape[1]):
-        raise ValueError(f"{op}: x must have shape {(e.shape[0], weight.shape[1])}; got {tuple(x.shape)}")
+    in_tiles = x_col_scale.dim() == 2
+    wanted = (e.shape[0], weight.shape[1])
+    wanted = wanted[::-1] if in_tiles else wanted
+    if x.shape != wanted:
+        raise ValueError(f"{op}: x must have shape {wanted}; got {tuple(x.shape)}")
     check_vector(op, "x_scale", x_scale, e.shape[0], e)
-    check_vector(op, "x_col_scale", x_col_scale, weight.shape[1], e)
+    if in_tiles:
+        tiles = tuple(-(-size // reference.SCALE_BLOCK) for size in (e.shape[0], weight.shape[1]))
+        if not blocks or tuple(x_col_scale.shape) != tiles:
+            raise ValueError(
+                f"{op}: x_col_scale of a matrix must have shape {tiles}, and blocks be True; got {tuple(x_col_scale.shape)} and {blocks}"
+            )
+    else:
+        check_vector(op, "x_col_scale", x_col_scale, weight.shape[1], e)
     if weight_row_scale is not None:
         check_vector(op, "weight_row_scale", weight_row_scale, weight.shape[0], e)
     arguments = (
