@@ -220,16 +220,17 @@ std::tuple<Tensor, Tensor> matmul_weight_rows(const Tensor& a, const Tensor& sca
   return {scaled_matmul(a, data, scale_a, scale, out_dtype, fast_accum), scale};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> matmul_rounded(const Tensor& x,
-                                                          const std::optional<Tensor>& x_col_scale,
-                                                          const Tensor& weight,
-                                                          const std::optional<Tensor>& weight_col_scale,
-                                                          ScalarType dtype, int64_t block,
-                                                          ScalarType out_dtype, bool fast_accum) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> matmul_rounded(
+    const Tensor& x, const std::optional<Tensor>& x_col_scale, const Tensor& weight,
+    const std::optional<Tensor>& weight_col_scale, ScalarType dtype, int64_t block, ScalarType out_dtype,
+    bool fast_accum, bool columns) {
   const auto [data, scale] = operators::quantize_rows(x, dtype, block, x_col_scale);
+  // At once: small x is in the L2 cache still.
+  const auto [kept, tiles] = columns ? operators::quantize_tiles(x, dtype, scale)
+                                     : std::tuple(data, halo_train::empty_floats({0}, scale));
   const auto [y, weight_scale] =
       matmul_weight_rows(data, scale, weight, block, weight_col_scale, out_dtype, fast_accum);
-  return {y, data, scale, weight_scale};
+  return {y, kept, scale, tiles, weight_scale};
 }
 
 Tensor matmul_weight_columns(const Tensor& a, const Tensor& scale_a, const Tensor& weight,

@@ -57,8 +57,11 @@ def predicted_speedup(tokens: int, shape: tuple[int, int], config: HaloConfig, r
         return 1.0
     x, w, e = tokens * k, n * k, tokens * n
     # X, W: read, written in 8 bits, transposed. E: read twice, in blocks once, written in both forms. dX, dW: rotated back, read and
-    # written; or W is read twice, in tiles once, and written once more instead of being transposed, and dX is left alone.
-    moved = 5 * (x + w) + (4 if config.allows_blocks else 6) * e + (4 * w if config.rotate_k else 0)
+    # written; or W is read twice, in tiles once, and written once more instead of being transposed, and dX is left alone; or, with
+    # tiles and where that is less, X is read once more instead of being transposed, and dW is left alone.
+    undone = 4 * w if config.rotate_k else 0
+    undone = min(undone, x) if config.allows_blocks else undone
+    moved = 5 * (x + w) + (4 if config.allows_blocks else 6) * e + undone
     if config.requantize_w_dgrad:
         moved += (1 if config.allows_blocks else 3) * w
     elif config.rotate_k:

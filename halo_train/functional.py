@@ -43,6 +43,7 @@ from .products import (
     crop,
     dgrad,
     for_dgrad,
+    for_wgrad,
     fprop,
     gradients,
     in_one_call,
@@ -211,29 +212,28 @@ class HaloLinearFunction(torch.autograd.Function):
         quantized_input = None if x_data is None or x_scale is None else Quantized(x_data, x_scale)
         (n, k), tokens = weight.shape, as_matrix(x)
         block = rotation_block(k, config)
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        again_from_x = config.recomputes_inputs and quantized_input is None
+        by_columns = (
+            needs_dx and needs_dw and quantized_input is None and takes_input_columns(tokens, n, config)
+        )
+        columns_here = by_columns and not again_from_x
         if quantized_input is None and given is None:
-            rounded, y, w_rows, w_row_scale = round_and_multiply(
-                tokens, inverse, weight, d, block, x.dtype, config
+            kept, y, w_rows, w_row_scale = round_and_multiply(
+                tokens, inverse, weight, d, block, columns_here, x.dtype, config
             )
         else:
             rounded = quantized_input or quantize_input(tokens, inverse, config)
+            kept = for_wgrad(tokens, rounded, d, columns_here, config)
             y, w_rows, w_row_scale = fprop(rounded, weight, d, given, x.dtype, config)
         y = as_output(y, x.shape[:-1] if leading is None else leading, n)
         if bias is not None:
             y = y + bias.to(y.dtype)
 
-        needs_dx, needs_dw = ctx.needs_input_grad[:2]
         # Row scales are saved with the data they belong to: wgrad needs s, a folded dgrad t.
-        again_from_x = config.recomputes_inputs and quantized_input is None
-        by_columns = (
-            needs_dx and needs_dw and quantized_input is None and takes_input_columns(tokens, n, config)
-        )
-        saved_x = ForWgrad()
-        if needs_dw:
-            data, tiles = (x if again_from_x else rounded.data), None
-            if by_columns and not again_from_x:
-                data, tiles = quantize_input_columns(tokens, rounded.scale, config)
-            saved_x = ForWgrad(data, rounded.scale, tiles, None if by_columns else d)
+        if again_from_x:
+            kept = ForWgrad(x, kept.scale, None, None if by_columns else d)
+        saved_x = kept if needs_dw else ForWgrad()
         columns = None if wc_data is None or wc_scale is None else Quantized(wc_data, wc_scale)
         saved_w = ForDgrad()
         if needs_dx:
@@ -297,7 +297,7 @@ def _round_again(
     tokens = as_matrix(x.data)
     if by_columns:
         data, tiles = quantize_input_columns(tokens, x.scale, config)
-        return ForWgrad(data, x.scale, tiles)
+        return x._replace(data=data, tiles=tiles)
     return x._replace(data=quantize_input(tokens, again(inverse, tokens.shape[1], e), config).data)
 
 

@@ -21,6 +21,7 @@ from .operands import (
     pad_rows,
     pad_vector,
     quantize_input,
+    quantize_input_columns,
     quantize_weight,
     rotation_block,
     round_grad,
@@ -133,22 +134,36 @@ def round_and_multiply(
     weight: Tensor,
     d: Tensor | None,
     block: int,
+    by_columns: bool,
     dtype: torch.dtype,
     config: HaloConfig,
-) -> tuple[Quantized, Tensor, Tensor | None, Tensor]:
-    """:func:`halo_train.operands.quantize_input` of X [M, K], and :func:`fprop` of a W that is rounded here; block: rotation_block(K)."""
+) -> tuple[ForWgrad, Tensor, Tensor | None, Tensor]:
+    """What wgrad takes of X [M, K], by rows or by columns, and :func:`fprop` of a W that is rounded here; block: rotation_block(K)."""
     if not in_one_call(config):
         rounded = quantize_input(x, inverse, config)
-        return rounded, *fprop(rounded, weight, d, None, dtype, config)
+        kept = for_wgrad(x, rounded, d, by_columns, config)
+        return kept, *fprop(rounded, weight, d, None, dtype, config)
     tokens, padded = pad_matrix(x, MULTIPLE, MULTIPLE), pad_matrix(weight, MULTIPLE, MULTIPLE)
     k = padded.shape[1]
+    factors = None
     if inverse is not None and d is not None:
-        inverse, d = pad_vector(inverse, k), pad_vector(d, k)
+        inverse, factors = pad_vector(inverse, k), pad_vector(d, k)
     stored = storage_dtype(config.format, x.dtype)
-    y, data, scale, weight_scale = ops.matmul_rounded(
-        tokens, inverse, padded, d, stored, block, dtype, config.fast_accum
+    y, data, scale, tiles, weight_scale = ops.matmul_rounded(
+        tokens, inverse, padded, factors, stored, block, dtype, config.fast_accum, by_columns
     )
-    return Quantized(data, scale), y, None, weight_scale
+    kept = ForWgrad(data, scale, tiles) if by_columns else ForWgrad(data, scale, None, d)
+    return kept, y, None, weight_scale
+
+
+def for_wgrad(
+    x: Tensor, rounded: Quantized, d: Tensor | None, by_columns: bool, config: HaloConfig
+) -> ForWgrad:
+    """What to save of X [M, K] for wgrad; rounded: its rows."""
+    if not by_columns:
+        return ForWgrad(*rounded, None, d)
+    data, tiles = quantize_input_columns(x, rounded.scale, config)
+    return ForWgrad(data, rounded.scale, tiles)
 
 
 def for_dgrad(

@@ -301,17 +301,21 @@ def test_opcheck(device, dtype):
     check(namespace.matmul_weight_rows, a, u, weight, 64, d, out, True)
     for factors in (None, weight.new_ones(32)):
         check(namespace.matmul_weight_columns, e, t, weight, factors, dtype, out, True)
-    for factors in (None, d):
-        check(namespace.matmul_rounded, weight, factors, weight, factors, dtype, 64, out, True)
     tokens = rounded(32, 32, dtype, device)
     in_blocks = (
         [False, True] if dtype != torch.int8 and (device == "cpu" or ops.takes_blocks(weight)) else [False]
     )
+    for factors in (None, d):
+        for columns in in_blocks:
+            check(namespace.matmul_rounded, weight, factors, weight, factors, dtype, 64, out, True, columns)
     for blocks in in_blocks:
         for sums, factors in ((False, None), (True, t.new_ones(32))):
             others = (dtype, 16, factors, out, sums, True, blocks)
             operands = (weight, d, weight.t()[:, :32], None, *tokens, t.new_ones(32))
             check(namespace.matmul_gradients, *operands, *others)
+            if blocks:  # square tokens: their columns
+                by_columns = (*operands[:-1], t.new_ones(1, 1))
+                check(namespace.matmul_gradients, *by_columns, dtype, 1, None, out, sums, True, True)
     check(namespace.matmul_rotated, a, b, u, v, False, 16, None, out, True)
     check(namespace.matmul_rotated, a, b.t().contiguous(), u, v, True, 16, None, out, True)
 
@@ -326,11 +330,12 @@ def test_steps_in_one_operator_have_the_bits_of_steps_one_by_one(device, dtype, 
     d, levels = (2.0 ** torch.randint(-3, 4, (n,), device=device) if with_factors else None for n in (64, 96))
     inverse = None if d is None else 1 / d
     out = torch.bfloat16
-    y, data, scale, weight_scale = ops.matmul_rounded(x, inverse, weight, d, dtype, 64, out)
+    y, data, scale, tiles, weight_scale = ops.matmul_rounded(x, inverse, weight, d, dtype, 64, out)
     one_by_one = ops.quantize_rows(x, dtype, 64, inverse)
     expected = (*ops.matmul_weight_rows(*one_by_one, weight, 64, d, out), *one_by_one)
     for mine, other in zip((y, weight_scale, data, scale), expected, strict=True):
         assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
+    assert tiles.shape == (0,)
 
     divisors, ones = None if levels is None else 1 / levels, torch.ones(64, device=device)
     for sums, block in ((False, 1), (True, 64)):
@@ -341,6 +346,35 @@ def test_steps_in_one_operator_have_the_bits_of_steps_one_by_one(device, dtype, 
         dw = ops.matmul_rotated(columns, data, column_scales, ones, True, block, d, out)
         for mine, other in zip(found, (dx, dw, total), strict=True):
             assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_by_columns_in_one_operator_have_the_bits_of_steps_one_by_one(device):
+    if device == "cuda" and not ops.takes_blocks(torch.empty(0, device=device)):
+        pytest.skip("scales for blocks need Hopper")
+    x, weight, e = (
+        torch.randn(s, dtype=torch.bfloat16, device=device) for s in ((560, 64), (96, 64), (560, 96))
+    )
+    dtype, out = torch.float8_e4m3fn, torch.bfloat16
+    y, data, scale, tiles, weight_scale = ops.matmul_rounded(
+        x, None, weight, None, dtype, 64, out, True, True
+    )
+    rows, row_scales = ops.quantize_rows(x, dtype, 64, None)
+    expected = (
+        *(row_scales, *ops.matmul_weight_rows(rows, row_scales, weight, 64, None, out)),
+        *ops.quantize_tiles(x, dtype, row_scales),
+    )
+    for mine, other in zip((scale, y, weight_scale, data, tiles), expected, strict=True):
+        assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
+    given = (weight, None, data, scale, tiles, dtype, 1, None, out, False, True, True)
+    found = ops.matmul_gradients(e, None, *given)
+    for_dx, u, for_dw, v, _ = ops.quantize_grad_blocks(e, dtype, None, scale)
+    dx = ops.matmul_weight_columns(for_dx, u, weight, None, dtype, out)
+    dw = ops.scaled_matmul(for_dw, data, v, tiles, out)
+    for mine, other in zip(found, (dx, dw), strict=False):
+        assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
+    exact = e.double().t() @ x.double()
+    assert (dw.double() - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.gpu
@@ -398,3 +432,12 @@ def test_operands_that_do_not_fit_are_refused():
         ops.matmul_gradients(x, None, weight.t(), None, a, u, torch.ones(48), *others)
     with pytest.raises(ValueError, match="weight_row_scale must be a real vector"):
         ops.matmul_gradients(x, None, weight.t(), torch.ones(3), a[:, :48], u, torch.ones(48), *others)
+    for scales, blocks in ((torch.ones(1, 1), False), (torch.ones(2, 1), True)):
+        with pytest.raises(ValueError, match=r"x_col_scale of a matrix must have shape \(1, 1\), and blocks"):
+            ops.matmul_gradients(x, None, weight.t(), None, a[:, :48].t(), u, scales, *others, True, blocks)
+    with pytest.raises(ValueError, match="row_scale must be None where scale_a has a value for each block"):
+        ops.matmul_weight_columns(
+            gradients, u[None], weight.t(), torch.ones(64), torch.float8_e4m3fn, torch.float32
+        )
+    with pytest.raises(ValueError, match=r"float8_e4m3fn.*torch.int8"):
+        ops.matmul_rounded(x, None, weight, None, torch.int8, 16, torch.float32, True, True)

@@ -107,11 +107,15 @@ def _matmul_rounded(
     dtype: torch.dtype,
     block: int,
     out_dtype: torch.dtype,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    fast_accum: bool,
+    columns: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     data, scale = _quantize_rows(x, dtype)
+    tiles = scale.new_empty(0)
+    if columns:
+        data, tiles = _quantize_tiles(x, dtype)
     weight_scale = weight.new_empty(weight.shape[0], dtype=scale.dtype)
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype), data, scale, weight_scale
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype), data, scale, tiles, weight_scale
 
 
 def _matmul_gradients(

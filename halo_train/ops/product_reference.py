@@ -60,12 +60,15 @@ def matmul_rounded(
     block: int,
     out_dtype: torch.dtype,
     fast_accum: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`matmul_weight_rows` of :func:`quantize_rows` of x [M, K]: [M, N], then data [M, K] and scales [M] of x, and the scales of
-    the weight [N]."""
+    columns: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`matmul_weight_rows` of :func:`quantize_rows` of x [M, K]: [M, N], then data [M, K] and scales [M] of x, an empty tensor, and the
+    scales of the weight [N]. With ``columns`` the data [K, M] and, in place of the empty tensor, the scales of :func:`quantize_tiles` of
+    x with the scales as divisors."""
     data, scale = quantize_rows(x, dtype, block, x_col_scale)
     y, weight_scale = matmul_weight_rows(data, scale, weight, block, weight_col_scale, out_dtype)
-    return y, data, scale, weight_scale
+    kept, tiles = quantize_tiles(x, dtype, scale) if columns else (data, scale.new_empty(0))
+    return y, kept, scale, tiles, weight_scale
 
 
 def matmul_gradients(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import product_reference, reference
-from .checks import check_contracted, check_matrix, check_product, check_vector
+from .checks import check_block_dtype, check_contracted, check_matrix, check_product, check_vector
 from .registry import kernel_status, overloads
 
 
@@ -87,12 +87,16 @@ def matmul_rounded(
     block: int,
     out_dtype: torch.dtype,
     fast_accum: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``quantize_rows`` of x and :func:`matmul_weight_rows`; see :func:`product_reference.matmul_rounded`."""
+    columns: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``quantize_rows`` of x and :func:`matmul_weight_rows`, with ``columns`` ``quantize_tiles`` of x, too; see
+    :func:`product_reference.matmul_rounded`."""
     check_matrix("matmul_rounded", x, block, x_col_scale)
     check_matrix("matmul_rounded", weight, block, weight_col_scale)
     check_contracted("matmul_rounded", x, weight)
-    arguments = (x, x_col_scale, weight, weight_col_scale, dtype, block, out_dtype, fast_accum)
+    if columns:
+        check_block_dtype("matmul_rounded", dtype)
+    arguments = (x, x_col_scale, weight, weight_col_scale, dtype, block, out_dtype, fast_accum, columns)
     if not _are_rounded_by_kernels(dtype, out_dtype, x, weight):
         return product_reference.matmul_rounded(*arguments)
     return overloads.matmul_rounded(*arguments)

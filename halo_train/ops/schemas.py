@@ -148,7 +148,7 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "matmul_rounded": (
         "(Tensor x, Tensor? x_col_scale, Tensor weight, Tensor? weight_col_scale, ScalarType dtype, int block, "
-        "ScalarType out_dtype, bool fast_accum) -> (Tensor, Tensor, Tensor, Tensor)",
+        "ScalarType out_dtype, bool fast_accum, bool columns) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         product_reference.matmul_rounded,
     ),
     "matmul_gradients": (
