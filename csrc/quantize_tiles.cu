@@ -9,6 +9,10 @@ namespace {
 
 using namespace detail;
 
+// Of rows that are divided by their scale, whose RMS is near 448 / 4 then, scales are this times a power of
+// 16: as a rule one for all, up to 32 RMS, and no deviation of codes of 2 to 8, which cost clock in products.
+constexpr float kDivided = 8.0f;
+
 template <typename Source>
 __global__ void __launch_bounds__(32 * kBlockWarps, 4) quantize_tiles_kernel(const GradParams<Source> p) {
 #if __CUDA_ARCH__ >= 900
@@ -33,7 +37,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps, 4) quantize_tiles_kernel(con
     const int64_t row = row0 + threadIdx.x;
     // Here row_scale are divisors.
     row_factors[threadIdx.x] =
-        p.row_scale != nullptr && row < p.rows ? __frcp_rn(__ldg(p.row_scale + row)) : 1.0f;
+        p.row_scale != nullptr && row < p.rows ? __frcp_rn(__ldg(p.row_scale + row)) / kDivided : 1.0f;
   }
   __syncthreads();
   float s[8];
@@ -65,7 +69,8 @@ __global__ void __launch_bounds__(32 * kBlockWarps, 4) quantize_tiles_kernel(con
 #pragma unroll
   for (int i = 1; i < kPeers; ++i) best = max(best, maxima[i]);
   if (rank == 0 && threadIdx.x == 0 && row0 < p.rows) {
-    p.forms[0].col_scales[down / kDown * (gridDim.x / kAcross) + blockIdx.x / kAcross] = power_scale(best);
+    p.forms[0].col_scales[down / kDown * (gridDim.x / kAcross) + blockIdx.x / kAcross] =
+        p.row_scale != nullptr ? kDivided * power_scale(best) : power_scale(best);
   }
   const uint32_t inverse = inverse_scales(best << 16 | best);
 #pragma unroll

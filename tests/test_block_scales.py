@@ -68,8 +68,8 @@ def test_tiny_blocks_lose_their_codes_before_their_scales_end():
     assert b.float().tolist() == [[0, 0, 0, 0, a[4].item()]]
 
 
-def assert_rounds_tiles(data: torch.Tensor, scale: torch.Tensor, exact: torch.Tensor) -> None:
-    """As assert_rounds_blocks, of rows of exact^T, with the scale of a tile for each of its rows."""
+def assert_rounds_tiles(data: torch.Tensor, scale: torch.Tensor, exact: torch.Tensor, base: int) -> None:
+    """As assert_rounds_blocks, of rows of exact^T, with the scale of a tile, base times a power of 16, for each of its rows."""
     n, k = exact.shape
     assert scale.shape == (-(-n // SCALE_BLOCK), -(-k // SCALE_BLOCK))
     of_rows = scale.repeat_interleave(SCALE_BLOCK, dim=1)[:, :k].contiguous()
@@ -80,10 +80,10 @@ def assert_rounds_tiles(data: torch.Tensor, scale: torch.Tensor, exact: torch.Te
         rows = slice(SCALE_BLOCK * block, SCALE_BLOCK * (block + 1))
         amax = exact[rows, SCALE_BLOCK * tile : SCALE_BLOCK * (tile + 1)].abs().max().item()
         found = scale[block, tile].item()
-        exponent = math.log2(found)
+        exponent = math.log2(found / base)
         assert exponent % 4 == 0
         if amax == 0:
-            assert found == 1
+            assert found == base
         else:
             assert amax <= 448 * found * 1.01
             assert exponent == -60 or amax >= 448 * found * 0.99 / 16
@@ -100,7 +100,9 @@ def test_weight(n, k, scaled, dtype):
     data, scale = ops.quantize_tiles(w, E4M3, s if scaled else None)
     assert (data.dtype, data.shape, scale.dtype) == (E4M3, (k, n), torch.float32)
     assert data.is_contiguous()
-    assert_rounds_tiles(data, scale, w.double() / s.double()[:, None] if scaled else w.double())
+    assert_rounds_tiles(
+        data, scale, w.double() / s.double()[:, None] if scaled else w.double(), 8 if scaled else 1
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

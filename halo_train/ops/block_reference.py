@@ -63,7 +63,7 @@ def gated_grad_blocks(
 
 def quantize_tiles(x: Tensor, dtype: torch.dtype, divisor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rows of (diag(1/divisor) x)^T with a scale for each tile of SCALE_BLOCK x SCALE_BLOCK, powers of 16 as in
-    :func:`quantize_grad_blocks`.
+    :func:`quantize_grad_blocks`, with a divisor 8 times such a power.
 
     Args:
         x: [N, K]; divisor: what its rows are divided by [N], or None for ones.
@@ -73,13 +73,17 @@ def quantize_tiles(x: Tensor, dtype: torch.dtype, divisor: Tensor | None = None)
         data [K, N], scales [ceil(N / SCALE_BLOCK), ceil(K / SCALE_BLOCK)] in float32. The scale of a tile with inf or NaN is NaN, of
         zeros alone 1.
     """
-    y, factors = x.to(torch.bfloat16).t(), None if divisor is None else divisor.reciprocal()
+    y, factors, base = x.to(torch.bfloat16).t(), None, 1.0
+    if divisor is not None:
+        # Rows divided by their scale have an RMS near 448 / 4: 8 holds 32 times that, as a rule in all tiles.
+        base = 8.0
+        factors = divisor.reciprocal() / base
     scaled = y if factors is None else y * factors.to(y.dtype)
     tiles = _tiles(_tiles(scaled).transpose(0, 2)).abs()  # [inside, blocks, tiles, inside]
     amax = tiles.amax((0, 3)) if x.numel() else y.new_zeros(tiles.shape[1:3])
     scale, inverse = _power_scales(amax)
     expanded = inverse.t().repeat_interleave(SCALE_BLOCK, dim=0).repeat_interleave(SCALE_BLOCK, dim=1)
-    return _round(y, expanded[: y.shape[0], : y.shape[1]], factors, dtype), scale
+    return _round(y, expanded[: y.shape[0], : y.shape[1]], factors, dtype), scale * base
 
 
 def _tiles(y: Tensor) -> Tensor:
