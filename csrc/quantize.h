@@ -118,9 +118,9 @@ int64_t column_sums_scratch(int64_t rows, int64_t cols);
 cudaError_t quantize_grad_blocks(const QuantizeGradArgs& args, cudaStream_t stream);
 int64_t block_sums_scratch(int64_t rows, int64_t cols);  // the floats of partial_sums here
 
-// The columns alone, in e4m3, of (diag(1 / row_scale) x)^T, with a scale for each tile of kScaleBlock rows
-// and columns: forms.col_scales [ceil(rows / kScaleBlock), ceil(cols / kScaleBlock)]. Of the arguments
-// col_scale, amax and sums are not used. cudaErrorNotSupported before Hopper.
+// The columns alone, in e4m3, of (diag(1 / row_scale) x diag(col_scale))^T, with a scale for each tile of
+// kScaleBlock rows and columns: forms.col_scales [ceil(rows / kScaleBlock), ceil(cols / kScaleBlock)]. Of the
+// arguments amax and sums are not used. cudaErrorNotSupported before Hopper.
 cudaError_t quantize_tiles(const QuantizeGradArgs& args, cudaStream_t stream);
 
 // The same of both gradients of h = act(gate) up: dh up act'(gate) and dh act(gate).

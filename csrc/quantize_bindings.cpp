@@ -232,14 +232,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad_blocks(
 }
 
 std::tuple<Tensor, Tensor> quantize_tiles(const Tensor& input, ScalarType dtype,
-                                          const std::optional<Tensor>& divisor) {
+                                          const std::optional<Tensor>& divisor,
+                                          const std::optional<Tensor>& col_scale) {
   const int device = input.get_device_index();
   const DeviceGuard guard(device);
   const Tensor x = with_dense_rows(input);
   const Quantised quantised = quantised_type(dtype);
   const FormPair columns = FormPair::of_tiles(x.size(1), x.size(0), x, quantised);
   if (x.numel() > 0) {
-    const GradCall call(x, quantised.type, std::nullopt, divisor,
+    const GradCall call(x, quantised.type, col_scale, divisor,
                         {nullptr, nullptr, columns.bytes(), columns.floats()});
     check_cluster_launch("quantize_tiles", halo_train::quantize_tiles(call.args, current_stream(device)),
                          device);

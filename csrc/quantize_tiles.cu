@@ -13,13 +13,13 @@ using namespace detail;
 // 16: as a rule one for all, up to 32 RMS, and no deviation of codes of 2 to 8, which cost clock in products.
 constexpr float kDivided = 8.0f;
 
-template <typename Source>
+template <typename Source, bool kColumnFactors>
 __global__ void __launch_bounds__(32 * kBlockWarps, 4) quantize_tiles_kernel(const GradParams<Source> p) {
 #if __CUDA_ARCH__ >= 900
   constexpr int kThreads = 32 * kBlockWarps, kPeers = kAcross * kDown;
   constexpr bool kVector = Source::kVector;
   __shared__ __align__(16) CodeTile tile;
-  __shared__ __align__(16) float row_factors[kBlockRows];
+  __shared__ __align__(16) float row_factors[kBlockRows], column_factors[kBlockColumns];
   __shared__ uint32_t warp_maxima[kBlockWarps], maxima[kPeers];
   __shared__ uint64_t received;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -32,7 +32,11 @@ __global__ void __launch_bounds__(32 * kBlockWarps, 4) quantize_tiles_kernel(con
   uint32_t pairs[1][8][4];
   float no_sums[8];
   BlockValues<Source, false>(nullptr, p, row0 + tile_row, col0 + 8 * group).make(pairs, no_sums);
-  static_assert(kBlockRows <= kThreads);
+  static_assert(kBlockRows + kBlockColumns <= kThreads);
+  if (kColumnFactors && threadIdx.x >= kThreads - kBlockColumns) {
+    const int i = threadIdx.x - (kThreads - kBlockColumns);
+    column_factors[i] = col0 + i < p.cols ? __ldg(p.col_scale[0] + col0 + i) : 1.0f;
+  }
   if (threadIdx.x < kBlockRows) {
     const int64_t row = row0 + threadIdx.x;
     // Here row_scale are divisors.
@@ -42,13 +46,21 @@ __global__ void __launch_bounds__(32 * kBlockWarps, 4) quantize_tiles_kernel(con
   __syncthreads();
   float s[8];
   read8(s, reinterpret_cast<const float4*>(row_factors + tile_row));
+  float t[8];
+  uint32_t across[4];
+  if constexpr (kColumnFactors) {
+    read8(t, reinterpret_cast<const float4*>(column_factors + 8 * group));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) across[i] = pair_of(t[2 * i], t[2 * i + 1]);
+  }
   uint32_t best = 0;
 #pragma unroll
   for (int r = 0; r < 8; ++r) {
     const uint32_t factor = pair_of(s[r], s[r]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t y = multiply_pair(pairs[0][r][i], factor);
+      uint32_t y = multiply_pair(pairs[0][r][i], factor);
+      if constexpr (kColumnFactors) y = multiply_pair(y, across[i]);
       // Not the larger of y and zero: ptxas 13.0 makes that a product that is zero where y is negative.
       best = r == 0 && i == 0 ? y : max_magnitudes(best, y);
     }
@@ -80,6 +92,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps, 4) quantize_tiles_kernel(con
     for (int r = 0; r < 8; ++r) {
       scale_pair(low[r], high[r], pairs[0][r][i], inverse);
       low[r] *= s[r], high[r] *= s[r];
+      if constexpr (kColumnFactors) low[r] *= t[2 * i], high[r] *= t[2 * i + 1];
     }
     const auto put = [&](int c, const float (&v)[8]) {
       *reinterpret_cast<uint2*>(tile.rows16(8 * group + c, warp) + 8 * half) = make_uint2(
@@ -110,8 +123,11 @@ cudaError_t launch(const QuantizeGradArgs& a, const M& matrix, cudaStream_t stre
   p.rows = a.rows;
   p.cols = a.cols;
   p.row_scale = a.row_scale;
+  p.col_scale[0] = a.col_scale;
   p.forms[0] = a.forms;
-  return launch_in_clusters(quantize_tiles_kernel<PlainGrad<M>>, p, 0, stream);
+  return launch_in_clusters(a.col_scale != nullptr ? quantize_tiles_kernel<PlainGrad<M>, true>
+                                                   : quantize_tiles_kernel<PlainGrad<M>, false>,
+                            p, 0, stream);
 }
 
 template <typename T>

@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 from halo_train import RECIPES, convert_to_halo_training, halo_linear, ops
+from halo_train.fused import Layer, Norm, halo_projections
 from halo_train.operands import round_grad, round_weight, takes_input_columns
 
 CONFIGS = {
@@ -256,6 +257,40 @@ def test_what_is_not_finite_in_a_gradient_surfaces(bad):
     assert not dw[500].isfinite().any()
     assert dx[:7].isfinite().all()
     assert dw[:500].isfinite().all()
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("recipe", ["fp8", "fp8, folded"])
+def test_readers_of_a_norm_take_its_columns_and_keep_no_rounded_output(recipe, unit_offset, monkeypatch):
+    m, k, sizes = 300, 512, (96, 48)
+    generator = torch.Generator().manual_seed(0)
+    x, gain, *weights = (
+        torch.randn(s, generator=generator) for s in ((m, k), (k,), *((n, k) for n in sizes))
+    )
+    x[::50] *= 1000
+    gain = gain.mul(0.3).exp() - float(unit_offset)
+    gain[::97] *= 64
+    gradients = [torch.randn(m, n, generator=generator) for n in sizes]
+    leaves = [t.requires_grad_() for t in (x, gain, *weights)]
+    norm = Norm(gain, None, 1e-6, unit_offset=unit_offset)
+    kept: list[Tensor] = []
+
+    def all_grads() -> tuple[Tensor, ...]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            outputs = halo_projections(x, [Layer(w) for w in weights], config=CONFIGS[recipe], norm=norm)
+        return torch.autograd.grad(outputs, leaves, gradients)
+
+    found = all_grads()
+    of_x = {(t.element_size(), t.data_ptr() == x.data_ptr()) for t in kept if t.numel() >= m * k}
+    assert of_x == {(4, True)}
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    y = F.rms_norm(wide[0], (k,), 1 + wide[1] if unit_offset else wide[1], 1e-6)
+    exact = torch.autograd.grad([y @ w.t() for w in wide[2:]], wide, [e.double() for e in gradients])
+    for mine, true in zip(found[2:], exact[2:], strict=True):
+        assert (-20 * torch.log10((mine.double() - true).norm(dim=0) / true.norm(dim=0))).min() > 24
+    monkeypatch.setattr("halo_train.fused.functions.takes_input_columns", lambda *_: False)
+    for mine, other in zip(found[:2], all_grads()[:2], strict=True):
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -92,17 +92,18 @@ def assert_rounds_tiles(data: torch.Tensor, scale: torch.Tensor, exact: torch.Te
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_weight(n, k, scaled, dtype):
-    w, _, s = example(n, k, dtype)
+def test_tiles(n, k, scaled, dtype):
+    w, t, s = example(n, k, dtype)
     w = torch.where(w.isfinite(), w, 1.0)
     if n > 300:
         w[256:512, :256] = 0
-    data, scale = ops.quantize_tiles(w, E4M3, s if scaled else None)
-    assert (data.dtype, data.shape, scale.dtype) == (E4M3, (k, n), torch.float32)
-    assert data.is_contiguous()
-    assert_rounds_tiles(
-        data, scale, w.double() / s.double()[:, None] if scaled else w.double(), 8 if scaled else 1
-    )
+    for of_columns in (None, t):
+        data, scale = ops.quantize_tiles(w, E4M3, s if scaled else None, of_columns)
+        assert (data.dtype, data.shape, scale.dtype) == (E4M3, (k, n), torch.float32)
+        assert data.is_contiguous()
+        exact = w.double() / s.double()[:, None] if scaled else w.double()
+        exact = exact if of_columns is None else exact * t.double()
+        assert_rounds_tiles(data, scale, exact, 8 if scaled else 1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -148,6 +149,7 @@ X, W = torch.ones(2, 6), torch.ones(6)
         ),
         (lambda: ops.quantize_tiles(X, torch.int8), "float8_e4m3fn.*torch.int8.*scale a row"),
         (lambda: ops.quantize_tiles(X, E4M3, W), r"divisor .*\(2,\).*\(6,\)"),
+        (lambda: ops.quantize_tiles(X, E4M3, None, W[:2]), r"col_scale .*\(6,\).*\(2,\)"),
         (lambda: ops.quantize_grad_blocks(X, E4M3, None, W), r"row_scale .*\(2,\).*\(6,\)"),
         (lambda: ops.quantize_grad_blocks(X, E4M3, W[:2], W[:2]), r"col_scale .*\(6,\).*\(2,\)"),
         (lambda: ops.gated_grad_blocks(X, X, X, "silu", torch.float8_e5m2, W[:2]), "float8_e4m3fn.*e5m2"),
@@ -165,4 +167,6 @@ def test_opcheck(sums):
     e, t, s = example(40, 300, torch.bfloat16)
     torch.library.opcheck(torch.ops.halo_train.quantize_grad_blocks, (e, E4M3, t, s, sums))
     torch.library.opcheck(torch.ops.halo_train.gated_grad_blocks, (e, e, e, "gelu", E4M3, s, t, None))
-    torch.library.opcheck(torch.ops.halo_train.quantize_tiles, (e, E4M3, s if sums else None))
+    torch.library.opcheck(
+        torch.ops.halo_train.quantize_tiles, (e, E4M3, s if sums else None, t if sums else None)
+    )

@@ -53,11 +53,13 @@ def test_gradient(m, n, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_weight(n, k, dtype):
-    w, _, s = example(n, k, dtype)
-    for factors in (None, s):
-        expected = block_reference.quantize_tiles(w, E4M3, factors)
-        assert_same(ops.quantize_tiles(w.cuda(), E4M3, None if factors is None else s.cuda()), expected)
+def test_tiles(n, k, dtype):
+    w, t, s = example(n, k, dtype)
+    for divisor in (None, s):
+        for factors in (None, t):
+            expected = block_reference.quantize_tiles(w, E4M3, divisor, factors)
+            given = [None if v is None else v.cuda() for v in (divisor, factors)]
+            assert_same(ops.quantize_tiles(w.cuda(), E4M3, *given), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -107,7 +109,9 @@ def test_views_with_gaps_and_odd_addresses():
             ops.quantize_grad_blocks(ours, E4M3, t.cuda(), gs),
             block_reference.quantize_grad_blocks(view, E4M3, t, s),
         )
-        assert_same(ops.quantize_tiles(ours, E4M3, gs), block_reference.quantize_tiles(view, E4M3, s))
+        assert_same(
+            ops.quantize_tiles(ours, E4M3, gs, t.cuda()), block_reference.quantize_tiles(view, E4M3, s, t)
+        )
 
 
 @pytest.mark.parametrize("width", [1024, 1025])
@@ -184,7 +188,7 @@ def test_opcheck():
     for sums in (False, True):
         torch.library.opcheck(torch.ops.halo_train.quantize_grad_blocks, (e, E4M3, t, s, sums))
     torch.library.opcheck(torch.ops.halo_train.gated_grad_blocks, (e, e, e, "gelu", E4M3, s, t, None))
-    torch.library.opcheck(torch.ops.halo_train.quantize_tiles, (e, E4M3, s))
+    torch.library.opcheck(torch.ops.halo_train.quantize_tiles, (e, E4M3, s, t))
 
 
 def test_more_rows_than_an_axis_of_the_grid_holds():

@@ -78,6 +78,7 @@ void run(DType dtype, size_t size, QType qtype, int64_t rows, int64_t cols, int 
     g.forms.col_scales = col_blocks.as<float>();
     g.partial_sums = block_sums.as<float>();
     CHECK(halo_train::quantize_grad_blocks(g, nullptr));
+    CHECK(halo_train::quantize_tiles(g, nullptr));
     g.sums = nullptr;
     g.col_scale = nullptr;
     CHECK(halo_train::quantize_grad_blocks(g, nullptr));

@@ -18,6 +18,7 @@ from ..operands import (
     quantize_input,
     rotation_block,
     rounds_in_blocks,
+    takes_input_columns,
 )
 from ..products import (
     ForDgrad,
@@ -66,7 +67,8 @@ class ProjectionsFunction(torch.autograd.Function):
     scales of the rows and of the columns of its RoundedWeight. All but x and the weights may be None.
 
     Saved, as far as a gradient needs it: the rounded input (1 byte an element) with its scales, and what dgrad takes of each
-    weight, as in HaloLinearFunction; with a norm x, rstd and the mean of a LayerNorm, and no rounded input if the config says so.
+    weight, as in HaloLinearFunction; with a norm x, rstd and the mean of a LayerNorm, and no rounded input if the config says so or
+    wgrad takes columns, which are made of x and rstd.
     """
 
     @staticmethod
@@ -90,9 +92,10 @@ class ProjectionsFunction(torch.autograd.Function):
             saved.extend(w)
         needs_dy, needs_dw = any(ctx.needs_input_grad[1:4]), any(ctx.needs_input_grad[6::_PER_LAYER])
         recompute = _recomputes(arguments)
+        ctx.by_columns = needs_dy and needs_dw and _takes_columns(tokens, layers, arguments)
         ctx.save_for_backward(
             *_if(needs_dy or (needs_dw and recompute), *saved_norm),
-            *_if(needs_dw and not recompute, rounded.data),
+            *_if(needs_dw and not recompute and not ctx.by_columns, rounded.data),
             *(rounded.scale, d, inverse),
             *_if(needs_dy, *saved),
         )
@@ -111,16 +114,19 @@ class ProjectionsFunction(torch.autograd.Function):
         with without_autocast(scale.device.type):
             x, some, dys = None, next((e for e in grads if e is not None), None), []
             if some is not None and any(needs[6::_PER_LAYER]):
-                if data is None:
-                    data = _round_input_again(saved[:3], inverse, some, ctx.x_shape, arguments)
-                x = contract_rows(Quantized(data, scale))
+                if ctx.by_columns:
+                    x = _round_columns(saved[:5], scale, arguments)
+                else:
+                    if data is None:
+                        data = _round_input_again(saved[:3], inverse, some, ctx.x_shape, arguments)
+                    x = contract_rows(Quantized(data, scale))
             for i, (e, form) in enumerate(zip(grads, ctx.forms, strict=True)):
                 w, dw, db = ForDgrad(*saved[9 + _SAVED * i : 9 + _SAVED * (i + 1)]), None, None
                 needs_dw, needs_db = needs[6 + _PER_LAYER * i : 8 + _PER_LAYER * i]
                 if e is not None:
                     bias_dtype = form.bias_dtype if needs_db else None
                     for_dx, for_dw, db = round_gradient(
-                        as_matrix(e), w, scale, needs_dy, needs_dw, bias_dtype, config
+                        as_matrix(e), w, scale, needs_dy, needs_dw, bias_dtype, config, ctx.by_columns
                     )
                     if for_dx is not None:
                         dys.append(dgrad(for_dx, w, arguments.out_dtype, config))
@@ -165,9 +171,10 @@ class GatedMLPFunction(torch.autograd.Function):
         recompute, multiplies = _recomputes(arguments), config.recompute is Recompute.MLP
         needs_halves = needs_dh or (needs_down and config.recomputes_inputs)
         reads_x = needs_x or (needs_halves and multiplies)
+        ctx.by_columns = needs_dy and needs_x and _takes_columns(tokens, layers[:2], arguments)
         ctx.save_for_backward(
             *_if(needs_dy or (reads_x and recompute), *saved_norm),
-            *_if(reads_x and not recompute, rounded.data),
+            *_if(reads_x and not recompute and not ctx.by_columns, rounded.data),
             *(rounded.scale, d, inverse, down_d, down_inverse),
             *_if(needs_halves and not multiplies, gate, up),
             *_if(needs_down and not config.recomputes_inputs, hidden.data),
@@ -197,7 +204,7 @@ class GatedMLPFunction(torch.autograd.Function):
         with without_autocast(e.device.type):
             reads_x = needs_gate or needs_up
             halves_again = config.recompute is Recompute.MLP and (needs_dh or needs_down)
-            if data is None and (reads_x or halves_again):
+            if data is None and (halves_again or (reads_x and not ctx.by_columns)):
                 data = _round_input_again(saved[:3], inverse, e, ctx.x_shape, arguments)
             if halves_again:
                 assert data is not None
@@ -231,7 +238,11 @@ class GatedMLPFunction(torch.autograd.Function):
                         for part, w in ((dgate, gate_w), (dup, up_w))
                     ]
                 if reads_x:
-                    x = contract_rows(Quantized(data, scale))
+                    x = (
+                        _round_columns(saved[:5], scale, arguments)
+                        if ctx.by_columns
+                        else contract_rows(Quantized(data, scale))
+                    )
                     dw_gate = wgrad(dgate_t, x, block, d, gate_form.weight, config) if needs_gate else None
                     dw_up = wgrad(dup_t, x, block, d, up_form.weight, config) if needs_up else None
             inputs = _input_backward(dys, block, inverse, ctx.x_shape, saved[:5], needs[1:4], arguments)
@@ -314,6 +325,21 @@ def _round_input_again(
     assert tokens is not None
     factors = again(inverse, x_shape[-1], e)
     return _round_input(tokens, arguments, gain, shift, factors)[0].data
+
+
+def _takes_columns(tokens: Tensor, layers: Sequence[Layer], arguments: Arguments) -> bool:
+    """Whether wgrad takes the columns of an RMSNorm's output, which backward makes of what the norm's backward takes anyway."""
+    norm, rows = arguments.norm, sum(layer.weight.shape[0] for layer in layers)
+    return norm is not None and not norm.center and takes_input_columns(tokens, rows, arguments.config)
+
+
+def _round_columns(of_norm: tuple[Tensor | None, ...], scale: Tensor, arguments: Arguments) -> Quantized:
+    """The columns of the rounded input from x, the norm's weight and rstd; scale: that of its rows."""
+    tokens, gain, _, _, rstd = of_norm
+    assert arguments.norm is not None
+    assert tokens is not None
+    assert rstd is not None
+    return arguments.norm._replace(weight=gain).quantize_columns(tokens, rstd, scale, arguments.config)
 
 
 def _round_hidden(

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
 from ..config import HaloConfig, storage_dtype
 from ..ops import fused_reference
-from ..quantize import Quantized
+from ..quantize import Quantized, quantize_tiles
 
 
 class Norm(NamedTuple):
@@ -50,6 +51,21 @@ class Norm(NamedTuple):
             x, self.gain(), self.bias, self.eps, self.center, dtype, block, col_scale
         )
         return Quantized(data, scale), mean, rstd
+
+    def quantize_columns(self, x: Tensor, rstd: Tensor, scale: Tensor, config: HaloConfig) -> Quantized:
+        """Of an RMSNorm :func:`halo_train.operands.quantize_input_columns` of its output, which is not written.
+
+        Args:
+            x: [M, K]; rstd: [M, 1] and scale: [M'], of :meth:`quantize`.
+
+        Returns:
+            data [K, M'] with a scale for each tile.
+        """
+        m, missing = x.shape[0], scale.shape[0] - x.shape[0]
+        divisor = scale[:m] / rstd.view(m)
+        if missing:
+            x, divisor = F.pad(x, (0, 0, 0, missing)), F.pad(divisor, (0, missing), value=1.0)
+        return quantize_tiles(x, config.format, divisor, self.gain())
 
     def backward(
         self,

@@ -61,29 +61,33 @@ def gated_grad_blocks(
     )
 
 
-def quantize_tiles(x: Tensor, dtype: torch.dtype, divisor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows of (diag(1/divisor) x)^T with a scale for each tile of SCALE_BLOCK x SCALE_BLOCK, powers of 16 as in
+def quantize_tiles(
+    x: Tensor, dtype: torch.dtype, divisor: Tensor | None = None, col_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows of (diag(1/divisor) x diag(col_scale))^T with a scale for each tile of SCALE_BLOCK x SCALE_BLOCK, powers of 16 as in
     :func:`quantize_grad_blocks`, with a divisor 8 times such a power.
 
     Args:
-        x: [N, K]; divisor: what its rows are divided by [N], or None for ones.
+        x: [N, K]; divisor: what its rows are divided by [N], col_scale: what its columns are multiplied by [K], or None for ones.
         dtype: float8_e4m3fn.
 
     Returns:
         data [K, N], scales [ceil(N / SCALE_BLOCK), ceil(K / SCALE_BLOCK)] in float32. The scale of a tile with inf or NaN is NaN, of
-        zeros alone 1.
+        zeros alone 1, with a divisor 8.
     """
     y, factors, base = x.to(torch.bfloat16).t(), None, 1.0
     if divisor is not None:
         # Rows divided by their scale have an RMS near 448 / 4: 8 holds 32 times that, as a rule in all tiles.
         base = 8.0
         factors = divisor.reciprocal() / base
+    of_rows = None if col_scale is None else col_scale[:, None]
     scaled = y if factors is None else y * factors.to(y.dtype)
+    scaled = scaled if of_rows is None else scaled * of_rows.to(y.dtype)
     tiles = _tiles(_tiles(scaled).transpose(0, 2)).abs()  # [inside, blocks, tiles, inside]
     amax = tiles.amax((0, 3)) if x.numel() else y.new_zeros(tiles.shape[1:3])
     scale, inverse = _power_scales(amax)
     expanded = inverse.t().repeat_interleave(SCALE_BLOCK, dim=0).repeat_interleave(SCALE_BLOCK, dim=1)
-    return _round(y, expanded[: y.shape[0], : y.shape[1]], factors, dtype), scale * base
+    return _round(y, expanded[: y.shape[0], : y.shape[1]], factors, dtype, of_rows), scale * base
 
 
 def _tiles(y: Tensor) -> Tensor:
@@ -98,11 +102,14 @@ def _round_blocks(y: Tensor, factors: Tensor | None, dtype: torch.dtype) -> tupl
     return _round(y, inverse, factors, dtype), scale.t().contiguous()
 
 
-def _round(y: Tensor, inverse: Tensor, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """bfloat16 y diag(factors) [R, C] times inverse [R, C]."""
+def _round(
+    y: Tensor, inverse: Tensor, factors: Tensor | None, dtype: torch.dtype, of_rows: Tensor | None = None
+) -> Tensor:
+    """bfloat16 y diag(factors) [R, C] times inverse [R, C], and then times of_rows [R, 1]."""
     values = (y * inverse).float()  # the inverse before the factors: exact, in bfloat16
-    if factors is not None:
-        values = values * factors.float()
+    for each in (factors, of_rows):
+        if each is not None:
+            values = values * each.float()
     return values.clamp(-QMAX[dtype], QMAX[dtype]).to(dtype).contiguous()
 
 

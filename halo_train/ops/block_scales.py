@@ -29,21 +29,23 @@ def quantize_grad_blocks(
     return overloads.quantize_grad_blocks(e, dtype, col_scale, row_scale, column_sums)
 
 
-def quantize_tiles(x: Tensor, dtype: torch.dtype, divisor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_tiles(
+    x: Tensor, dtype: torch.dtype, divisor: Tensor | None = None, col_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Columns of a weight or an input with a scale for each tile, in one read; see :func:`block_reference.quantize_tiles`.
 
     Raises:
-        ValueError: x is no matrix, divisor does not fit, dtype is not float8_e4m3fn.
+        ValueError: x is no matrix, a vector does not fit, dtype is not float8_e4m3fn.
         RuntimeError: x is on a GPU before Hopper.
     """
     op = "quantize_tiles"
-    check_matrix(op, x, 1, None)
+    check_matrix(op, x, 1, col_scale)
     if divisor is not None:
         check_vector(op, "divisor", divisor, x.shape[0], x)
     check_block_dtype(op, dtype)
     if x.dtype == torch.float64:
-        return block_reference.quantize_tiles(x, dtype, divisor)
-    return overloads.quantize_tiles(x, dtype, divisor)
+        return block_reference.quantize_tiles(x, dtype, divisor, col_scale)
+    return overloads.quantize_tiles(x, dtype, divisor, col_scale)
 
 
 def gated_grad_blocks(
