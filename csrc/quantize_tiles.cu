@@ -25,7 +25,10 @@ __global__ void __launch_bounds__(32 * kBlockWarps, 4) quantize_tiles_kernel(con
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int group = (lane & 7) | (lane >> 1 & 8), half = lane >> 3 & 1;  // of 8 columns, of the warp's rows
   const int tile_row = 16 * warp + 8 * half;
-  const int64_t down = block_down();
+  // From the last rows to the first: the L2 cache still has the last ones of an input whose rows were rounded.
+  const int64_t clusters = ceil_div(p.rows, kScaleBlock), from_end = block_down() / kDown;
+  const int64_t cluster = from_end < clusters ? clusters - 1 - from_end : from_end;  // the grid may be taller
+  const int64_t down = cluster * kDown + block_down() % kDown;
   const int64_t row0 = down * kBlockRows, col0 = static_cast<int64_t>(blockIdx.x) * kBlockColumns;
   const uint32_t rank = blockIdx.y % kDown * kAcross + blockIdx.x % kAcross;
   expect_in_cluster(&received, sizeof(maxima));

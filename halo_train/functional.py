@@ -36,6 +36,7 @@ from .operands import (
 from .products import (
     ForDgrad,
     ForWgrad,
+    after,
     again,
     as_matrix,
     as_output,
@@ -103,20 +104,32 @@ def halo_linear(
         )
     d, inverse = equalizer or (None, None)
     carrier = None
+    by_columns = (
+        torch.is_grad_enabled()
+        and x.requires_grad
+        and weight.requires_grad
+        and (
+            takes_input_columns(x, weight.shape[0], config)
+            if rounded_input is None
+            else rounded_input.columns is not None
+        )
+    )
     # Apart, because an autograd Function sees tensors, not tuples of them; and only if there are any, because it looks at each.
     rounded: tuple[Any, ...] = ()
     if rounded_weight is not None or rounded_input is not None:
         rows, columns = rounded_weight or (None, None)
         rounded = (*(rows or (None, None)), *(columns or (None, None)))
     if rounded_input is not None:
-        carrier, rounded = rounded_input.carrier, (*rounded, *rounded_input.quantized, x.shape[:-1])
+        of_x = (*rounded_input.quantized, *(rounded_input.columns or (None, None)))
+        carrier, rounded = rounded_input.carrier, (*rounded, *of_x, x.shape[:-1])
     if target is None:
         return HaloLinearFunction.apply(
-            x if carrier is None else carrier, weight, bias, d, inverse, config, *rounded
+            x if carrier is None else carrier, weight, bias, d, inverse, config, by_columns, *rounded
         )
     with without_autocast(x.device.type):
         return HaloLinearFunction.apply(
-            x.to(target) if carrier is None else carrier, weight, bias, d, inverse, config, *rounded
+            x.to(target) if carrier is None else carrier,
+            *(weight, bias, d, inverse, config, by_columns, *rounded),
         )
 
 
@@ -130,6 +143,8 @@ class RoundedInput(NamedTuple):
     """(X D^-1) H rounded: data [M', K'] and its scales."""
     folded_dgrad: bool
     """Whether the layers fold dgrad: dX of all of them is rotated, or of none."""
+    columns: Quantized | None = None
+    """What wgrad of layers takes in place of it, if they do: :func:`round_input_columns`."""
 
 
 def round_input(x: Tensor, config: HaloConfig, equalizer: Equalizer | None = None) -> RoundedInput:
@@ -149,6 +164,18 @@ def round_input(x: Tensor, config: HaloConfig, equalizer: Equalizer | None = Non
             x if target is None else x.to(target), None if equalizer is None else equalizer.inverse, config
         )
     return RoundedInput(carrier, Quantized(data, scale), not config.requantize_w_dgrad)
+
+
+def round_input_columns(x: Tensor, rounded: RoundedInput, config: HaloConfig) -> RoundedInput:
+    """The same with its columns, for layers whose wgrad takes them (:func:`halo_train.operands.takes_input_columns`).
+
+    Args:
+        x, config: those of :func:`round_input`, under the same autocast.
+    """
+    target = autocast_dtype(x)
+    with torch.no_grad(), nullcontext() if target is None else without_autocast(x.device.type):
+        tokens = as_matrix(x if target is None else x.to(target))
+        return rounded._replace(columns=quantize_input_columns(tokens, rounded.quantized.scale, config))
 
 
 class RoundInputFunction(torch.autograd.Function):
@@ -181,9 +208,10 @@ class RoundInputFunction(torch.autograd.Function):
 
 
 class HaloLinearFunction(torch.autograd.Function):
-    """Y [..., N] from x [..., K], weight [N, K], bias [N] or None, d and 1/d [K] or None twice, config, rows and columns of a
-    :class:`RoundedWeight`, each data and scale or None twice. Then data and scale of a :class:`RoundedInput`, whose carrier
-    [M', K'] is x and gets its gradient padded (and rotated) as it is, and the leading shape of Y. What is rounded here is left out.
+    """Y [..., N] from x [..., K], weight [N, K], bias [N] or None, d and 1/d [K] or None twice, config, whether wgrad takes columns of
+    X, rows and columns of a :class:`RoundedWeight`, each data and scale or None twice. Then rows and columns, likewise, of a
+    :class:`RoundedInput`, whose carrier [M', K'] is x and gets its gradient padded (and rotated) as it is, and the leading shape of
+    Y. What is rounded here is left out.
 
     Saved for backward: Xq or the columns of X (1 byte an element; x itself if the config says so), their scales, s and d when the
     weight needs a gradient. When x does, what dgrad takes: the weight itself, which takes no memory, or its columns if they are given, in int8 with
@@ -200,23 +228,22 @@ class HaloLinearFunction(torch.autograd.Function):
         d: Tensor | None,
         inverse: Tensor | None,
         config: HaloConfig,
+        by_columns: bool,
         w_data: Tensor | None = None,
         w_scale: Tensor | None = None,
         wc_data: Tensor | None = None,
         wc_scale: Tensor | None = None,
         x_data: Tensor | None = None,
         x_scale: Tensor | None = None,
+        xc_data: Tensor | None = None,
+        xc_scale: Tensor | None = None,
         leading: torch.Size | None = None,
     ) -> Tensor:
         given = None if w_data is None or w_scale is None else Quantized(w_data, w_scale)
         quantized_input = None if x_data is None or x_scale is None else Quantized(x_data, x_scale)
         (n, k), tokens = weight.shape, as_matrix(x)
         block = rotation_block(k, config)
-        needs_dx, needs_dw = ctx.needs_input_grad[:2]
         again_from_x = config.recomputes_inputs and quantized_input is None
-        by_columns = (
-            needs_dx and needs_dw and quantized_input is None and takes_input_columns(tokens, n, config)
-        )
         columns_here = by_columns and not again_from_x
         if quantized_input is None and given is None:
             kept, y, w_rows, w_row_scale = round_and_multiply(
@@ -224,12 +251,16 @@ class HaloLinearFunction(torch.autograd.Function):
             )
         else:
             rounded = quantized_input or quantize_input(tokens, inverse, config)
-            kept = for_wgrad(tokens, rounded, d, columns_here, config)
+            if quantized_input is None:
+                kept = for_wgrad(tokens, rounded, d, columns_here, config)
+            else:
+                kept = ForWgrad(xc_data, x_scale, xc_scale) if by_columns else ForWgrad(*rounded, None, d)
             y, w_rows, w_row_scale = fprop(rounded, weight, d, given, x.dtype, config)
         y = as_output(y, x.shape[:-1] if leading is None else leading, n)
         if bias is not None:
             y = y + bias.to(y.dtype)
 
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
         # Row scales are saved with the data they belong to: wgrad needs s, a folded dgrad t.
         if again_from_x:
             kept = ForWgrad(x, kept.scale, None, None if by_columns else d)
@@ -296,7 +327,7 @@ def _round_again(
     assert x.scale is not None
     tokens = as_matrix(x.data)
     if by_columns:
-        data, tiles = quantize_input_columns(tokens, x.scale, config)
+        data, tiles = quantize_input_columns(tokens, after(x.scale, e), config)
         return x._replace(data=data, tiles=tiles)
     return x._replace(data=quantize_input(tokens, again(inverse, tokens.shape[1], e), config).data)
 

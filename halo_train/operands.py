@@ -45,15 +45,15 @@ def quantize_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> Qua
 
 
 def takes_input_columns(x: Tensor, out_features: int, config: HaloConfig) -> bool:
-    """Whether wgrad takes :func:`quantize_input_columns` of X [M, K] in place of the rotated rows of fprop, so that nothing is undone on
+    """Whether wgrad takes :func:`quantize_input_columns` of X [..., K] in place of the rotated rows of fprop, so that nothing is undone on
     dW; of a layer whose backward makes dX, too.
 
-    It takes scales for blocks, and pays where what X costs, a byte an element more than to transpose its rows, is less than the 4 bytes
-    an element of dW; and where backward rounds X again anyway.
+    It takes scales for blocks, and pays where what X costs, a byte an element more than to transpose its rows, is no more than the 4
+    bytes an element of dW.
     """
     undone = config.rotate_k or config.equalize
-    pays = config.recomputes_inputs or x.shape[0] < 4 * out_features
-    return undone and pays and rounds_in_blocks(x, config)
+    tokens = x.numel() // x.shape[-1]
+    return undone and tokens <= 4 * out_features and rounds_in_blocks(x, config)
 
 
 def quantize_input_columns(x: Tensor, scale: Tensor, config: HaloConfig) -> Quantized:

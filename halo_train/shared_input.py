@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .config import HaloConfig
-from .functional import RoundedInput, round_input
+from .functional import RoundedInput, round_input, round_input_columns
+from .operands import takes_input_columns
 from .products import autocast_dtype
 from .quantize import Equalizer, exponents_of_amax
 from .weight_cache import optimizer_steps
@@ -30,6 +31,8 @@ class Layer(Protocol):
     """What is used of a HaloLinear."""
 
     config: HaloConfig
+    weight: Tensor
+    out_features: int
     equalizer_exponent: Tensor
     equalizer_taken: bool
     training: bool
@@ -145,12 +148,19 @@ class SharedInputs:
         read = self._find(x, layer.config)
         if read is None or read.group is not group:
             read = self._remember(x, layer.config, group)
-        if read.rounded is None:
-            read.rounded = round_input(x, layer.config, equalizer)
+        rounded = read.rounded or round_input(x, layer.config, equalizer)
+        by_columns = torch.is_grad_enabled() and x.requires_grad and layer.weight.requires_grad
+        if by_columns and takes_input_columns(x, layer.out_features, layer.config):
+            if rounded.columns is None:
+                rounded = round_input_columns(x, rounded, layer.config)
+            found = rounded
+        else:
+            found = rounded._replace(columns=None)
+        read.rounded = rounded
         read.readers += 1
         if group.settled and read.readers == len(group.members):
             del self._reads[id(x)]
-        return read.rounded
+        return found
 
     def _find(self, x: Tensor, config: HaloConfig) -> _Read | None:
         read = self._reads.get(id(x))

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from halo_train import RECIPES, convert_to_halo_training, halo_linear, ops
+from halo_train import (
+    RECIPES,
+    convert_to_halo_training,
+    equalizer_state_dict,
+    halo_linear,
+    load_equalizer_state_dict,
+    ops,
+)
+from halo_train import (
+    operands as operands_module,
+)
 from halo_train.fused import Layer, Norm, halo_projections
 from halo_train.operands import round_grad, round_weight, takes_input_columns
 
@@ -211,11 +223,64 @@ def test_wgrad_by_columns_of_an_input_that_is_rounded_again():
     assert torch.equal(grads_of_weight(x, w, e, config=RECIPES["fp8"].with_recomputed_inputs), once)
 
 
-@pytest.mark.parametrize("m", [255, 256])
-def test_wgrad_takes_columns_where_they_are_fewer_bytes(m):
+class Readers(nn.Module):
+    """Two layers that read the same: of 100 tokens the second one's weight has too few rows for a wgrad by columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(48, 64), nn.Linear(48, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x)], -1)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_that_share_an_input_have_the_bits_of_those_that_do_not(autocast, monkeypatch):
+    torch.manual_seed(0)
+    x, shared = torch.randn(2, 50, 48), Readers()
+    apart = copy.deepcopy(shared)
+    convert_to_halo_training(shared, recipe="fp8", share_inputs=True)
+    convert_to_halo_training(apart, recipe="fp8", share_inputs=False)
+    rounded: list[tuple[int, ...]] = []
+    original = operands_module.quantize_tiles
+    monkeypatch.setattr(
+        operands_module,
+        "quantize_tiles",
+        lambda x, *rest: rounded.append(tuple(x.shape)) or original(x, *rest),
+    )
+
+    def step(model: nn.Module) -> list[Tensor]:
+        tokens = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(tokens)
+        y.float().square().sum().backward()
+        found = [tokens.grad, *(p.grad for p in model.parameters())]
+        model.zero_grad()
+        return found
+
+    step(shared)  # takes the factors
+    optimizer = torch.optim.SGD(shared.parameters(), 0.0)
+    optimizer.step()
+    step(shared)
+    load_equalizer_state_dict(apart, equalizer_state_dict(shared))
+    rounded.clear()
+    ours = step(shared)
+    assert rounded == [(112, 48)]  # W is rounded in the operator that multiplies
+    theirs = step(apart)
+    for mine, other in zip(ours[1:], theirs[1:], strict=True):
+        assert torch.equal(mine, other)
+    with torch.no_grad():
+        rounded.clear()
+        shared(x)
+        apart(x)
+        assert not rounded
+
+
+@pytest.mark.parametrize("m", [256, 257])
+def test_wgrad_takes_columns_where_they_are_no_more_bytes(m):
     x, recipe = torch.empty(m, 48), RECIPES["fp8"]
-    assert takes_input_columns(x, 64, recipe) is (m < 4 * 64)
-    assert takes_input_columns(x, 64, recipe.with_recomputed_inputs)
+    assert takes_input_columns(x, 64, recipe) is (m == 256)
+    assert takes_input_columns(x, 64, recipe.with_recomputed_inputs) is (m == 256)
     assert not takes_input_columns(x, 64, RECIPES["fp8_plain"])
     assert not takes_input_columns(x, 64, RECIPES["int8"])
 

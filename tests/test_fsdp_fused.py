@@ -22,6 +22,7 @@ from halo_train import (
     convert_to_halo_training,
     equalizer_state_dict,
     load_equalizer_state_dict,
+    ops,
 )
 from halo_train.blocks.modules import FusedModule
 from halo_train.fsdp import GatheredWeight
@@ -95,11 +96,12 @@ def check_equals_one_process(rank: int, world: int, device: str, folder: Path) -
             assert torch.equal(exponent, equalizer_state_dict(reference)[name]), name
         torch.testing.assert_close(loss, loss_of(reference, batch(rank, device)), rtol=1e-6, atol=0)
         loss.backward()
-        # Rounding of gradients depends on the tokens of a rank alone.
+        # Rounding of gradients depends on the tokens of a rank alone. Half of a block of E is not rounded to half of the block, so the
+        # gradients are divided and not the loss.
         for r in range(world):
-            (loss_of(reference, batch(r, device)) / world).backward()
+            loss_of(reference, batch(r, device)).backward()
         for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
-            assert noise(ours.grad.full_tensor(), theirs.grad) < 2e-3, (recipe, name)
+            assert noise(ours.grad.full_tensor(), theirs.grad / world) < 2e-3, (recipe, name)
 
 
 def check_factors_of_several_batches(rank: int, world: int, device: str, folder: Path) -> None:
@@ -188,10 +190,12 @@ def check_inputs_are_kept_once(rank: int, world: int, device: str, folder: Path)
         loss.backward()
         grads[mode] = [p.grad.to_local() for p in model.parameters()]
     tokens, layers = 32, 2
+    # On Hopper backward makes the columns of what a norm has written of what the norm keeps.
+    normed = 0 if ops.takes_blocks(loss) else 2 * HIDDEN
     assert found["one by one"] == layers * tokens * (5 * HIDDEN + HIDDEN + PADDED)
     for suffix in ("", ", compiled") if world == 2 else ("",):
         # Two norms and h; attention keeps what o_proj reads.
-        assert found[f"fused{suffix}"] == layers * tokens * (2 * HIDDEN + PADDED)
+        assert found[f"fused{suffix}"] == layers * tokens * (normed + PADDED), (found, normed)
         assert found[f"rounded again{suffix}"] == found[f"multiplied again{suffix}"] == 0
         kept = [halves[f"{mode}{suffix}"] for mode in eager[1:]]
         assert kept == [2 * layers, 2 * layers, 0]
@@ -219,7 +223,7 @@ def check_training(rank: int, world: int, device: str, folder: Path) -> None:
                 loss.backward()
                 total += loss.detach()
             if variant == "alone":
-                # Gradients and not the loss: half of a block of E is not rounded to half of the block.
+                # Not the loss: see check_equals_one_process.
                 torch._foreach_div_([p.grad for p in model.parameters()], world)
             else:
                 dist.all_reduce(total, dist.ReduceOp.SUM)

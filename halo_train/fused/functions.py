@@ -115,7 +115,7 @@ class ProjectionsFunction(torch.autograd.Function):
             x, some, dys = None, next((e for e in grads if e is not None), None), []
             if some is not None and any(needs[6::_PER_LAYER]):
                 if ctx.by_columns:
-                    x = _round_columns(saved[:5], scale, arguments)
+                    x = _round_columns(saved[:5], after(scale, some), arguments)
                 else:
                     if data is None:
                         data = _round_input_again(saved[:3], inverse, some, ctx.x_shape, arguments)
@@ -239,7 +239,7 @@ class GatedMLPFunction(torch.autograd.Function):
                     ]
                 if reads_x:
                     x = (
-                        _round_columns(saved[:5], scale, arguments)
+                        _round_columns(saved[:5], after(scale, e), arguments)
                         if ctx.by_columns
                         else contract_rows(Quantized(data, scale))
                     )
@@ -334,7 +334,8 @@ def _takes_columns(tokens: Tensor, layers: Sequence[Layer], arguments: Arguments
 
 
 def _round_columns(of_norm: tuple[Tensor | None, ...], scale: Tensor, arguments: Arguments) -> Quantized:
-    """The columns of the rounded input from x, the norm's weight and rstd; scale: that of its rows."""
+    """The columns of the rounded input from x, the norm's weight and rstd; scale: that of its rows, by :func:`after`, so that a compiler
+    does not make them in forward."""
     tokens, gain, _, _, rstd = of_norm
     assert arguments.norm is not None
     assert tokens is not None
