@@ -15,6 +15,7 @@ std::tuple<Tensor, Tensor> quantize_rows_transposed(const Tensor& x, ScalarType 
                                                     const std::optional<Tensor>& row_scale);
 std::tuple<Tensor, Tensor> quantize_tiles(const Tensor& x, ScalarType dtype,
                                           const std::optional<Tensor>& divisor,
+                                          const std::optional<Tensor>& row_scale,
                                           const std::optional<Tensor>& col_scale);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad(const Tensor& e, ScalarType dtype,
                                                                  const std::optional<Tensor>& col_scale,

@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> matmul_rounded(
     bool fast_accum, bool columns) {
   const auto [data, scale] = operators::quantize_rows(x, dtype, block, x_col_scale);
   // At once: small x is in the L2 cache still.
-  const auto [kept, tiles] = columns ? operators::quantize_tiles(x, dtype, scale, std::nullopt)
+  const auto [kept, tiles] = columns ? operators::quantize_tiles(x, dtype, scale, {}, {})
                                      : std::tuple(data, halo_train::empty_floats({0}, scale));
   const auto [y, weight_scale] =
       matmul_weight_rows(data, scale, weight, block, weight_col_scale, out_dtype, fast_accum);
@@ -239,7 +239,7 @@ Tensor matmul_weight_columns(const Tensor& a, const Tensor& scale_a, const Tenso
   const bool tiles = scale_a.dim() == 2;
   STD_TORCH_CHECK(!tiles || !row_scale,
                   "halo_train: matmul_weight_columns takes no row_scale with scales for blocks of a");
-  const auto [data, scale] = tiles ? operators::quantize_tiles(weight, dtype, std::nullopt, std::nullopt)
+  const auto [data, scale] = tiles ? operators::quantize_tiles(weight, dtype, {}, {}, {})
                                    : operators::quantize_rows_transposed(weight, dtype, row_scale);
   return scaled_matmul(a, data, scale_a, scale, out_dtype, fast_accum);
 }

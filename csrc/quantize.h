@@ -103,9 +103,10 @@ struct QuantizeGradArgs {
   const float* row_scale;  // [rows] or nullptr
   QType qtype;
   GradForms forms;
-  uint32_t* amax;       // scratch, rows + cols words
-  float* sums;          // [cols] sums of the columns of x on the way, or nullptr
-  float* partial_sums;  // scratch for them, column_sums_scratch() floats
+  const float* row_divisor;  // [rows] or nullptr, of quantize_tiles
+  uint32_t* amax;            // scratch, rows + cols words
+  float* sums;               // [cols] sums of the columns of x on the way, or nullptr
+  float* partial_sums;       // scratch for them, column_sums_scratch() floats
 };
 cudaError_t quantize_grad(const QuantizeGradArgs& args, cudaStream_t stream);
 
@@ -118,9 +119,9 @@ int64_t column_sums_scratch(int64_t rows, int64_t cols);
 cudaError_t quantize_grad_blocks(const QuantizeGradArgs& args, cudaStream_t stream);
 int64_t block_sums_scratch(int64_t rows, int64_t cols);  // the floats of partial_sums here
 
-// The columns alone, in e4m3, of (diag(1 / row_scale) x diag(col_scale))^T, with a scale for each tile of
-// kScaleBlock rows and columns: forms.col_scales [ceil(rows / kScaleBlock), ceil(cols / kScaleBlock)]. Of the
-// arguments amax and sums are not used. cudaErrorNotSupported before Hopper.
+// The columns alone, in e4m3, of (diag(row_scale / row_divisor) x diag(col_scale))^T, with a scale for each
+// tile of kScaleBlock rows and columns: forms.col_scales [ceil(rows / kScaleBlock), ceil(cols /
+// kScaleBlock)]. Of the arguments amax and sums are not used. cudaErrorNotSupported before Hopper.
 cudaError_t quantize_tiles(const QuantizeGradArgs& args, cudaStream_t stream);
 
 // The same of both gradients of h = act(gate) up: dh up act'(gate) and dh act(gate).

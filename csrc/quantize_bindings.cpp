@@ -233,6 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_grad_blocks(
 
 std::tuple<Tensor, Tensor> quantize_tiles(const Tensor& input, ScalarType dtype,
                                           const std::optional<Tensor>& divisor,
+                                          const std::optional<Tensor>& row_scale,
                                           const std::optional<Tensor>& col_scale) {
   const int device = input.get_device_index();
   const DeviceGuard guard(device);
@@ -240,8 +241,11 @@ std::tuple<Tensor, Tensor> quantize_tiles(const Tensor& input, ScalarType dtype,
   const Quantised quantised = quantised_type(dtype);
   const FormPair columns = FormPair::of_tiles(x.size(1), x.size(0), x, quantised);
   if (x.numel() > 0) {
-    const GradCall call(x, quantised.type, col_scale, divisor,
-                        {nullptr, nullptr, columns.bytes(), columns.floats()});
+    GradCall call(x, quantised.type, col_scale, row_scale,
+                  {nullptr, nullptr, columns.bytes(), columns.floats()});
+    const std::optional<Tensor> by =
+        divisor ? std::optional(factors_of(*divisor, x.size(0), x)) : std::nullopt;
+    call.args.row_divisor = by ? static_cast<const float*>(by->data_ptr()) : nullptr;
     check_cluster_launch("quantize_tiles", halo_train::quantize_tiles(call.args, current_stream(device)),
                          device);
   }

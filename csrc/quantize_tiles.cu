@@ -1,6 +1,6 @@
 // The columns of a weight or an input in e4m3 with a scale for each tile of kScaleBlock x kScaleBlock, in one
-// read: the cluster of thread blocks of grad_blocks_kernel.cuh holds such a tile, and what its scale depends on is one
-// number from each. Numerics as there.
+// read: the cluster of thread blocks of grad_blocks_kernel.cuh holds such a tile, and what its scale depends
+// on is one number from each. Numerics as there.
 
 #include "grad_blocks_kernel.cuh"
 
@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(32 * kBlockWarps, 4) quantize_tiles_kernel(con
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int group = (lane & 7) | (lane >> 1 & 8), half = lane >> 3 & 1;  // of 8 columns, of the warp's rows
   const int tile_row = 16 * warp + 8 * half;
-  // From the last rows to the first: the L2 cache still has the last ones of an input whose rows were rounded.
+  // From the last rows to the first: the L2 cache still has the last ones of an input whose rows were
+  // rounded.
   const int64_t clusters = ceil_div(p.rows, kScaleBlock), from_end = block_down() / kDown;
   const int64_t cluster = from_end < clusters ? clusters - 1 - from_end : from_end;  // the grid may be taller
   const int64_t down = cluster * kDown + block_down() % kDown;
@@ -42,9 +43,12 @@ __global__ void __launch_bounds__(32 * kBlockWarps, 4) quantize_tiles_kernel(con
   }
   if (threadIdx.x < kBlockRows) {
     const int64_t row = row0 + threadIdx.x;
-    // Here row_scale are divisors.
-    row_factors[threadIdx.x] =
-        p.row_scale != nullptr && row < p.rows ? __frcp_rn(__ldg(p.row_scale + row)) / kDivided : 1.0f;
+    float factor = 1.0f;
+    if (row < p.rows) {
+      if (p.row_divisor != nullptr) factor = __frcp_rn(__ldg(p.row_divisor + row)) / kDivided;
+      if (p.row_scale != nullptr) factor *= __ldg(p.row_scale + row);
+    }
+    row_factors[threadIdx.x] = factor;
   }
   __syncthreads();
   float s[8];
@@ -85,7 +89,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps, 4) quantize_tiles_kernel(con
   for (int i = 1; i < kPeers; ++i) best = max(best, maxima[i]);
   if (rank == 0 && threadIdx.x == 0 && row0 < p.rows) {
     p.forms[0].col_scales[down / kDown * (gridDim.x / kAcross) + blockIdx.x / kAcross] =
-        p.row_scale != nullptr ? kDivided * power_scale(best) : power_scale(best);
+        p.row_divisor != nullptr ? kDivided * power_scale(best) : power_scale(best);
   }
   const uint32_t inverse = inverse_scales(best << 16 | best);
 #pragma unroll
@@ -126,6 +130,7 @@ cudaError_t launch(const QuantizeGradArgs& a, const M& matrix, cudaStream_t stre
   p.rows = a.rows;
   p.cols = a.cols;
   p.row_scale = a.row_scale;
+  p.row_divisor = a.row_divisor;
   p.col_scale[0] = a.col_scale;
   p.forms[0] = a.forms;
   return launch_in_clusters(a.col_scale != nullptr ? quantize_tiles_kernel<PlainGrad<M>, true>

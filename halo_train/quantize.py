@@ -84,19 +84,23 @@ def quantize_transposed(x: Tensor, fmt: Format | str, row_scale: Tensor | None =
 
 
 def quantize_tiles(
-    x: Tensor, fmt: Format | str, divisor: Tensor | None = None, col_scale: Tensor | None = None
+    x: Tensor,
+    fmt: Format | str,
+    divisor: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
 ) -> Quantized:
-    """Rounds (diag(1/divisor) x diag(col_scale))^T in one read of x, with a scale for each tile of ``ops.SCALE_BLOCK`` rows and columns,
-    powers of two.
+    """Rounds (diag(row_scale / divisor) x diag(col_scale))^T in one read of x, with a scale for each tile of ``ops.SCALE_BLOCK`` rows
+    and columns, powers of two.
 
     Args:
-        x: [M, N]; divisor: [M], col_scale: [N], or None for ones.
+        x: [M, N]; divisor, row_scale: [M], col_scale: [N], or None for ones.
 
     Returns:
         data [N, M], scale [blocks of M, blocks of N].
     """
     dtype = storage_dtype(parse_choice(Format, "fmt", fmt), x.dtype)
-    return Quantized(*ops.quantize_tiles(x, dtype, divisor, col_scale))
+    return Quantized(*ops.quantize_tiles(x, dtype, divisor, row_scale, col_scale))
 
 
 def quantize_grad(

@@ -353,7 +353,7 @@ def test_readers_of_a_norm_take_its_columns_and_keep_no_rounded_output(recipe, u
     exact = torch.autograd.grad([y @ w.t() for w in wide[2:]], wide, [e.double() for e in gradients])
     for mine, true in zip(found[2:], exact[2:], strict=True):
         assert (-20 * torch.log10((mine.double() - true).norm(dim=0) / true.norm(dim=0))).min() > 24
-    monkeypatch.setattr("halo_train.fused.functions.takes_input_columns", lambda *_: False)
+    monkeypatch.setattr("halo_train.fused.inputs.takes_input_columns", lambda *_: False)
     for mine, other in zip(found[:2], all_grads()[:2], strict=True):
         assert torch.equal(mine, other)
 

@@ -97,11 +97,13 @@ def test_tiles(n, k, scaled, dtype):
     w = torch.where(w.isfinite(), w, 1.0)
     if n > 300:
         w[256:512, :256] = 0
-    for of_columns in (None, t):
-        data, scale = ops.quantize_tiles(w, E4M3, s if scaled else None, of_columns)
+    r = torch.rand(n) + 0.1
+    for of_rows, of_columns in ((None, None), (None, t), (r, None), (r, t)):
+        data, scale = ops.quantize_tiles(w, E4M3, s if scaled else None, of_rows, of_columns)
         assert (data.dtype, data.shape, scale.dtype) == (E4M3, (k, n), torch.float32)
         assert data.is_contiguous()
         exact = w.double() / s.double()[:, None] if scaled else w.double()
+        exact = exact if of_rows is None else exact * r.double()[:, None]
         exact = exact if of_columns is None else exact * t.double()
         assert_rounds_tiles(data, scale, exact, 8 if scaled else 1)
 
@@ -149,7 +151,8 @@ X, W = torch.ones(2, 6), torch.ones(6)
         ),
         (lambda: ops.quantize_tiles(X, torch.int8), "float8_e4m3fn.*torch.int8.*scale a row"),
         (lambda: ops.quantize_tiles(X, E4M3, W), r"divisor .*\(2,\).*\(6,\)"),
-        (lambda: ops.quantize_tiles(X, E4M3, None, W[:2]), r"col_scale .*\(6,\).*\(2,\)"),
+        (lambda: ops.quantize_tiles(X, E4M3, None, W), r"row_scale .*\(2,\).*\(6,\)"),
+        (lambda: ops.quantize_tiles(X, E4M3, col_scale=W[:2]), r"col_scale .*\(6,\).*\(2,\)"),
         (lambda: ops.quantize_grad_blocks(X, E4M3, None, W), r"row_scale .*\(2,\).*\(6,\)"),
         (lambda: ops.quantize_grad_blocks(X, E4M3, W[:2], W[:2]), r"col_scale .*\(6,\).*\(2,\)"),
         (lambda: ops.gated_grad_blocks(X, X, X, "silu", torch.float8_e5m2, W[:2]), "float8_e4m3fn.*e5m2"),
@@ -167,6 +170,5 @@ def test_opcheck(sums):
     e, t, s = example(40, 300, torch.bfloat16)
     torch.library.opcheck(torch.ops.halo_train.quantize_grad_blocks, (e, E4M3, t, s, sums))
     torch.library.opcheck(torch.ops.halo_train.gated_grad_blocks, (e, e, e, "gelu", E4M3, s, t, None))
-    torch.library.opcheck(
-        torch.ops.halo_train.quantize_tiles, (e, E4M3, s if sums else None, t if sums else None)
-    )
+    factors = (s, s, t) if sums else (None, None, None)
+    torch.library.opcheck(torch.ops.halo_train.quantize_tiles, (e, E4M3, *factors))

@@ -3,6 +3,8 @@ the same."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from block_oracle import assert_rounds_blocks
@@ -55,11 +57,11 @@ def test_gradient(m, n, dtype):
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_tiles(n, k, dtype):
     w, t, s = example(n, k, dtype)
-    for divisor in (None, s):
-        for factors in (None, t):
-            expected = block_reference.quantize_tiles(w, E4M3, divisor, factors)
-            given = [None if v is None else v.cuda() for v in (divisor, factors)]
-            assert_same(ops.quantize_tiles(w.cuda(), E4M3, *given), expected)
+    r = torch.rand(n) + 0.1
+    for factors in itertools.product((None, s), (None, r), (None, t)):
+        expected = block_reference.quantize_tiles(w, E4M3, *factors)
+        given = [None if v is None else v.cuda() for v in factors]
+        assert_same(ops.quantize_tiles(w.cuda(), E4M3, *given), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -110,7 +112,8 @@ def test_views_with_gaps_and_odd_addresses():
             block_reference.quantize_grad_blocks(view, E4M3, t, s),
         )
         assert_same(
-            ops.quantize_tiles(ours, E4M3, gs, t.cuda()), block_reference.quantize_tiles(view, E4M3, s, t)
+            ops.quantize_tiles(ours, E4M3, gs, gs, t.cuda()),
+            block_reference.quantize_tiles(view, E4M3, s, s, t),
         )
 
 
@@ -188,7 +191,7 @@ def test_opcheck():
     for sums in (False, True):
         torch.library.opcheck(torch.ops.halo_train.quantize_grad_blocks, (e, E4M3, t, s, sums))
     torch.library.opcheck(torch.ops.halo_train.gated_grad_blocks, (e, e, e, "gelu", E4M3, s, t, None))
-    torch.library.opcheck(torch.ops.halo_train.quantize_tiles, (e, E4M3, s, t))
+    torch.library.opcheck(torch.ops.halo_train.quantize_tiles, (e, E4M3, s, s, t))
 
 
 def test_more_rows_than_an_axis_of_the_grid_holds():

@@ -78,7 +78,9 @@ void run(DType dtype, size_t size, QType qtype, int64_t rows, int64_t cols, int 
     g.forms.col_scales = col_blocks.as<float>();
     g.partial_sums = block_sums.as<float>();
     CHECK(halo_train::quantize_grad_blocks(g, nullptr));
+    g.row_divisor = g.row_scale;
     CHECK(halo_train::quantize_tiles(g, nullptr));
+    g.row_divisor = nullptr;
     g.sums = nullptr;
     g.col_scale = nullptr;
     CHECK(halo_train::quantize_grad_blocks(g, nullptr));

@@ -22,7 +22,8 @@ from ..config import Format, HaloConfig, Scaling
 from ..gemm import MULTIPLE
 from ..products import autocast_dtype, without_autocast
 from ..quantize import Equalizer
-from .functions import Arguments, GatedMLPFunction, Layer, ProjectionsFunction, flatten
+from .functions import GatedMLPFunction, Layer, ProjectionsFunction, flatten
+from .inputs import Arguments
 from .norms import Norm
 
 

@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..config import HaloConfig, Recompute, storage_dtype
-from ..gemm import MULTIPLE, matmul
+from ..config import Recompute, storage_dtype
+from ..gemm import matmul
 from ..operands import (
     contract_rows,
-    pad_matrix,
     pad_vector,
-    quantize_input,
     rotation_block,
     rounds_in_blocks,
-    takes_input_columns,
 )
 from ..products import (
     ForDgrad,
@@ -38,7 +35,15 @@ from ..products import (
     without_autocast,
 )
 from ..quantize import Quantized, RoundedWeight
-from .norms import Norm
+from .inputs import (
+    Arguments,
+    recomputes,
+    round_columns,
+    round_hidden,
+    round_input,
+    round_input_again,
+    takes_columns,
+)
 
 
 class Layer(NamedTuple):
@@ -50,16 +55,6 @@ class Layer(NamedTuple):
     """[N]."""
     rounded: RoundedWeight | None = None
     """What :func:`halo_train.functional.round_weight` made of the weight; None rounds it here."""
-
-
-class Arguments(NamedTuple):
-    """What is no tensor."""
-
-    config: HaloConfig
-    out_dtype: torch.dtype
-    norm: Norm | None
-    """Without its tensors."""
-    activation: str = ""
 
 
 class ProjectionsFunction(torch.autograd.Function):
@@ -83,7 +78,7 @@ class ProjectionsFunction(torch.autograd.Function):
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
         layers, tokens = _unflatten(flat), as_matrix(x)
-        rounded, saved_norm = _round_input(tokens, arguments, gain, shift, inverse)
+        rounded, saved_norm = round_input(tokens, arguments, gain, shift, inverse)
         outputs: list[Tensor] = []
         saved: list[Tensor | None] = []
         for layer in layers:
@@ -91,8 +86,10 @@ class ProjectionsFunction(torch.autograd.Function):
             outputs.append(as_output(y, x.shape[:-1], layer.weight.shape[0]))
             saved.extend(w)
         needs_dy, needs_dw = any(ctx.needs_input_grad[1:4]), any(ctx.needs_input_grad[6::_PER_LAYER])
-        recompute = _recomputes(arguments)
-        ctx.by_columns = needs_dy and needs_dw and _takes_columns(tokens, layers, arguments)
+        recompute = recomputes(arguments)
+        ctx.by_columns = (
+            needs_dy and needs_dw and takes_columns(tokens, [layer.weight for layer in layers], arguments)
+        )
         ctx.save_for_backward(
             *_if(needs_dy or (needs_dw and recompute), *saved_norm),
             *_if(needs_dw and not recompute and not ctx.by_columns, rounded.data),
@@ -115,10 +112,10 @@ class ProjectionsFunction(torch.autograd.Function):
             x, some, dys = None, next((e for e in grads if e is not None), None), []
             if some is not None and any(needs[6::_PER_LAYER]):
                 if ctx.by_columns:
-                    x = _round_columns(saved[:5], after(scale, some), arguments)
+                    x = round_columns(saved[:5], after(scale, some), arguments)
                 else:
                     if data is None:
-                        data = _round_input_again(saved[:3], inverse, some, ctx.x_shape, arguments)
+                        data = round_input_again(saved[:3], inverse, some, ctx.x_shape, arguments)
                     x = contract_rows(Quantized(data, scale))
             for i, (e, form) in enumerate(zip(grads, ctx.forms, strict=True)):
                 w, dw, db = ForDgrad(*saved[9 + _SAVED * i : 9 + _SAVED * (i + 1)]), None, None
@@ -159,19 +156,21 @@ class GatedMLPFunction(torch.autograd.Function):
         *flat: Tensor | None,
     ) -> Tensor:
         config, layers, tokens = arguments.config, _unflatten(flat), as_matrix(x)
-        rounded, saved_norm = _round_input(tokens, arguments, gain, shift, inverse)
+        rounded, saved_norm = round_input(tokens, arguments, gain, shift, inverse)
         # As the products leave them, padded: what is padding is zero, and so is act(0) * 0.
         gate, gate_w = _fprop(rounded, layers[0], d, arguments)
         up, up_w = _fprop(rounded, layers[1], d, arguments)
-        hidden = _round_hidden(gate, up, down_inverse, layers[2].weight.shape[1], arguments)
+        hidden = round_hidden(gate, up, down_inverse, layers[2].weight.shape[1], arguments)
         y, down_w = _fprop(hidden, layers[2], down_d, arguments)
         needs_dy = any(ctx.needs_input_grad[1:4])
         needs_gate, needs_up, needs_down = ctx.needs_input_grad[8:21:_PER_LAYER]
         needs_dh, needs_x = needs_dy or needs_gate or needs_up, needs_gate or needs_up
-        recompute, multiplies = _recomputes(arguments), config.recompute is Recompute.MLP
+        recompute, multiplies = recomputes(arguments), config.recompute is Recompute.MLP
         needs_halves = needs_dh or (needs_down and config.recomputes_inputs)
         reads_x = needs_x or (needs_halves and multiplies)
-        ctx.by_columns = needs_dy and needs_x and _takes_columns(tokens, layers[:2], arguments)
+        ctx.by_columns = (
+            needs_dy and needs_x and takes_columns(tokens, [layer.weight for layer in layers[:2]], arguments)
+        )
         ctx.save_for_backward(
             *_if(needs_dy or (reads_x and recompute), *saved_norm),
             *_if(reads_x and not recompute and not ctx.by_columns, rounded.data),
@@ -205,7 +204,7 @@ class GatedMLPFunction(torch.autograd.Function):
             reads_x = needs_gate or needs_up
             halves_again = config.recompute is Recompute.MLP and (needs_dh or needs_down)
             if data is None and (halves_again or (reads_x and not ctx.by_columns)):
-                data = _round_input_again(saved[:3], inverse, e, ctx.x_shape, arguments)
+                data = round_input_again(saved[:3], inverse, e, ctx.x_shape, arguments)
             if halves_again:
                 assert data is not None
                 x = Quantized(data, after(scale, e))
@@ -217,7 +216,7 @@ class GatedMLPFunction(torch.autograd.Function):
             if for_dw is not None:
                 if h_data is None:
                     width = down_form.weight[0][1]
-                    h_data = _round_hidden(gate, up, again(down_inverse, width, e), width, arguments).data
+                    h_data = round_hidden(gate, up, again(down_inverse, width, e), width, arguments).data
                 h = Quantized(h_data, h_scale)
                 dw_down = wgrad(for_dw, h, down_block, down_d, down_form.weight, config, rows=True)
                 del h, h_data
@@ -239,7 +238,7 @@ class GatedMLPFunction(torch.autograd.Function):
                     ]
                 if reads_x:
                     x = (
-                        _round_columns(saved[:5], after(scale, e), arguments)
+                        round_columns(saved[:5], after(scale, e), arguments)
                         if ctx.by_columns
                         else contract_rows(Quantized(data, scale))
                     )
@@ -295,64 +294,6 @@ def _unflatten(flat: tuple[Tensor | None, ...]) -> list[Layer]:
     return found
 
 
-def _round_input(
-    tokens: Tensor, arguments: Arguments, gain: Tensor | None, shift: Tensor | None, inverse: Tensor | None
-) -> tuple[Quantized, tuple[Tensor | None, ...]]:
-    """(norm(x) D^-1) H rounded, and what the norm's backward takes: x, weight, bias, mean, rstd."""
-    config = arguments.config
-    if arguments.norm is None:
-        return quantize_input(tokens, inverse, config), (None,) * 5
-    norm, m = arguments.norm._replace(weight=gain, bias=shift), tokens.shape[0]
-    block = rotation_block(tokens.shape[1], config)
-    rounded, mean, rstd = norm.quantize(pad_matrix(tokens, MULTIPLE, 1), config, block, inverse)
-    return rounded, (tokens, gain, shift, mean[:m], rstd[:m])
-
-
-def _recomputes(arguments: Arguments) -> bool:
-    """Whether the rounded input is made again in backward: from what the norm's backward takes anyway."""
-    return arguments.config.recomputes_inputs and arguments.norm is not None
-
-
-def _round_input_again(
-    of_norm: tuple[Tensor | None, ...],
-    inverse: Tensor | None,
-    e: Tensor,
-    x_shape: torch.Size,
-    arguments: Arguments,
-) -> Tensor:
-    """The data of the rounded input from x and the norm's weight and bias."""
-    tokens, gain, shift = of_norm
-    assert tokens is not None
-    factors = again(inverse, x_shape[-1], e)
-    return _round_input(tokens, arguments, gain, shift, factors)[0].data
-
-
-def _takes_columns(tokens: Tensor, layers: Sequence[Layer], arguments: Arguments) -> bool:
-    """Whether wgrad takes the columns of an RMSNorm's output, which backward makes of what the norm's backward takes anyway."""
-    norm, rows = arguments.norm, sum(layer.weight.shape[0] for layer in layers)
-    return norm is not None and not norm.center and takes_input_columns(tokens, rows, arguments.config)
-
-
-def _round_columns(of_norm: tuple[Tensor | None, ...], scale: Tensor, arguments: Arguments) -> Quantized:
-    """The columns of the rounded input from x, the norm's weight and rstd; scale: that of its rows, by :func:`after`, so that a compiler
-    does not make them in forward."""
-    tokens, gain, _, _, rstd = of_norm
-    assert arguments.norm is not None
-    assert tokens is not None
-    assert rstd is not None
-    return arguments.norm._replace(weight=gain).quantize_columns(tokens, rstd, scale, arguments.config)
-
-
-def _round_hidden(
-    gate: Tensor, up: Tensor, inverse: Tensor | None, width: int, arguments: Arguments
-) -> Quantized:
-    """(act(gate) up D^-1) H rounded, padded as gate and up are; width: what of them is no padding."""
-    config = arguments.config
-    factors = None if inverse is None else pad_vector(inverse, gate.shape[1])
-    dtype, block = storage_dtype(config.format, gate.dtype), rotation_block(width, config)
-    return Quantized(*ops.gated_quantize(gate, up, arguments.activation, dtype, block, factors))
-
-
 def _if(needed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tensors if needed else (None,) * len(tensors)
 
@@ -391,7 +332,7 @@ def _input_backward(
     needs: tuple[bool, ...],
     arguments: Arguments,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x and of the norm's weight and bias from the layers' dY [M', K']; saved: of :func:`_round_input`."""
+    """Gradients of x and of the norm's weight and bias from the layers' dY [M', K']; saved: of :func:`round_input`."""
     if not dys:
         return None, None, None
     k, norm = x_shape[-1], arguments.norm

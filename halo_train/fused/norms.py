@@ -61,11 +61,10 @@ class Norm(NamedTuple):
         Returns:
             data [K, M'] with a scale for each tile.
         """
-        m, missing = x.shape[0], scale.shape[0] - x.shape[0]
-        divisor = scale[:m] / rstd.view(m)
+        missing, factors = scale.shape[0] - x.shape[0], rstd.flatten()
         if missing:
-            x, divisor = F.pad(x, (0, 0, 0, missing)), F.pad(divisor, (0, missing), value=1.0)
-        return quantize_tiles(x, config.format, divisor, self.gain())
+            x, factors = F.pad(x, (0, 0, 0, missing)), F.pad(factors, (0, missing))
+        return quantize_tiles(x, config.format, scale, factors, self.gain())
 
     def backward(
         self,

@@ -62,24 +62,29 @@ def gated_grad_blocks(
 
 
 def quantize_tiles(
-    x: Tensor, dtype: torch.dtype, divisor: Tensor | None = None, col_scale: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype,
+    divisor: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of (diag(1/divisor) x diag(col_scale))^T with a scale for each tile of SCALE_BLOCK x SCALE_BLOCK, powers of 16 as in
+    """Rows of (diag(row_scale / divisor) x diag(col_scale))^T with a scale for each tile of SCALE_BLOCK x SCALE_BLOCK, powers of 16 as in
     :func:`quantize_grad_blocks`, with a divisor 8 times such a power.
 
     Args:
-        x: [N, K]; divisor: what its rows are divided by [N], col_scale: what its columns are multiplied by [K], or None for ones.
+        x: [N, K]; divisor, row_scale: [N], col_scale: [K], or None for ones.
         dtype: float8_e4m3fn.
 
     Returns:
         data [K, N], scales [ceil(N / SCALE_BLOCK), ceil(K / SCALE_BLOCK)] in float32. The scale of a tile with inf or NaN is NaN, of
         zeros alone 1, with a divisor 8.
     """
-    y, factors, base = x.to(torch.bfloat16).t(), None, 1.0
+    y, factors, base = x.to(torch.bfloat16).t(), row_scale, 1.0
     if divisor is not None:
         # Rows divided by their scale have an RMS near 448 / 4: 8 holds 32 times that, as a rule in all tiles.
         base = 8.0
-        factors = divisor.reciprocal() / base
+        factors = divisor.float().reciprocal() / base
+        factors = factors if row_scale is None else factors * row_scale.float()
     of_rows = None if col_scale is None else col_scale[:, None]
     scaled = y if factors is None else y * factors.to(y.dtype)
     scaled = scaled if of_rows is None else scaled * of_rows.to(y.dtype)

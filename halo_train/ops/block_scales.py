@@ -30,7 +30,11 @@ def quantize_grad_blocks(
 
 
 def quantize_tiles(
-    x: Tensor, dtype: torch.dtype, divisor: Tensor | None = None, col_scale: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype,
+    divisor: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Columns of a weight or an input with a scale for each tile, in one read; see :func:`block_reference.quantize_tiles`.
 
@@ -40,12 +44,13 @@ def quantize_tiles(
     """
     op = "quantize_tiles"
     check_matrix(op, x, 1, col_scale)
-    if divisor is not None:
-        check_vector(op, "divisor", divisor, x.shape[0], x)
+    for name, factors in (("divisor", divisor), ("row_scale", row_scale)):
+        if factors is not None:
+            check_vector(op, name, factors, x.shape[0], x)
     check_block_dtype(op, dtype)
     if x.dtype == torch.float64:
-        return block_reference.quantize_tiles(x, dtype, divisor, col_scale)
-    return overloads.quantize_tiles(x, dtype, divisor, col_scale)
+        return block_reference.quantize_tiles(x, dtype, divisor, row_scale, col_scale)
+    return overloads.quantize_tiles(x, dtype, divisor, row_scale, col_scale)
 
 
 def gated_grad_blocks(

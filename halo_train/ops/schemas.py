@@ -85,7 +85,7 @@ SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         block_reference.quantize_grad_blocks,
     ),
     "quantize_tiles": (
-        "(Tensor x, ScalarType dtype, Tensor? divisor, Tensor? col_scale) -> (Tensor, Tensor)",
+        "(Tensor x, ScalarType dtype, Tensor? divisor, Tensor? row_scale, Tensor? col_scale) -> (Tensor, Tensor)",
         block_reference.quantize_tiles,
     ),
     "transpose_bytes": ("(Tensor x) -> Tensor", reference.transpose_bytes),
