@@ -98,7 +98,7 @@ struct GradParams {
   Source source;
   int64_t rows, cols;
   const float* row_scale;  // [rows] or nullptr
-  const float* row_divisor;
+  const float* row_divisor;  // the same; of quantize_tiles
   const float* col_scale[kOutputs];
   uint32_t *row_amax, *col_amax;  // [kOutputs, rows], [kOutputs, cols]
   GradForms forms[kOutputs];
