@@ -45,9 +45,10 @@ struct RotateParams {
 constexpr int kNotRotated = -1;
 
 // Dynamic shared memory: float32 values that warps exchange, rows on their way, factors of columns.
-template <typename Source, typename L, bool kRotated>
+template <typename Source, typename L, bool kRotated, bool kLean>
 struct RotateShared {
-  using Loader = typename Source::template Loader<L>;
+  using Loader = std::conditional_t<kLean, detail::SharedLoader<typename Source::T, L, Source::kInputs>,
+                                    typename Source::template Loader<L>>;
   using Factors = typename Source::template Factors<kRotated, L::kLogWarps>;
   static constexpr bool kStaged = !std::is_same_v<Loader, detail::RegisterLoader<typename Source::T, L>>;
   static constexpr int kTile = 1 << L::kTileBits;
@@ -58,8 +59,9 @@ struct RotateShared {
       static_cast<int>(sizeof(typename Factors::Word)) * Factors::kWords * kTile / 8;
 
   // Several rows in a thread block, which share the factors. Those that wait in registers are faster in
-  // thread blocks of their own.
-  static constexpr bool kGrouped = kStaged;
+  // thread blocks of their own, as are lean ones.
+  static constexpr bool kGrouped = kStaged && !kLean;
+  static constexpr int kStages = kGrouped ? detail::kMaxStages : 1;
 
   // Bytes of a thread block.
   static __host__ __device__ size_t bytes(int warps, int rows_at_once, int stages, bool shared_stage) {
@@ -88,9 +90,10 @@ __device__ __forceinline__ void exchange_barrier(const Row& row, int group) {
 
 // kBlockBits: log2 of the block within a tile; 7 stands for those up to it, of which the matrix knows, 0 for
 // any, kNotRotated for none. kGroups: a row has several blocks of several warps each, which wait for
-// themselves only.
-template <typename Source, int kLogValues, int kLogWarps, int kBlockBits, bool kGroups>
-__global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
+// themselves only. kLean: the next row waits in shared memory whatever its source says, so that 96 registers
+// do and 20 warps fit a multiprocessor instead of 16.
+template <typename Source, int kLogValues, int kLogWarps, int kBlockBits, bool kGroups, bool kLean>
+__global__ void __launch_bounds__(32 * (kLean ? detail::kLeanWarps / 2 : detail::kMaxRowWarps), kLean ? 2 : 1)
     rotate_quantize_kernel(const RotateParams<Source> p) {
   using namespace detail;
   using T = typename Source::T;
@@ -99,8 +102,9 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
   // Products of sums, where the block has bits in lanes, and the register bit of the last butterfly.
   constexpr bool kSums =
       kRotated && !L::kExchange && (L::kTrade || kLogValues < 6 || kBlockBits > L::kLaneBit);
+  constexpr bool kTwisted = kRotated && !kSums && !L::kExchange;
   constexpr int kLast = L::kExchange ? kLogValues - 1 : !kSums ? 3 : kLogValues > 5 ? L::kTraded : 2;
-  using Shared = RotateShared<Source, L, kRotated>;
+  using Shared = RotateShared<Source, L, kRotated, kLean>;
   using Loader = typename Shared::Loader;
   using Factors = typename Shared::Factors;
   extern __shared__ uint4 shared[];
@@ -116,6 +120,8 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
   const int lane = group.lane, warp = group.warp, first_warp = group.group * p.warps;
   const int block_warp = first_warp + warp;
   const int log_block = kLogWarps > 0 ? L::kTileBits + kLogWarps : kBlockBits > 0 ? kBlockBits : p.log_block;
+
+  const int twist = kTwisted ? twist_of(kBlockBits == 7 ? p.log_block : log_block) : 0;
 
   float* const exchange = reinterpret_cast<float*>(shared);
   uint4* memory = shared + p.warps * p.rows_at_once * (Shared::kExchange / 16);
@@ -151,7 +157,7 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
   }
   for (int s = 0; s < row_stages; ++s) start(s, first + s * step);
   if (kRotated && block_warp == 0) {
-    matrix[lane] = rotate_matrix(kBlockBits == 7 ? p.log_block : log_block);
+    matrix[lane] = rotate_matrix(kBlockBits == 7 ? p.log_block : log_block, kTwisted);
     if constexpr (kSums) {
       if (log_block > 7) {
         const SumMatrix sums = sum_matrix<L>(log_block);
@@ -168,12 +174,19 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
 #pragma unroll 4
       for (int j = group.group; j < L::kLoads; j += rows_at_once) {  // the rows share the work
         Factors f{};
-        if (loader.inside(j)) f = p.source.template factors<Factors>(tile0 + lane_column<L>(lane) + (j << 6));
+        if (loader.inside(j)) {
+          f = p.source.template factors<Factors>(tile0 + lane_column<L>(lane) + (j << 6),
+                                                 twist_sign(lane, twist));
+        }
         keep(j, f);
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < L::kLoads; ++j) keep(j, Factors(columns[j]));
+      for (int j = 0; j < L::kLoads; ++j) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) columns[j][i] *= twist_sign(lane, twist);
+        keep(j, Factors(columns[j]));
+      }
     }
   }
 
@@ -192,6 +205,7 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
     uint4 raw[Source::kInputs][Loader::kQuads];
     const auto read_factors = [&](int j) {
       Factors f;
+      if constexpr (!kFactors) f.flip = __float_as_uint(twist_sign(lane, twist)) >> 31 ? 0x80008000u : 0;
 #pragma unroll
       for (int w = 0; w < Factors::kWords; ++w) f.word[w] = factors[32 * (j * Factors::kWords + w)];
       return f;
@@ -374,8 +388,8 @@ __global__ void __launch_bounds__(32 * detail::kMaxRowWarps, 1)
           }
         }
       } else {
-        const int out = L::of_lane(lane) | (warp - upper) << L::kTileBits |
-                        L::before(static_cast<int>(upper) << L::kTraded);
+        const int out = (kTwisted ? L::of_lane(lane, twist) : L::of_lane(lane)) |
+                        (warp - upper) << L::kTileBits | L::before(static_cast<int>(upper) << L::kTraded);
 #pragma unroll
         for (int i = 0; i < L::kValues; i += 16) {
           const bool other = L::kTrade && (i >> L::kTraded & 1);

@@ -16,7 +16,7 @@ constexpr int kRotateTile = 2048;  // elements of a warp; half of it for rows th
 // with the exchange. False where a row does not fit.
 template <typename Shared, typename Source>
 bool fit_rows(RotateParams<Source>& p, size_t limit) {
-  p.stages = Shared::kStaged ? kMaxStages : 1;
+  p.stages = Shared::kStages;
   p.rows_at_once = Shared::kGrouped ? kMaxRowWarps / p.warps : 1;
   const auto fits = [&] { return Shared::bytes(p.warps, p.rows_at_once, p.stages, p.shared_stage) <= limit; };
   if (fits()) return true;
@@ -27,11 +27,11 @@ bool fit_rows(RotateParams<Source>& p, size_t limit) {
   return fits();
 }
 
-template <typename Source, int kLogValues, int kLogWarps, int kBlockBits, bool kGroups>
+template <typename Source, int kLogValues, int kLogWarps, int kBlockBits, bool kGroups, bool kLean = false>
 cudaError_t launch_rotate(RotateParams<Source>& p, int device, cudaStream_t stream) {
-  constexpr auto kKernel = rotate_quantize_kernel<Source, kLogValues, kLogWarps, kBlockBits, kGroups>;
-  using Shared =
-      RotateShared<Source, RotatedLayout<kLogValues, kLogWarps, kBlockBits>, kBlockBits != kNotRotated>;
+  constexpr auto kKernel = rotate_quantize_kernel<Source, kLogValues, kLogWarps, kBlockBits, kGroups, kLean>;
+  using Shared = RotateShared<Source, RotatedLayout<kLogValues, kLogWarps, kBlockBits>,
+                              kBlockBits != kNotRotated, kLean>;
   if (!fit_rows<Shared>(p, shared_limit(device) - 32 * sizeof(SumMatrix))) return cudaErrorNotSupported;
   const size_t shared = Shared::bytes(p.warps, p.rows_at_once, p.stages, p.shared_stage);
   const dim3 threads(32 * p.warps, p.rows_at_once);
@@ -62,15 +62,27 @@ cudaError_t rotate_sized(RotateParams<Source>& p, int device, cudaStream_t strea
     }
   }
   if (small) return launch_rotate<Source, 5, 0, 0, false>(p, device, stream);
+  const auto within_tile = [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    // Rows of 5 (8960 columns), 6 (11008), 9 and 10 warps (18944), of which lean ones fill more of a
+    // multiprocessor. Products of sums cost them spilled registers, which 5 are not worth.
+    if constexpr (kPlain && std::is_same_v<typename Source::T, __nv_bfloat16>) {
+      const int more = kLeanWarps / p.warps * p.warps - kMaxRowWarps / p.warps * p.warps;
+      if (more >= (kBits < 10 ? 5 : 6)) {
+        return launch_rotate<Source, 6, 0, kBits, false, true>(p, device, stream);
+      }
+    }
+    return launch_rotate<Source, 6, 0, kBits, false>(p, device, stream);
+  };
   switch (p.log_block) {
     case 8:
-      return launch_rotate<Source, 6, 0, 8, false>(p, device, stream);
+      return within_tile(std::integral_constant<int, 8>{});
     case 9:
-      return launch_rotate<Source, 6, 0, 9, false>(p, device, stream);
+      return within_tile(std::integral_constant<int, 9>{});
     case 10:
-      return launch_rotate<Source, 6, 0, 10, false>(p, device, stream);
+      return within_tile(std::integral_constant<int, 10>{});
     case 11:
-      return launch_rotate<Source, 6, 0, 11, false>(p, device, stream);
+      return within_tile(std::integral_constant<int, 11>{});
     case 12:
       return p.warps == 2 ? launch_rotate<Source, 6, 1, 0, false>(p, device, stream)
                           : launch_rotate<Source, 6, 1, 0, true>(p, device, stream);
@@ -81,7 +93,7 @@ cudaError_t rotate_sized(RotateParams<Source>& p, int device, cudaStream_t strea
     case 15:
       return launch_rotate<Source, 6, 4, 0, false>(p, device, stream);
     default:
-      return launch_rotate<Source, 6, 0, 7, false>(p, device, stream);
+      return within_tile(std::integral_constant<int, 7>{});
   }
 }
 

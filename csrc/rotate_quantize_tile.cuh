@@ -44,6 +44,10 @@ struct RotateLayout {
   static __host__ __device__ constexpr int of_lane(int lane) {
     return (lane & 3) << kLaneBit | (lane >> 2 & 7) << 4;
   }
+  // The same where bits 4 and 5 are twisted.
+  static __host__ __device__ constexpr int of_lane(int lane, int twist) {
+    return (lane & 3) << kLaneBit | (lane >> 3 ^ (lane & twist)) << 4 | (lane >> 2 & 1) << 6;
+  }
 
   // Shared-memory word of an index: three bits are added to bank bits 2 and 3, which makes the 16-byte writes
   // (lanes: kLaneBit, kLaneBit + 1, 4, 5, 6) and the reads of every width free of conflicts. word(a ^ b) =
@@ -58,9 +62,10 @@ struct RotateLayout {
 namespace detail {
 
 // A fragment of the +-1 matrix for bits 0, 4, 5 and 6. k (column): bits 0, 4, 5, 6 of the index, as the loads
-// bring them. m (row): bits 4, 5, 6, 0. Bits beyond the block are left alone: zeros, which can carry inf and
-// NaN from one block into another, but only within a row, of which none is finite then.
-__device__ __forceinline__ uint4 rotate_matrix(int log_block) {
+// bring them. m (row): bits 4, 5, 6, 0, or twisted 6, 4, 5, 0. Bits beyond the block are left alone: zeros,
+// which can carry inf and NaN from one block into another, but only within a row, of which none is finite
+// then.
+__device__ __forceinline__ uint4 rotate_matrix(int log_block, bool twisted) {
   const int lane = threadIdx.x & 31, beyond = -1 << log_block;
   uint32_t a[4];
 #pragma unroll
@@ -69,13 +74,22 @@ __device__ __forceinline__ uint4 rotate_matrix(int log_block) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int m = (lane >> 2) + 8 * (i & 1), k = 2 * (lane & 3) + h + 8 * (i >> 1);
-      const int row = m >> 3 | (m & 7) << 4, column = (k & 1) | k >> 1 << 4;
+      const int row = m >> 3 | (twisted ? m >> 1 & 3 | (m & 1) << 2 : m & 7) << 4,
+                column = (k & 1) | k >> 1 << 4;
       const uint32_t negative = __popc(row & column & ~beyond) & 1;
       if (!((row ^ column) & beyond)) pair |= (Pair<__nv_bfloat16>::kOne | negative << 15) << (16 * h);
     }
     a[i] = pair;
   }
   return make_uint4(a[0], a[1], a[2], a[3]);
+}
+
+// Where no products of sums follow, lanes 0 and 1 of what the products give are added to bits 4 and 5 of its
+// index (those of them that the block has), so that 8 lanes store to 8 groups of banks instead of 2. A row of
+// the matrix whose index is moved is that row with other signs, which the operands take.
+__device__ __forceinline__ int twist_of(int log_block) { return ((1 << log_block) - 1) >> 4 & 3; }
+__device__ __forceinline__ float twist_sign(int lane, int twist) {
+  return __popc(lane & lane >> 3 & twist) & 1 ? -1.0f : 1.0f;
 }
 
 // Two neighbouring 16-bit values in float32; of bfloat16 an operation each instead of three for both.

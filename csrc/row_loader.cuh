@@ -9,6 +9,7 @@
 namespace halo_train::detail {
 
 constexpr int kMaxRowWarps = 16, kMaxStages = 2;
+constexpr int kLeanWarps = 20;  // of a multiprocessor, where a thread gets 96 registers instead of 128
 
 // threadIdx.x, read anew with every call, so that what is made of it need not stay in a register.
 __device__ __forceinline__ int read_thread() {

@@ -71,6 +71,7 @@ struct NoFactors {
   using Word = uint4;
   static constexpr int kWords = 0;
   Word word[1];
+  uint32_t flip;  // signs of pairs of 16-bit operands, where there are no factors to carry them
 };
 
 // Powers of two: in bfloat16, or their exponents alone, where an exchange takes so much shared memory that
@@ -264,7 +265,7 @@ struct PlainRows {
       std::conditional_t<sizeof(T) == 2, detail::RegisterLoader<T, L>, detail::SharedLoader<T, L, 1>>;
   template <bool kRotated, int kLogWarps>
   using Factors =
-      std::conditional_t<kScaled, detail::PowerFactors<kLogWarps == 2 || (sizeof(T) == 4 && kLogWarps == 1)>,
+      std::conditional_t<kScaled, detail::PowerFactors<(kLogWarps > 1) || (sizeof(T) == 4 && kLogWarps == 1)>,
                          detail::NoFactors>;
 
   const T* x;
@@ -279,9 +280,11 @@ struct PlainRows {
     detail::load8(f, col_scale, column, 1.0f);
   }
   template <typename F>
-  __device__ __forceinline__ F factors(int column) const {
+  __device__ __forceinline__ F factors(int column, float sign) const {
     float f[8];
     columns(f, column);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) f[i] *= sign;
     return F(f);
   }
   template <typename F>
@@ -291,6 +294,8 @@ struct PlainRows {
       uint4 words = raw[0][0];
       if constexpr (kScaled) {
         words = detail::multiply_pairs(words, f.pairs());
+      } else {
+        words = make_uint4(words.x ^ f.flip, words.y ^ f.flip, words.z ^ f.flip, words.w ^ f.flip);
       }
       t.pair[0][0] = words.x, t.pair[0][1] = words.y, t.pair[0][2] = words.z, t.pair[0][3] = words.w;
     } else {
@@ -327,12 +332,12 @@ struct RmsNormRows {
     tile[0] = x + row * stride + column;
   }
   template <typename F>
-  __device__ __forceinline__ F factors(int column) const {
+  __device__ __forceinline__ F factors(int column, float sign) const {
     float w[8], d[8];
     detail::load8(w, weight, column, 1.0f);
     detail::load8(d, col_scale, column, 1.0f);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) w[i] *= d[i];
+    for (int i = 0; i < 8; ++i) w[i] *= d[i] * sign;
     return F(w);
   }
   // Products of two bfloat16 values are exact in two terms, the second an exact remainder. The first is
@@ -377,13 +382,13 @@ struct LayerNormRows : RmsNormRows<T_, false> {
   using Factors = detail::AffineFactors;
 
   template <typename F>
-  __device__ __forceinline__ F factors(int column) const {
+  __device__ __forceinline__ F factors(int column, float sign) const {
     float w[8], b[8], d[8];
     detail::load8(w, this->weight, column, 1.0f);
     detail::load8(b, this->bias, column, 0.0f);
     detail::load8(d, this->col_scale, column, 1.0f);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) w[i] *= d[i], b[i] *= d[i];
+    for (int i = 0; i < 8; ++i) w[i] *= d[i] * sign, b[i] *= d[i] * sign;
     return F(w, b);
   }
   template <typename Loader>
@@ -451,9 +456,11 @@ struct GatedRows {
     tile[1] = up + row * up_stride + column;
   }
   template <typename F>
-  __device__ __forceinline__ F factors(int column) const {
+  __device__ __forceinline__ F factors(int column, float sign) const {
     float f[8];
     detail::load8(f, col_scale, column, 1.0f);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) f[i] *= sign;
     return F(f);
   }
   template <typename F>

@@ -109,6 +109,7 @@ ROTATED += [
     (2240, 64),
     (2112, 16),
 ]
+ROTATED += [(8960, 256), (10304, 64), (10272, 32), (11264, 1024), (18944, 512), (18432, 2048)]  # lean warps
 
 
 @pytest.mark.parametrize("dtype", INPUTS)
@@ -130,7 +131,8 @@ def test_rotated_rows(n, block, fmt, dtype):
 
 @pytest.mark.parametrize("dtype", INPUTS)
 @pytest.mark.parametrize(
-    ("n", "block"), [(1536, 512), (1024, 1024), (4096, 4096), (12288, 4096), (16384, 16384)]
+    ("n", "block"),
+    [(1536, 512), (1024, 1024), (4096, 4096), (11008, 256), (12288, 4096), (16384, 16384), (18432, 2048)],
 )
 def test_rotated_rows_do_not_depend_on_their_number(n, block, dtype):
     x = torch.randn(1023, n, device="cuda").to(dtype)
@@ -145,7 +147,8 @@ def test_rotated_rows_do_not_depend_on_their_number(n, block, dtype):
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("fmt", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(
-    ("n", "block"), [(64, 16), (2048, 2048), (1024, 64), (12288, 4096), (16384, 16384), (32768, 32768)]
+    ("n", "block"),
+    [(64, 16), (2048, 2048), (1024, 64), (11008, 256), (12288, 4096), (16384, 16384), (32768, 32768)],
 )
 def test_nonfinite_values_poison_their_own_rotated_row(n, block, fmt, bad):
     x = torch.randn(300, n, device="cuda").bfloat16()
