@@ -97,7 +97,7 @@ struct GradParams {
   static constexpr int kOutputs = Source::kOutputs;
   Source source;
   int64_t rows, cols;
-  const float* row_scale;  // [rows] or nullptr
+  const float* row_scale;    // [rows] or nullptr
   const float* row_divisor;  // the same; of quantize_tiles
   const float* col_scale[kOutputs];
   uint32_t *row_amax, *col_amax;  // [kOutputs, rows], [kOutputs, cols]
