@@ -30,7 +30,7 @@ class Rates(NamedTuple):
     host_int8: float
 
 
-H200 = Rates(657e12, 1310e12, 1465e12, 3.0e12, 100e-6, 270e-6, 287e-6)
+H200 = Rates(657e12, 1310e12, 1465e12, 3.0e12, 100e-6, 234e-6, 287e-6)
 """With torch 2.11 (benchmarks/results/, bench_linear); the host's of 8 bits: a layer of 4096 x 4096 at 2048 tokens, which takes its GPU
 nearly as long."""
 
