@@ -2,6 +2,7 @@
 // and one write of memory.
 //
 // hadamard_tile.cuh does the arithmetic; here are the loads, the exchange between warps and the stores.
+// hadamard_pair.cuh has float32 blocks of 32768.
 
 #pragma once
 
@@ -263,7 +264,21 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
       for (int j = 0; j < L::kLoads; ++j) raw[i][j] = detail::load16(x + (i << L::kLogN) + L::load(j));
     }
   };
-  load(task);
+  if (L::kTrade && p.signs != nullptr) {
+    // As many bytes as the input: on their way together.
+    const T* const x = source(task, column) + in;
+    const T* const signs = p.signs + column + in;
+    uint4 change[L::kLoads];
+#pragma unroll
+    for (int j = 0; j < L::kLoads; ++j) {
+      change[j] = __ldg(reinterpret_cast<const uint4*>(signs + L::load(j)));
+      raw[0][j] = detail::load16(x + L::load(j));
+    }
+#pragma unroll
+    for (int j = 0; j < L::kLoads; ++j) detail::flip_signs<T>(raw[0][j], change[j]);
+  } else {
+    load(task);
+  }
   uint32_t a[4] = {};
   if constexpr (L::kTensor) detail::sign_matrix<T>(a);
 
@@ -272,7 +287,7 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
   uint32_t flips[2];
   uint32_t flips_column = ~0u;
   for (;;) {
-    if (p.signs != nullptr) {
+    if (!L::kTrade && p.signs != nullptr) {
       const T* signs = p.signs + column + in;
       if constexpr (kStay) {
         if (column != flips_column) {
@@ -307,11 +322,7 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
     float v[L::kValues];
     transform_tile<L>(raw, a, v, L::kParts > 1 && (task & 1), 0);
     const uint32_t next = task + (kStay ? gridDim.x : ahead);
-    if constexpr (kStay) {
-      if (next < tasks) load(next);
-      if (task != blockIdx.x)
-        detail::group_barrier<kThreads, kGroups>(group);  // the shared memory has been read
-    } else {
+    const auto call_ahead = [&] {
 #if __CUDA_ARCH__ >= 900
       if (ahead > 0 && thread == 0 && next < tasks) {
         uint32_t unused;
@@ -320,6 +331,13 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
                      : "memory");
       }
 #endif
+    };
+    if constexpr (kStay) {
+      if (next < tasks) load(next);
+      if (task != blockIdx.x)
+        detail::group_barrier<kThreads, kGroups>(group);  // the shared memory has been read
+    } else if constexpr (!L::kTrade) {
+      call_ahead();
     }
 
     // Addresses are a base with its swizzled bits flipped plus a constant, which becomes part of the
@@ -341,6 +359,13 @@ __global__ void __launch_bounds__(32 * L::kWarps * kGroups, kMinBlocks)
       for (int j = 0; j < L::kLoads; ++j) {
         *reinterpret_cast<float4*>(shared + (base ^ L::word(j << L::kLineBit))) =
             make_float4(v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]);
+      }
+      if constexpr (L::kTrade) {
+        __syncwarp();
+        call_ahead();  // nothing before this barrier makes the compiler wait for the own input first
+        const int loads = lane >> 2;
+        detail::trade_in_warp<1 << L::kLaneBit>(
+            v, shared + (warp << L::kWarpBit | loads << L::kLineBit | (lane & 3)), loads << 2);
       }
     }
     detail::group_barrier<kThreads, kGroups>(group);

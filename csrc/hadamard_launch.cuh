@@ -8,6 +8,7 @@
 
 #include "hadamard.h"
 #include "hadamard_kernel.cuh"
+#include "hadamard_pair.cuh"
 #include "hadamard_products.cuh"
 #include "occupancy.cuh"
 
@@ -97,6 +98,43 @@ cudaError_t launch_staying(const HadamardParams<typename L::T>& p, int device, c
   const unsigned grid = static_cast<unsigned>(std::min<int64_t>(p.total >> L::kLogN, count));
   kKernel<<<grid, 32 * L::kWarps, L::kSharedBytes, stream>>>(p, 0);
   return cudaGetLastError();
+}
+
+// Blocks of 32768 float32 values by pairs of thread blocks, on Hopper and later. kAhead as above, of halves.
+inline bool has_pairs(int device) {
+  static std::atomic<int> known[kCachedDevices];
+  const bool cached = device < kCachedDevices;
+  int major = cached ? known[device].load(std::memory_order_relaxed) : 0;
+  if (major == 0) {
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess)
+      return false;
+    if (cached) known[device].store(major, std::memory_order_relaxed);
+  }
+  return major >= 9;
+}
+
+template <int kAhead, bool kFactors = false>
+cudaError_t launch_pairs(const HadamardParams<float>& p, int device, cudaStream_t stream) {
+  if constexpr (!kFactors) {
+    if (p.out_scale != nullptr) return launch_pairs<kAhead, true>(p, device, stream);
+  }
+  constexpr auto kKernel = hadamard_pair<kFactors>;
+  const cudaError_t error = allow_shared<kKernel, PairLayout::kPairBytes>(device);
+  if (error != cudaSuccess) return error;
+  const int count = multiprocessors(device);
+  const int64_t halves = p.total >> PairLayout::kLogN;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(halves));
+  config.blockDim = dim3(PairLayout::kThreads);
+  config.dynamicSmemBytes = PairLayout::kPairBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  const uint32_t ahead = halves > int64_t{2} * count ? count * kAhead / 10 : 0;
+  return cudaLaunchKernelEx(&config, kKernel, p, ahead);
 }
 
 // Whether large blocks are better halved (see kLogParts): with fewer than `few` halves of a block for each
@@ -192,8 +230,9 @@ cudaError_t launch_sized(const HadamardParams<T>& p, int device, cudaStream_t st
       case 13:
         return launch_blocks<HadamardLayout<T, 13, 5>, 1, 1, 20>(p, device, stream);
       case 14:
-        return launch_blocks<HadamardLayout<T, 14, 5>, 1, 2, 15>(p, device, stream);
+        return launch_blocks<HadamardLayout<T, 14, 5, 2, false, 0, false, true>, 1, 2, 10>(p, device, stream);
       case 15:
+        if (has_pairs(device)) return launch_pairs<8>(p, device, stream);
         if (halved<HadamardLayout<T, 15, 5>>(p, device, 1)) {
           return launch_blocks<HadamardLayout<T, 14, 5, 2, false, 1>, 1, 1, 0>(p, device, stream);
         }

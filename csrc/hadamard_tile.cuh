@@ -7,15 +7,17 @@
 //
 // 1. 16-bit input: tensor-core products with a constant +-1 matrix do bits 0, 1, 3 and 4, and optionally 2.
 //    Products of the raw input with +-1 are exact and sums are fp32, so nothing is rounded. The layout of the
-//    result also moves bit 5 from a lane into a register. fp32 input: registers and shuffles.
+//    result also moves bit 5 from a lane into a register. fp32 input: registers and shuffles, or registers
+//    and an exchange through shared memory within the warp (kTrade).
 // 2. Register bits; then lanes 3 and 4 by shuffles where they belong to the block.
 // 3. Blocks of at least a tile: one fp32 exchange through shared memory turns the other bits into
 //    register bits.
 // 4. One multiplication by the scale, one rounding, one store.
 //
-// Bits are done in ascending order within 1 and then from 2 on, whatever the configuration, but for a top bit
-// that is done first (kTopFirst, kLogParts). So for one n and type the sums are the same for every number of
-// rows (but for float32 and n = 32768, where few rows are halved, see kLogParts).
+// Bits are done in ascending order within 1 and then from 2 on, but for a top bit that is done first
+// (kTopFirst, kLogParts) and for those of a trade, which come after those of registers. For one n and type
+// the sums are the same for every number of rows (but for float32 and n = 32768 before Hopper, where few rows
+// are halved, see kLogParts).
 
 #pragma once
 
@@ -116,7 +118,7 @@ __device__ __forceinline__ void butterfly_lanes(float (&v)[kValues], int lane_ma
 // Where the bits of an index are; the only place that knows. kShuffled of the lane bits 3 and 4 are done by
 // shuffles before the exchange between warps (all of them when there is none).
 template <typename T_, int kLogN_, int kLogValues_, int kShuffled_ = 2, bool kFiveBits_ = false,
-          int kLogParts_ = 0, bool kTopFirst_ = false>
+          int kLogParts_ = 0, bool kTopFirst_ = false, bool kTrade_ = false>
 struct HadamardLayout {
   using T = T_;
   static constexpr int kLogN = kLogN_;
@@ -156,6 +158,11 @@ struct HadamardLayout {
 
   static constexpr int kShuffled = kShuffled_;
 
+  // The five bits of lanes by an exchange within the warp instead of shuffles, see trade_in_warp.
+  static constexpr bool kTrade = kTrade_;
+  static_assert(!kTrade || (sizeof(T) == 4 && kLogValues == 5 && kShuffled == 2 && kExchange),
+                "as many lanes' bits as bits of registers");
+
   // After the exchange a thread holds the kLowBits lowest and the kHighBits highest index bits.
   static constexpr int kDone = kLaneBit + kShuffled;  // bits below are done before the exchange
   static constexpr int kFree = kLogValues - (kTop - kDone);
@@ -179,8 +186,10 @@ struct HadamardLayout {
 
   // Shared-memory word of an index. Two bits are added to bank bits 2 and 4, which makes the 8-byte writes
   // (lanes: bits kLaneBit, kLaneBit + 1, 1, 3, 4) and the reads of every width conflict-free. word(a ^ b) =
-  // word(a) ^ word(b).
+  // word(a) ^ word(b). For a trade the bits of the loads are added to bank bits 2 to 4, since they are in
+  // lanes then.
   static __host__ __device__ constexpr int word(int index) {
+    if constexpr (kTrade) return index ^ (index >> 5 & 7) << 2;
     return index ^ ((index >> 5 ^ index >> kLaneBit) & 1) << 2 ^ (index >> (kLaneBit + 1) & 1) << 4;
   }
   // Only these bits of word(constant) overlap with word(thread's part); the others may be added.
@@ -242,7 +251,8 @@ __device__ __forceinline__ void store_values(T* y, const float* v) {
 
 }  // namespace detail
 
-// Steps 1 and 2: raw loads of one tile to fp32 values with all bits below L::kDone transformed.
+// Steps 1 and 2: raw loads of one tile to fp32 values with all bits below L::kDone transformed, but for those
+// of a trade.
 // Tensor-core layout of values: register bits, from the lowest, are index bits 5, 0, 2, kLineBit...; lanes
 // are kLaneBit, kLaneBit + 1, 1, 3, 4. Otherwise both are in the order of the loads.
 template <typename L>
@@ -315,7 +325,7 @@ __device__ __forceinline__ void transform_tile(const uint4 (&raw)[L::kParts][L::
     }
 #pragma unroll
     for (int b = 0; b < 3; ++b) {
-      if (bits > L::kVectorBits + b) detail::butterfly_lanes(v, 1 << b);
+      if (!L::kTrade && bits > L::kVectorBits + b) detail::butterfly_lanes(v, 1 << b);
     }
   }
   constexpr int kFirst = L::kTensor ? 3 : L::kVectorBits;
@@ -323,11 +333,34 @@ __device__ __forceinline__ void transform_tile(const uint4 (&raw)[L::kParts][L::
   if constexpr (L::kLogLines > 1 && L::kLogN > L::kLineBit + 1) detail::butterfly_registers<kFirst + 1>(v);
   if constexpr (L::kLogLines > 2 && L::kLogN > L::kLineBit + 2) detail::butterfly_registers<kFirst + 2>(v);
   if constexpr (L::kLogLines > 3 && L::kLogN > L::kLineBit + 3) detail::butterfly_registers<kFirst + 3>(v);
+  if constexpr (L::kTrade) return;
   // The products have moved index bits kLaneBit and kLaneBit + 1 to lanes 0 and 1.
   if constexpr (L::kShuffled > 0 && L::kLogN > L::kLaneBit) detail::butterfly_lanes(v, L::kTensor ? 1 : 8);
   if constexpr (L::kShuffled > 1 && L::kLogN > L::kLaneBit + 1)
     detail::butterfly_lanes(v, L::kTensor ? 2 : 16);
 }
+
+namespace detail {
+
+// The rest of step 1 for layouts with kTrade. A warp's values lie in shared memory in the order of L::word,
+// since a barrier of the warp; a lane takes those of index bits 2 to 4, kLaneBit and kLaneBit + 1, does their
+// butterflies and puts them back. Its own index bits are 0 and 1 and those of the loads: `tile` is where they
+// lead to in the warp's tile, and `swizzle` what the latter add to bank bits 2 to 4. kStep: words from one
+// kLaneBit to the next.
+template <int kStep>
+__device__ __forceinline__ void trade_in_warp(float (&v)[32], float* tile, int swizzle) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) v[i] = tile[((i & 7) << 2 ^ swizzle) + (i >> 3) * kStep];
+  butterfly_registers<0>(v);
+  butterfly_registers<1>(v);
+  butterfly_registers<2>(v);
+  butterfly_registers<3>(v);
+  butterfly_registers<4>(v);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) tile[((i & 7) << 2 ^ swizzle) + (i >> 3) * kStep] = v[i];
+}
+
+}  // namespace detail
 
 // Step 4 for blocks within one warp: v, scaled and in the layout of transform_tile, to 16-byte vectors.
 template <typename L>

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "rotate_quantize_tile.cuh"
+#include "shared_address.cuh"
 
 namespace halo_train::detail {
 
@@ -22,13 +23,6 @@ __device__ __forceinline__ int read_thread() {
 template <typename L>
 __device__ __forceinline__ int lane_column(int lane) {
   return (lane & 3) << 4 | (lane >> 2 & 1) << 3 | (lane >> 3) << L::kLaneBit;
-}
-
-// Between accesses to shared memory and bulk copies into the same.
-__device__ __forceinline__ void order_before_copies() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
 }
 
 // The next row waits in registers: for one input of 16 bits.

@@ -14,6 +14,9 @@ pytestmark = pytest.mark.gpu
 
 SIZES = [2**k for k in range(16)]
 
+# Before Hopper few float32 blocks of 32768 are halved, but not in place, and halves add in another order.
+PAIRS = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -83,8 +86,7 @@ def test_factors_after_the_rotation(n: int, blocks: int, dtype: torch.dtype) -> 
         assert torch.equal(ops.hadamard(x, n, scale, s, factors), y)
         z = x.clone()
         ops.hadamard_(z, n, scale, s, factors)
-        # Halves of a block of 32768 are not used in place, and of float32 add in another order.
-        if n < 32768 or dtype in HALF:
+        if n < 32768 or dtype in HALF or PAIRS:
             assert torch.equal(z, y)
         assert_rounded_once(z, expected(x, n, scale, s), n, factors)
     ones = ops.hadamard(x, n, scale, None, torch.ones_like(factors))
@@ -164,9 +166,11 @@ def test_row_counts_and_determinism(n: int) -> None:
         assert torch.equal(ops.hadamard(x[:rows], n, 1 / math.sqrt(n)), y[:rows]), rows
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [8192, 16384, 32768])
 def test_few_rows_are_halved_with_the_same_bits(n: int, dtype: torch.dtype) -> None:
+    if n == 32768 and dtype not in HALF and not PAIRS:
+        pytest.skip("float32 halves add in another order")
     x = randn(1100, n, dtype=dtype)
     y = ops.hadamard(x, n, 1 / math.sqrt(n))
     for rows in (1, 2, 40, 131, 132, 133, 263, 264, 265, 527, 528, 529):
@@ -194,7 +198,7 @@ def test_one_dimension_with_gaps(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [1, 40, 263, 264, 700])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_largest_block_at_every_number_of_rows(rows: int, dtype: torch.dtype) -> None:
-    """Few blocks of 32768 are halved over two thread blocks, many are not."""
+    """Few blocks of 32768 are halved over two thread blocks, many are not; those of float32 always are on Hopper."""
     wide = randn(rows, 2 * 32768, dtype=dtype)
     signs = torch.randint(0, 2, (2 * 32768,), device="cuda") * 2 - 1
     y = ops.hadamard(wide, 32768, 2.0**-7, signs)
