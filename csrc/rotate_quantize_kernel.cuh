@@ -7,8 +7,8 @@
 // A warp holds a tile of 32 * kValues elements of a row. Each bit of their index is transformed where it
 // happens to be (layouts: RotateLayout):
 //
-// 1. Tensor-core products with a constant +-1 matrix do bits 0, 1, 4, 5 and 6, in fp32 sums of exact
-// products.
+// 1. Tensor-core products with a constant +-1 matrix do bits 0, 1, 4, 5 and 6 (or 7, see kLineInLanes), in
+// fp32 sums of exact products.
 // 2. Bit 2 is a register bit, as are 3 and those of the loads. Where the block has bits in lanes too,
 // products
 //    of the sums, in two bfloat16 terms, do bit 3, those in lanes and the highest of the loads.
@@ -73,7 +73,8 @@ struct RotateShared {
 namespace detail {
 
 template <int kLogValues, int kLogWarps, int kBlockBits>
-using RotatedLayout = RotateLayout<kLogValues, kLogWarps, (kLogWarps > 0 || kBlockBits == kLogValues + 5)>;
+using RotatedLayout = RotateLayout<kLogValues, kLogWarps, (kLogWarps > 0 || kBlockBits == kLogValues + 5),
+                                   (kLogValues > 5 && (kLogWarps == 1 || kBlockBits > kLogValues + 3))>;
 
 // Barrier of the warps that share a block of the rotation, the group-th of the thread block.
 template <bool kGroups, int kThreads, typename Row>
@@ -143,6 +144,19 @@ __global__ void __launch_bounds__(32 * (kLean ? detail::kLeanWarps / 2 : detail:
     p.source.tiles(tile, row, tile0);
     loader.start(stage, tile);
   };
+  const auto keep_matrices = [&] {
+    if (!kRotated || block_warp > 0) return;
+    matrix[lane] = rotate_matrix<L>(kBlockBits == 7 ? p.log_block : log_block, kTwisted);
+    if constexpr (kSums) {
+      if (log_block > 7) {
+        const SumMatrix sums = sum_matrix<L>(log_block);
+        sum_signs[lane] = sums.signs, minus_identity[lane] = sums.minus_identity;
+      }
+    }
+  };
+  // Before the factors or after them: so that ptxas keeps the thread's index instead of reading it anew for
+  // every row, which costs 3 to 7%.
+  if constexpr (L::kLineInLanes) keep_matrices();
   // The factors before the first row: they are needed first, and come from the L2 cache. Thread blocks that
   // hold one row ask for all of theirs at once.
   constexpr bool kFactors = Factors::kWords > 0;
@@ -152,19 +166,11 @@ __global__ void __launch_bounds__(32 * (kLean ? detail::kLeanWarps / 2 : detail:
     for (int j = 0; j < L::kLoads; ++j) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) columns[j][i] = 0.0f;
-      if (loader.inside(j)) p.source.columns(columns[j], tile0 + lane_column<L>(lane) + (j << 6));
+      if (loader.inside(j)) p.source.columns(columns[j], tile0 + lane_column<L>(lane) + (j << L::kLoadBit));
     }
   }
   for (int s = 0; s < row_stages; ++s) start(s, first + s * step);
-  if (kRotated && block_warp == 0) {
-    matrix[lane] = rotate_matrix(kBlockBits == 7 ? p.log_block : log_block, kTwisted);
-    if constexpr (kSums) {
-      if (log_block > 7) {
-        const SumMatrix sums = sum_matrix<L>(log_block);
-        sum_signs[lane] = sums.signs, minus_identity[lane] = sums.minus_identity;
-      }
-    }
-  }
+  if constexpr (!L::kLineInLanes) keep_matrices();
   if constexpr (kFactors) {
     const auto keep = [&](int j, const Factors& f) {
 #pragma unroll
@@ -175,7 +181,7 @@ __global__ void __launch_bounds__(32 * (kLean ? detail::kLeanWarps / 2 : detail:
       for (int j = group.group; j < L::kLoads; j += rows_at_once) {  // the rows share the work
         Factors f{};
         if (loader.inside(j)) {
-          f = p.source.template factors<Factors>(tile0 + lane_column<L>(lane) + (j << 6),
+          f = p.source.template factors<Factors>(tile0 + lane_column<L>(lane) + (j << L::kLoadBit),
                                                  twist_sign(lane, twist));
         }
         keep(j, f);
@@ -365,7 +371,7 @@ __global__ void __launch_bounds__(32 * (kLean ? detail::kLeanWarps / 2 : detail:
         for (int j = 0; j < L::kLoads; ++j) {
           const float* d = v + 8 * j;
           const uint2 bytes = {round4<kType>(d[0], d[1], d[2], d[3]), round4<kType>(d[4], d[5], d[6], d[7])};
-          if (loader.inside(j)) *reinterpret_cast<uint2*>(q + out + (j << 6)) = bytes;
+          if (loader.inside(j)) *reinterpret_cast<uint2*>(q + out + (j << L::kLoadBit)) = bytes;
         }
       } else if constexpr (L::kExchange) {
         q += ((threadIdx.x & (32 * L::kWarps - 1)) << L::kLowBits) +

@@ -13,9 +13,13 @@ namespace halo_train {
 //     loads: pair of 16-bit values (0) | 16 bytes (1, 2) | lane 2 (3) | lanes 0, 1 (4, 5) | loads (6...) |
 //            lanes 3, 4 (kLaneBit, kLaneBit + 1) | warps
 //     after the products: registers (0..3) | lanes 2, 3, 4 (4, 5, 6) | registers (7...) | lanes 0, 1 | warps
-// kLogWarps: bits of a block beyond a tile. kWhole: rows are made of whole tiles.
-template <int kLogValues_, int kLogWarps_, bool kWhole_>
+// kLogWarps: bits of a block beyond a tile. kWhole: rows are made of whole tiles. kLineInLanes: bits 6 and
+// kLaneBit have changed places, so that 8 lanes store to 4 groups of banks instead of 2; for blocks that have
+// products of sums for the bits in lanes, and kLaneBit.
+template <int kLogValues_, int kLogWarps_, bool kWhole_, bool kLineInLanes_>
 struct RotateLayout {
+  static constexpr bool kLineInLanes = kLineInLanes_;
+  static constexpr int kLoadBit = kLineInLanes ? 7 : 6;  // the lowest of the loads
   static constexpr int kLogValues = kLogValues_;
   static constexpr int kLogWarps = kLogWarps_;
   static constexpr bool kWhole = kWhole_;
@@ -37,12 +41,16 @@ struct RotateLayout {
   static_assert(!kExchange || kLowBits >= 0, "more bits are left than a thread has registers");
 
   // Index of a register, as the products leave it and after the exchange; of a lane, as they leave it.
-  static __host__ __device__ constexpr int before(int i) { return (i & 15) | i >> 4 << 7; }
+  static __host__ __device__ constexpr int before(int i) { return (i & 15) | i >> 4 << (kLoadBit + 1); }
   static __host__ __device__ constexpr int after(int i) {
     return (i & ((1 << kLowBits) - 1)) | i >> kLowBits << kLaneBit;
   }
   static __host__ __device__ constexpr int of_lane(int lane) {
-    return (lane & 3) << kLaneBit | (lane >> 2 & 7) << 4;
+    return in_lanes(lane & 3) | (lane >> 2 & 3) << 4 | (lane >> 4) << kLoadBit;
+  }
+  // Two bits: of lanes 3 and 4 in loads, of 0 and 1 after the products.
+  static __host__ __device__ constexpr int in_lanes(int two) {
+    return kLineInLanes ? (two & 1) << 6 | two >> 1 << (kLaneBit + 1) : two << kLaneBit;
   }
   // The same where bits 4 and 5 are twisted.
   static __host__ __device__ constexpr int of_lane(int lane, int twist) {
@@ -61,10 +69,11 @@ struct RotateLayout {
 
 namespace detail {
 
-// A fragment of the +-1 matrix for bits 0, 4, 5 and 6. k (column): bits 0, 4, 5, 6 of the index, as the loads
-// bring them. m (row): bits 4, 5, 6, 0, or twisted 6, 4, 5, 0. Bits beyond the block are left alone: zeros,
-// which can carry inf and NaN from one block into another, but only within a row, of which none is finite
-// then.
+// A fragment of the +-1 matrix for bits 0, 4, 5 and kLoadBit. k (column): bits 0, 4, 5 and kLoadBit of the
+// index, as the loads bring them. m (row): bits 4, 5, kLoadBit and 0, or twisted 6, 4, 5 and 0. Bits beyond
+// the block are left alone: zeros, which can carry inf and NaN from one block into another, but only within a
+// row, of which none is finite then.
+template <typename L>
 __device__ __forceinline__ uint4 rotate_matrix(int log_block, bool twisted) {
   const int lane = threadIdx.x & 31, beyond = -1 << log_block;
   uint32_t a[4];
@@ -74,8 +83,9 @@ __device__ __forceinline__ uint4 rotate_matrix(int log_block, bool twisted) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int m = (lane >> 2) + 8 * (i & 1), k = 2 * (lane & 3) + h + 8 * (i >> 1);
-      const int row = m >> 3 | (twisted ? m >> 1 & 3 | (m & 1) << 2 : m & 7) << 4,
-                column = (k & 1) | k >> 1 << 4;
+      const int three = twisted ? m >> 1 & 3 | (m & 1) << 2 : m & 7;
+      const int row = m >> 3 | (three & 3) << 4 | three >> 2 << L::kLoadBit;
+      const int column = (k & 1) | (k >> 1 & 3) << 4 | k >> 3 << L::kLoadBit;
       const uint32_t negative = __popc(row & column & ~beyond) & 1;
       if (!((row ^ column) & beyond)) pair |= (Pair<__nv_bfloat16>::kOne | negative << 15) << (16 * h);
     }
@@ -155,7 +165,7 @@ __device__ __forceinline__ void product(float (&d)[4], const Signs& a, const Ter
   }
 }
 
-// Step 1 for two loads, which differ in bit 6. v: bits 0, 1, 2 and 3 of the index.
+// Step 1 for two loads, which differ in bit kLoadBit. v: bits 0, 1, 2 and 3 of the index.
 template <bool kNegated, bool kFlips, int kCount>
 __device__ __forceinline__ void multiply_tile(const Terms<kCount>& low, const Terms<kCount>& high,
                                               const Signs& a, float* v) {
@@ -173,9 +183,9 @@ __device__ __forceinline__ void multiply_tile(const Terms<kCount>& low, const Te
   }
 }
 
-// Second operands of multiply_sums(), with k (rows) and n (columns): bits 3, kLaneBit and kLaneBit + 1 of the
-// index. signs: x and y for the lower half of the results, z and w for the upper one, each of both halves of
-// the values.
+// Second operands of multiply_sums(), with k (rows) and n (columns): bits 3 and, in lanes, kLaneBit (or 6)
+// and kLaneBit + 1 of the index. signs: x and y for the lower half of the results, z and w for the upper one,
+// each of both halves of the values.
 struct SumMatrix {
   uint4 signs;
   uint32_t minus_identity;

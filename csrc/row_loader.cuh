@@ -1,6 +1,6 @@
 // How the rows of rotate_quantize_kernel.cuh come from memory: a warp fetches its tile of a row while it
-// works on an earlier one. Each thread reads, of load j, eight neighbouring elements from column in() + 64 j
-// of the tile.
+// works on an earlier one. Each thread reads, of load j, eight neighbouring elements from column in() + (j
+// << kLoadBit) of the tile.
 
 #pragma once
 
@@ -22,7 +22,7 @@ __device__ __forceinline__ int read_thread() {
 // Column, within its warp's tile, of the elements of a lane.
 template <typename L>
 __device__ __forceinline__ int lane_column(int lane) {
-  return (lane & 3) << 4 | (lane >> 2 & 1) << 3 | (lane >> 3) << L::kLaneBit;
+  return (lane & 3) << 4 | (lane >> 2 & 1) << 3 | L::in_lanes(lane >> 3);
 }
 
 // The next row waits in registers: for one input of 16 bits.
@@ -42,12 +42,14 @@ class RegisterLoader {
     for (int j = 0; j < L::kLoads; ++j) {
 #pragma unroll
       for (int k = 0; k < kQuads; ++k) {
-        raw_[j][k] = inside(j) ? load16(from + (j << 6) + 4 * k) : make_uint4(0, 0, 0, 0);
+        raw_[j][k] = inside(j) ? load16(from + (j << L::kLoadBit) + 4 * k) : make_uint4(0, 0, 0, 0);
       }
     }
   }
   __device__ __forceinline__ void wait(int) {}
-  __device__ __forceinline__ bool inside(int j) const { return L::kWhole || in_ + (j << 6) < columns_; }
+  __device__ __forceinline__ bool inside(int j) const {
+    return L::kWhole || in_ + (j << L::kLoadBit) < columns_;
+  }
   __device__ __forceinline__ void read(uint4 (&raw)[1][kQuads], int, int j) const {
 #pragma unroll
     for (int k = 0; k < kQuads; ++k) raw[0][k] = raw_[j][k];
@@ -108,7 +110,7 @@ class SharedLoader {
         for (int k = 0; k < kQuads; ++k) {
           asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
                            address(buffer(stage, i) + quad_ + quads(j) + k)),
-                       "l"(tile[i] + in_ + (j << 6) + 16 / sizeof(T) * k)
+                       "l"(tile[i] + in_ + (j << L::kLoadBit) + 16 / sizeof(T) * k)
                        : "memory");
         }
       }
@@ -135,7 +137,9 @@ class SharedLoader {
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
   }
-  __device__ __forceinline__ bool inside(int j) const { return L::kWhole || in_ + (j << 6) < columns_; }
+  __device__ __forceinline__ bool inside(int j) const {
+    return L::kWhole || in_ + (j << L::kLoadBit) < columns_;
+  }
   __device__ __forceinline__ void read(uint4 (&raw)[kInputs][kQuads], int stage, int j) const {
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) {
@@ -152,7 +156,7 @@ class SharedLoader {
     return buffers_ + (stage * kInputs + input) * kTileQuads;
   }
   static __device__ __forceinline__ constexpr int quads(int j) {
-    return 64 * j * static_cast<int>(sizeof(T)) / 16;
+    return (j << L::kLoadBit) * static_cast<int>(sizeof(T)) / 16;
   }
 
   uint4* buffers_;
