@@ -14,8 +14,6 @@
 
 #pragma once
 
-#include <type_traits>
-
 #include "hadamard_kernel.cuh"
 
 namespace halo_train {
@@ -86,14 +84,9 @@ __device__ __forceinline__ float flip_sign(float v, uint32_t bits, int bit) {
   return __uint_as_float(__float_as_uint(v) ^ (bits << (31 - bit) & 0x80000000u));
 }
 
-__device__ __forceinline__ double flip_sign(double v, uint32_t bits, int bit) {
-  return __hiloint2double(__double2hiint(v) ^ static_cast<int>(bits << (31 - bit) & 0x80000000u),
-                          __double2loint(v));
-}
-
 // Butterflies on the register bits of a mask.
-template <uint32_t kMask, typename V, int kValues>
-__device__ __forceinline__ void butterfly_mask(V (&v)[kValues]) {
+template <uint32_t kMask, int kValues>
+__device__ __forceinline__ void butterfly_mask(float (&v)[kValues]) {
   if constexpr (kMask != 0) {
     butterfly_registers<count_bits((kMask & ~(kMask - 1)) - 1)>(v);
     butterfly_mask<kMask&(kMask - 1)>(v);
@@ -138,15 +131,6 @@ struct RoundsLayout {
       (kStored & ~kMiddle & (L::kVector - 1)) | (kStored & ~kMiddle) >> L::kLineBit << L::kVectorBits;
   static_assert(kLastOfSecond >> (kLogValues_ - 1) == 1,
                 "the top register bit is left for the last butterfly");
-
-  // The top register bits of step 2 whose butterflies, of both rounds, are fp64: with fp32 alone float16
-  // would differ from the exact result rounded once in more than 1e-3 of the elements of large blocks. Not
-  // where fp64 takes many times as long as fp32.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
-  static constexpr int kDoubles = std::is_same<T, __half>::value && kLogN > 12 ? 4 : 0;
-#else
-  static constexpr int kDoubles = 0;
-#endif
 
   // Distance in words between indices that differ in a bit: their natural one, plus what makes the lanes of
   // an access go to different banks.
@@ -296,40 +280,18 @@ __global__ void __launch_bounds__(32 * R::L::kWarps * kGroups, kMinBlocks)
   }
   const uint32_t* const words = reinterpret_cast<const uint32_t*>(p.middle) + (here >> 5) + (between >> 5);
   constexpr uint32_t kAll = (1u << L::kLogValues) - 1;
-  if constexpr (R::kDoubles > 0) {
-    constexpr int kRest = L::kLogValues - R::kDoubles;
-    constexpr uint32_t kUpper = kAll & ~((1u << kRest) - 1);
-    detail::butterfly_mask<R::kLastOfFirst & ~kUpper>(v);
+  detail::butterfly_mask<R::kLastOfFirst>(v);
+  constexpr int kIn = detail::count_bits(R::kMiddle & 31);  // register bits within a word
 #pragma unroll
-    for (int s = 0; s < 1 << kRest; ++s) {
-      double w[1 << R::kDoubles];
+  for (int g = 0; g < L::kValues >> kIn; ++g) {
+    const uint32_t bits = __ldg(words + (detail::deposit<R::kMiddle>(g << kIn) >> 5)) >> (between & 31);
 #pragma unroll
-      for (int i = 0; i < 1 << R::kDoubles; ++i) w[i] = v[i << kRest | s];
-      detail::butterfly_mask<(R::kLastOfFirst >> kRest)>(w);
-#pragma unroll
-      for (int i = 0; i < 1 << R::kDoubles; ++i) {
-        const int index = detail::deposit<R::kMiddle>(i << kRest | s);
-        w[i] = detail::flip_sign(w[i], __ldg(words + (index >> 5)) >> (between & 31), index & 31);
-      }
-      detail::butterfly_mask<(kUpper >> kRest)>(w);
-#pragma unroll
-      for (int i = 0; i < 1 << R::kDoubles; ++i) v[i << kRest | s] = static_cast<float>(w[i]);
+    for (int i = 0; i < 1 << kIn; ++i) {
+      float& value = v[g << kIn | i];
+      value = detail::flip_sign(value, bits, detail::deposit<R::kMiddle & 31>(i));
     }
-    detail::butterfly_mask<kAll & ~kUpper>(v);
-  } else {
-    detail::butterfly_mask<R::kLastOfFirst>(v);
-    constexpr int kIn = detail::count_bits(R::kMiddle & 31);  // register bits within a word
-#pragma unroll
-    for (int g = 0; g < L::kValues >> kIn; ++g) {
-      const uint32_t bits = __ldg(words + (detail::deposit<R::kMiddle>(g << kIn) >> 5)) >> (between & 31);
-#pragma unroll
-      for (int i = 0; i < 1 << kIn; ++i) {
-        float& value = v[g << kIn | i];
-        value = detail::flip_sign(value, bits, detail::deposit<R::kMiddle & 31>(i));
-      }
-    }
-    detail::butterfly_mask<kAll>(v);
   }
+  detail::butterfly_mask<kAll>(v);
 #pragma unroll
   for (int i = 0; i < L::kValues; i += R::kWide) {
     float* to = own + R::word(detail::deposit<R::kMiddle>(i));

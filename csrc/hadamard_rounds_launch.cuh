@@ -44,6 +44,21 @@ cudaError_t launch_products(const RoundsParams<typename L::T>& p, int device, cu
   return cudaGetLastError();
 }
 
+template <typename L>
+cudaError_t launch_rounds_staying(const RoundsParams<typename L::T>& p, int device, cudaStream_t stream) {
+  constexpr auto kKernel = hadamard_rounds_staying<L>;
+  constexpr size_t kNext = (sizeof(typename L::T) << L::kLogN) + sizeof(uint64_t);  // and its barrier
+  // Before Hopper the next block does not wait in shared memory.
+  const bool small = shared_limit(device) < L::kSharedBytes + kNext;
+  const cudaError_t error = small ? allow_shared<kKernel, L::kSharedBytes>(device)
+                                  : allow_shared<kKernel, L::kSharedBytes + kNext>(device);
+  if (error != cudaSuccess) return error;
+  const int64_t grid = std::min(p.total >> L::kLogN, int64_t{multiprocessors(device)});
+  const size_t shared = L::kSharedBytes + (small ? 0 : kNext);
+  kKernel<<<static_cast<unsigned>(grid), 32 * L::kWarps, shared, stream>>>(p);
+  return cudaGetLastError();
+}
+
 // Measured on an H200 (benchmarks/bench_hadamard.py).
 template <typename T>
 cudaError_t launch_rounds_sized(const RoundsParams<T>& p, int log_block, int device, cudaStream_t stream) {
@@ -66,14 +81,9 @@ cudaError_t launch_rounds_sized(const RoundsParams<T>& p, int log_block, int dev
       case 13:
         return launch_products<ProductsLayout<T, 13, 6>, 4, 15>(p, device, stream);
       case 14:
-        // products: 1.00e-3 of float16 are not correctly rounded
-        if constexpr (std::is_same<T, __half>::value) {
-          return launch_rounds<RoundsLayout<T, 14, 6, 0, true>, 1, 2, 20>(p, device, stream);
-        } else {
-          return launch_products<ProductsLayout<T, 14, 6>, 2, 10>(p, device, stream);
-        }
-      case 15:  // products: 3% slower to 6% faster, and of float16 1.07e-3 are not correctly rounded
-        return launch_rounds<RoundsLayout<T, 15, 6, 0, true>, 1, 1, 10>(p, device, stream);
+        return launch_products<ProductsLayout<T, 14, 6>, 2, 10>(p, device, stream);
+      case 15:
+        return launch_rounds_staying<ProductsLayout<T, 15, 7>>(p, device, stream);
     }
   } else {
     switch (log_block) {

@@ -8,13 +8,17 @@
 // shared memory.
 //
 // The first product of a value is exact: it takes raw input. Later ones take fp32 sums in two fp16 terms,
-// v = first + second to 2^-22 of v; the second is rounded from v - first I, which is a product as well. fp16
-// has a range: a block is multiplied by the power of two that keeps its sums below 2^15 whatever the input,
-// and the matrix of the later products is H / 4, which is orthonormal. An infinity makes its block NaN.
+// v = first + second to 2^-22 of v, or in three; each is rounded from what is left of v, v - first I, which
+// is a product as well. fp16 has a range: a block is multiplied by the power of two that keeps its sums below
+// 2^16 whatever the input, and the matrix of the later products is H / 4, which is orthonormal. An infinity
+// makes its block NaN.
 
 #pragma once
 
+#include <type_traits>
+
 #include "hadamard_rounds.cuh"
+#include "shared_address.cuh"
 
 namespace halo_train {
 
@@ -42,8 +46,17 @@ struct ProductsLayout {
   static constexpr int kUnits = kValues / 4 / kWarps;
   static constexpr size_t kSharedBytes = kTrade ? (sizeof(float) << kLogN) + sizeof(uint32_t) * kWarps : 0;
 
-  // log2 of a bound of the sums that are split into terms, over that of the input.
-  static constexpr int kGrowth = kLogN - 2;
+  // log2 of a bound of the sums that are split into terms, over that of the input, less one. A sum is at most
+  // n / 4 inputs after the first round; 2^i register bits after the product that begins the second make up to
+  // 2^(i / 2) of that, where the signs between are made for it.
+  static constexpr int kGrowth = kLogN - 2 + (kTrade ? kLogValues - 5 : 0);
+
+  // float16 in large blocks: with two terms in each product, and sums of all terms by tensor cores, which cut
+  // off instead of rounding, more than 1e-3 of the results would not be correctly rounded. In the products
+  // that begin and end the second round it takes the least to change that.
+  static constexpr bool kHalf = std::is_same<T, __half>::value;
+  static constexpr int kBeginTerms = kHalf && kLogN > 13 ? 3 : 2, kEndTerms = kHalf && kLogN > 14 ? 3 : 2;
+  static constexpr bool kBeginAdds = kHalf && kLogN > 14, kEndAdds = kHalf && kLogN > 13;
 };
 
 namespace detail {
@@ -67,9 +80,10 @@ __device__ __forceinline__ uint32_t minus_identity() {
   return lane >> 3 != (lane & 3) ? 0u : lane & 4 ? 0xbc000000u : 0x0000bc00u;
 }
 
-// Eight values of a tile, as a product leaves them, in two terms.
+// Eight values of a tile, as a product leaves them, in terms, the largest first.
+template <int kTerms>
 struct TileTerms {
-  uint32_t first[4], second[4];
+  uint32_t term[kTerms][4];
 
   // kAcross: registers 0, 1, 4, 5 and 2, 3, 6, 7 make the operands of a product, else 0 to 3 and 4 to 7.
   // Registers of an operand are neighbours: values that come from additions may lie so that terms already are
@@ -80,36 +94,51 @@ struct TileTerms {
     for (int i = 0; i < 2; ++i) {
       const int p = kAcross ? i : 2 * i, q = kAcross ? i + 2 : 2 * i + 1;
       float rest[4] = {v[2 * p], v[2 * p + 1], v[2 * q], v[2 * q + 1]};
-      first[p] = Terms16::pack(rest[0], rest[1]), first[q] = Terms16::pack(rest[2], rest[3]);
-      asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-          : "+f"(rest[0]), "+f"(rest[1]), "+f"(rest[2]), "+f"(rest[3])
-          : "r"(first[p]), "r"(first[q]), "r"(minus));
-      second[p] = Terms16::pack(rest[0], rest[1]), second[q] = Terms16::pack(rest[2], rest[3]);
+#pragma unroll
+      for (int k = 0; k < kTerms; ++k) {
+        term[k][p] = Terms16::pack(rest[0], rest[1]), term[k][q] = Terms16::pack(rest[2], rest[3]);
+        if (k == kTerms - 1) break;
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+            : "+f"(rest[0]), "+f"(rest[1]), "+f"(rest[2]), "+f"(rest[3])
+            : "r"(term[k][p]), "r"(term[k][q]), "r"(minus));
+      }
     }
   }
   // By the signs of masks, the other bits of which may be anything.
   __device__ __forceinline__ void flip(const uint32_t (&mask)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      // x ^ (mask & signs) in one operation; the compiler would take what is common out of the two.
-      asm("lop3.b32 %0, %0, %1, %2, 0x78;" : "+r"(first[i]) : "r"(mask[i]), "n"(kMinus));
-      asm("lop3.b32 %0, %0, %1, %2, 0x78;" : "+r"(second[i]) : "r"(mask[i]), "n"(kMinus));
+#pragma unroll
+      for (int k = 0; k < kTerms; ++k) {
+        // x ^ (mask & signs) in one operation; the compiler would take what is common out of several.
+        asm("lop3.b32 %0, %0, %1, %2, 0x78;" : "+r"(term[k][i]) : "r"(mask[i]), "n"(kMinus));
+      }
     }
   }
 };
 
-// v = H X^T of a tile. For bfloat16 the first terms go first: they need not wait for the second ones (2048:
-// 5% faster), but the tensor cores cut off bits of the whole sum twice, for which float16 has no room.
-template <typename T>
-__device__ __forceinline__ void multiply_terms(float* v, const TileTerms& x, const uint32_t (&a)[4]) {
+// v = H X^T of a tile. For bfloat16 the first terms go first: they need not wait for the others (2048: 5%
+// faster), but the tensor cores cut off bits of the whole sum once more, for which float16 has no room.
+// kAdds: the sums of the first terms, which are all but exact, are added to those of the others, which rounds
+// once.
+template <typename T, bool kAdds, int kTerms>
+__device__ __forceinline__ void multiply_terms(float* v, const TileTerms<kTerms>& x, const uint32_t (&a)[4]) {
   constexpr bool kFirst = std::is_same<T, __nv_bfloat16>::value;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uint2 first = make_uint2(x.first[half], x.first[half + 2]);
-    const uint2 second = make_uint2(x.second[half], x.second[half + 2]);
+    const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float4 sum = zero;
     float d[4];
-    Terms16::mma(d, a, kFirst ? first : second, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-    Terms16::mma(v + 4 * half, a, kFirst ? second : first, make_float4(d[0], d[1], d[2], d[3]));
+#pragma unroll
+    for (int k = 0; k < kTerms; ++k) {
+      const int i = kFirst ? k : kTerms - 1 - k;
+      const bool adds = kAdds && i == 0;
+      Terms16::mma(d, a, make_uint2(x.term[i][half], x.term[i][half + 2]), adds ? zero : sum);
+      sum = adds ? make_float4(sum.x + d[0], sum.y + d[1], sum.z + d[2], sum.w + d[3])
+                 : make_float4(d[0], d[1], d[2], d[3]);
+    }
+    float* const to = v + 4 * half;
+    to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
   }
 }
 
@@ -179,31 +208,14 @@ __device__ __forceinline__ void read_units(float (&v)[L::kValues], const float4*
 
 }  // namespace detail
 
-// A thread block for a block of a row. `ahead`: by how many rows the L2 cache runs ahead of the loads.
-template <typename L, int kMinBlocks>
-__global__ void __launch_bounds__(32 * L::kWarps, kMinBlocks)
-    hadamard_rounds_products(const RoundsParams<typename L::T> p, const int64_t rows, const int64_t ahead) {
+// Both rounds of a block from its raw values, which begin at column `here` of a row; `in`: index of the
+// lane's first value. between() is called when all warps have read their raw values.
+template <typename L, typename Between>
+__device__ __forceinline__ void rounds_of_block(const RoundsParams<typename L::T>& p, int64_t row,
+                                                uint32_t here, int in, uint4 (&raw)[L::kTiles],
+                                                float4* shared_units, const Between& between) {
   using T = typename L::T;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  const uint32_t columns = p.axis >> (L::kLogN - 3);  // blocks in a row
-  int64_t row = blockIdx.x;
-  uint32_t here = 0;  // column of the block
-  if (columns > 1) {
-    detail::locate(row, columns, row, here);
-    here <<= L::kLogN;
-  }
-  const int in = lane << 3 | warp << (L::kLogValues + 5);
-  const T* const x = p.x + row * p.row_stride + here + in;
-  uint4 raw[L::kTiles];
-#pragma unroll
-  for (int j = 0; j < L::kTiles; ++j) raw[j] = detail::load16(x + (j << 8));
-#if __CUDA_ARCH__ >= 900
-  if (ahead > 0 && threadIdx.x == 0 && row + ahead < rows) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(x + ahead * p.row_stride),
-                 "n"(sizeof(T) << L::kLogN)
-                 : "memory");
-  }
-#endif
   if (p.first != nullptr) detail::flip_vectors<T, 8>(raw, p.first, here + in);
   const uint8_t* const middle = p.middle + ((here >> 3) + lane);
   uint32_t plus[4];
@@ -249,7 +261,6 @@ __global__ void __launch_bounds__(32 * L::kWarps, kMinBlocks)
 
   // 2. The warps' bits. A thread writes where it will read what comes back, so that a barrier after each
   // write is enough.
-  extern __shared__ float4 shared_units[];
   uint32_t* const magnitudes = reinterpret_cast<uint32_t*>(shared_units + (1 << (L::kLogN - 2)));
   float4* const own = shared_units + warp * (L::kWarps * L::kUnits * 32) + lane;
   float4* const others = shared_units + warp * (L::kUnits * 32) + lane;
@@ -258,6 +269,7 @@ __global__ void __launch_bounds__(32 * L::kWarps, kMinBlocks)
     detail::write_units<L>(others, kOther, v);
     if (lane == 0) magnitudes[warp] = largest;
     __syncthreads();
+    between();
     detail::read_units<L>(v, own, kOwn);
     largest = __reduce_max_sync(0xffffffffu, magnitudes[lane % L::kWarps]);
     exponent = detail::block_exponent<T, L::kGrowth>(largest);
@@ -270,25 +282,25 @@ __global__ void __launch_bounds__(32 * L::kWarps, kMinBlocks)
   for (int i = 0; i < 4; ++i) a[i] = plus[i] ^ 0x34003400u;  // 1/4
 #pragma unroll
   for (int j = 0; j < L::kTiles; ++j) {
-    detail::TileTerms terms;
-    terms.split<true>(v + 8 * j, minus);
-    detail::multiply_terms<T>(v + 8 * j, terms, a);
+    detail::TileTerms<2> terms;
+    terms.template split<true>(v + 8 * j, minus);
+    detail::multiply_terms<T, false>(v + 8 * j, terms, a);
   }
 #pragma unroll
   for (int j = 0; j < L::kTiles; ++j) {
-    detail::TileTerms terms;
-    terms.split<false>(v + 8 * j, minus);
+    detail::TileTerms<L::kBeginTerms> terms;
+    terms.template split<false>(v + 8 * j, minus);
     uint32_t mask[4];
     detail::middle_masks<L>(middle, warp, j, mask);
     terms.flip(mask);
-    detail::multiply_terms<T>(v + 8 * j, terms, a);
+    detail::multiply_terms<T, L::kBeginAdds>(v + 8 * j, terms, a);
   }
   detail::butterfly_mask<L::kLines & ~(L::kTrade ? 0 : L::kTop)>(v);
 #pragma unroll
   for (int j = 0; j < L::kTiles; ++j) {
-    detail::TileTerms terms;
-    terms.split<true>(v + 8 * j, minus);
-    detail::multiply_terms<T>(v + 8 * j, terms, a);
+    detail::TileTerms<L::kEndTerms> terms;
+    terms.template split<true>(v + 8 * j, minus);
+    detail::multiply_terms<T, L::kEndAdds>(v + 8 * j, terms, a);
   }
   if constexpr (L::kTrade) {
     detail::write_units<L>(own, kOwn, v);
@@ -311,6 +323,106 @@ __global__ void __launch_bounds__(32 * L::kWarps, kMinBlocks)
   if (p.last != nullptr) detail::flip_vectors<T, 8>(out, p.last, here + in);
 #pragma unroll
   for (int j = 0; j < L::kTiles; ++j) *reinterpret_cast<uint4*>(y + (j << 8)) = out[j];
+}
+
+// A thread block for a block of a row. `ahead`: by how many rows the L2 cache runs ahead of the loads.
+template <typename L, int kMinBlocks>
+__global__ void __launch_bounds__(32 * L::kWarps, kMinBlocks)
+    hadamard_rounds_products(const RoundsParams<typename L::T> p, const int64_t rows, const int64_t ahead) {
+  using T = typename L::T;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const uint32_t columns = p.axis >> (L::kLogN - 3);  // blocks in a row
+  int64_t row = blockIdx.x;
+  uint32_t here = 0;  // column of the block
+  if (columns > 1) {
+    detail::locate(row, columns, row, here);
+    here <<= L::kLogN;
+  }
+  const int in = lane << 3 | warp << (L::kLogValues + 5);
+  const T* const x = p.x + row * p.row_stride + here + in;
+  uint4 raw[L::kTiles];
+#pragma unroll
+  for (int j = 0; j < L::kTiles; ++j) raw[j] = detail::load16(x + (j << 8));
+#if __CUDA_ARCH__ >= 900
+  if (ahead > 0 && threadIdx.x == 0 && row + ahead < rows) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(x + ahead * p.row_stride),
+                 "n"(sizeof(T) << L::kLogN)
+                 : "memory");
+  }
+#endif
+  extern __shared__ float4 shared_units[];
+  rounds_of_block<L>(p, row, here, in, raw, shared_units, [] {});
+}
+
+// Thread blocks that stay: where only one fits a multiprocessor, nothing else would compute while it loads.
+// The next block of a row waits in shared memory.
+template <typename L>
+__global__ void __launch_bounds__(32 * L::kWarps, 1)
+    hadamard_rounds_staying(const RoundsParams<typename L::T> p) {
+  using T = typename L::T;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const int in = lane << 3 | warp << (L::kLogValues + 5);
+  extern __shared__ float4 shared_units[];
+  const auto locate = [&](uint32_t block, uint32_t& column) {
+    const uint32_t columns = p.axis >> (L::kLogN - 3);  // blocks in a row
+    column = block % columns << L::kLogN;
+    return block / columns;
+  };
+  const uint32_t blocks = static_cast<uint32_t>(p.total >> L::kLogN);
+#if __CUDA_ARCH__ >= 900
+  uint4* const buffer = reinterpret_cast<uint4*>(shared_units) + L::kSharedBytes / 16;
+  const uint32_t arrived = detail::shared_address(buffer + (1 << (L::kLogN - 3)));
+  const auto fetch = [&](uint32_t block) {
+    uint32_t column;
+    const int64_t row = locate(block, column);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived),
+                 "n"(sizeof(T) << L::kLogN)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            detail::shared_address(buffer)),
+        "l"(p.x + row * p.row_stride + column), "n"(sizeof(T) << L::kLogN), "r"(arrived)
+        : "memory");
+  };
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrived) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fetch(blockIdx.x);
+  }
+  __syncthreads();
+  uint32_t phase = 0;
+#endif
+  for (uint32_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    uint32_t here;
+    const int64_t row = locate(block, here);
+    uint4 raw[L::kTiles];
+#if __CUDA_ARCH__ >= 900
+    uint32_t done = 0;
+    while (!done) {
+      asm volatile(
+          "{\n\t"
+          ".reg .pred p;\n\t"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+          "selp.b32 %0, 1, 0, p;\n\t"
+          "}"
+          : "=r"(done)
+          : "r"(arrived), "r"(phase)
+          : "memory");
+    }
+    phase ^= 1;
+#pragma unroll
+    for (int j = 0; j < L::kTiles; ++j) raw[j] = buffer[(in >> 3) + (j << 5)];
+    rounds_of_block<L>(p, row, here, in, raw, shared_units, [&] {
+      if (threadIdx.x == 0 && block + gridDim.x < blocks) fetch(block + gridDim.x);
+    });
+#else
+#pragma unroll
+    for (int j = 0; j < L::kTiles; ++j) {
+      raw[j] = detail::load16(p.x + row * p.row_stride + here + in + (j << 8));
+    }
+    rounds_of_block<L>(p, row, here, in, raw, shared_units, [] {});
+#endif
+  }
 }
 
 }  // namespace halo_train

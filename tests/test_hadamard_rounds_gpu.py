@@ -159,6 +159,40 @@ def test_magnitudes(n: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("n", "high"),
+    [
+        (1024, (8, 9)),
+        (2048, (8, 9, 10)),
+        (4096, (8, 9, 10)),
+        (8192, (8, 11, 12)),
+        (16384, (11, 12, 13)),
+        (32768, (8, 12, 13, 14)),
+    ],
+)
+def test_sums_stay_in_range(n: int, high: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Rows of +-1 and signs between made so that what the second round has added up after the product of bits 0, 1, 3 and 4
+    and the additions of the high ones is larger than any sum of the first."""
+    index = torch.arange(n, device="cuda")
+    bit = [index >> k & 1 for k in range(15)]
+    x = (1.0 - 2 * (bit[0] & bit[1] ^ bit[3] & bit[4])).double()
+    if len(high) % 2:
+        every = bit[high[0]].clone()
+        for k in high[1:]:
+            every &= bit[k]
+        x *= 1 - 2 * every
+    else:
+        for k, m in zip(high[::2], high[1::2], strict=True):
+            x *= 1 - 2 * (bit[k] & bit[m])
+    negative = expected(x[None], n, 1.0)[0] < 0
+    middle = (negative.view(-1, 8).int() << torch.arange(8, device="cuda")).sum(dim=1).to(torch.uint8)
+    largest = {torch.bfloat16: 255 / 128, torch.float16: 2047 / 1024}[dtype]
+    rows = torch.stack((x, -x)).to(dtype) * largest
+    exact = two_rounds(rows, n, 1 / n, None, middle, None)
+    assert_rounded_once(ops.hadamard_rounds(rows, n, 1 / n, None, middle), exact, n)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("n", [n for n in SIZES if n <= 8192])
 def test_small_integers_are_exact(n: int, dtype: torch.dtype) -> None:
     """Sums that fit 22 bits, of which many lie halfway between two results."""
