@@ -141,6 +141,8 @@ def main() -> None:
             *(recipe_case(name, weight, config) for name, config in VARIANTS.items()),
             *torchao_cases(weight, not args.no_torchao_eager),
         ],
+        args.rounds,
+        args.settle,
     )
     if args.no_save:
         geometric_means(rows)

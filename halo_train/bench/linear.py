@@ -35,7 +35,7 @@ WARM_UP = 3
 STEPS = 6
 ROUNDS = 4
 SETTLE_SECONDS = 0.1
-"""A layer runs this long before it is timed, and as long for the timing, at least STEPS steps."""
+"""Defaults of ``--rounds`` and ``--settle``."""
 
 
 class Case(NamedTuple):
@@ -60,9 +60,9 @@ def time_us(step: Callable[[], Any], steps: int = STEPS, warm_up: int = WARM_UP)
     return statistics.median(1e3 * before.elapsed_time(after) for before, after in itertools.pairwise(marks))
 
 
-def settled_us(step: Callable[[], Any]) -> float:
-    """:func:`time_us` after the step has run for SETTLE_SECONDS, over as long."""
-    steps = max(STEPS, math.ceil(1e6 * SETTLE_SECONDS / time_us(step)))
+def settled_us(step: Callable[[], Any], seconds: float = SETTLE_SECONDS) -> float:
+    """:func:`time_us` after the step has run for ``seconds``, over as long, at least STEPS steps."""
+    steps = max(STEPS, math.ceil(1e6 * seconds / time_us(step)))
     return time_us(step, steps, warm_up=steps)
 
 
@@ -75,12 +75,16 @@ def recipe_case(recipe: str, weight: Tensor, config: HaloConfig | None = None) -
     return Case(recipe, HaloLinear.from_linear(linear, config), dtype)
 
 
-def measure_shape(cases: Sequence[Case], x: Tensor, e: Tensor) -> list[dict[str, float]]:
+def measure_shape(
+    cases: Sequence[Case], x: Tensor, e: Tensor, rounds: int = ROUNDS, settle: float = SETTLE_SECONDS
+) -> list[dict[str, float]]:
     """Figures of each case for one input.
 
     Args:
         cases: the first is the base of the speed-ups.
         x: [M, K] that requires grad; e: [M, N], the gradient of the output.
+        rounds: how often each case has its turn, in random order; the median counts.
+        settle: seconds that it runs before it is timed, and as long under the clock.
 
     Returns:
         For each case ``forward_us`` (without autograd), ``both_us`` (forward + backward), ``speedup`` of the latter,
@@ -91,11 +95,11 @@ def measure_shape(cases: Sequence[Case], x: Tensor, e: Tensor) -> list[dict[str,
     times: list[list[tuple[float, float]]] = [[] for _ in cases]
     order, shuffle = list(range(len(cases))), random.Random(0).shuffle
     with torch.autograd.set_multithreading_enabled(False):
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             shuffle(order)
             for i in order:
                 forward, both = steps[i]
-                times[i].append((time_us(forward), settled_us(both)))
+                times[i].append((time_us(forward), settled_us(both, settle)))
     gemm_us = {dtype: _gemm_us(x, e, dtype) for dtype in {case.gemm_dtype for case in cases}}
     rows = []
     for case, found in zip(cases, times, strict=True):
@@ -122,11 +126,14 @@ def measure(
     tokens: Sequence[int],
     shapes: dict[str, tuple[int, int]],
     make_cases: Callable[[Tensor], list[Case]],
+    rounds: int = ROUNDS,
+    settle: float = SETTLE_SECONDS,
 ) -> list[dict[str, Any]]:
     """One row for each number of tokens, shape and case; prints them as they come.
 
     Args:
         make_cases: from the weight [N, K], bf16.
+        rounds, settle: of :func:`measure_shape`.
     """
     print(
         f"{'tokens':>7} {'layer':>8} {'N':>6} {'K':>6} {'':>24} {'fwd us':>8} {'fwd+bwd us':>11} {'x bf16':>7} {'GEMM':>5} "
@@ -138,7 +145,7 @@ def measure(
         for m in tokens:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             e = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
-            for case, figures in zip(cases, measure_shape(cases, x, e), strict=True):
+            for case, figures in zip(cases, measure_shape(cases, x, e, rounds, settle), strict=True):
                 row = {"tokens": m, "layer": layer, "n": n, "k": k, "name": case.name, **figures}
                 rows.append(row)
                 print(
@@ -171,7 +178,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     require_gpu(parser)
     rows = measure(
-        args.tokens, chosen_shapes(args), lambda weight: [recipe_case(r, weight) for r in recipes(args)]
+        args.tokens,
+        chosen_shapes(args),
+        lambda weight: [recipe_case(r, weight) for r in recipes(args)],
+        args.rounds,
+        args.settle,
     )
     geometric_means(rows)
     if args.json:
@@ -188,6 +199,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NxK",
         help="out_features x in_features, e.g. 4096x11008; may be repeated; default: the layers of Llama-3-8B",
     )
+    parser.add_argument(
+        "--rounds",
+        type=_positive,
+        default=ROUNDS,
+        help="turns of each layer; their median counts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--settle",
+        type=float,
+        default=SETTLE_SECONDS,
+        help="seconds that a layer runs before it is timed, and as long under the clock (default: %(default)s); of two layers "
+        "less than 3%% apart --rounds 8 --settle 0.25 tells more",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    return value
 
 
 def chosen_shapes(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
