@@ -66,20 +66,7 @@ __device__ __forceinline__ void copy_in_cluster(const void* to, const void* from
 }
 // What is expected has come.
 __device__ __forceinline__ void wait_for_all(uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t done = 0;
-  while (!done) {
-    asm volatile(
-        "{\n\t"
-        ".reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n\t"
-        "selp.b32 %0, 1, 0, p;\n\t"
-        "}"
-        : "=r"(done)
-        : "r"(shared_address(barrier))
-        : "memory");
-  }
-#endif
+  wait_for_phase(shared_address(barrier), 0);
 }
 
 }  // namespace halo_train::detail

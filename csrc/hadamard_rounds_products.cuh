@@ -397,18 +397,7 @@ __global__ void __launch_bounds__(32 * L::kWarps, 1)
     const int64_t row = locate(block, here);
     uint4 raw[L::kTiles];
 #if __CUDA_ARCH__ >= 900
-    uint32_t done = 0;
-    while (!done) {
-      asm volatile(
-          "{\n\t"
-          ".reg .pred p;\n\t"
-          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-          "selp.b32 %0, 1, 0, p;\n\t"
-          "}"
-          : "=r"(done)
-          : "r"(arrived), "r"(phase)
-          : "memory");
-    }
+    detail::wait_for_phase(arrived, phase);
     phase ^= 1;
 #pragma unroll
     for (int j = 0; j < L::kTiles; ++j) raw[j] = buffer[(in >> 3) + (j << 5)];

@@ -120,18 +120,7 @@ class SharedLoader {
   }
   __device__ __forceinline__ void wait(int stage) {
 #if __CUDA_ARCH__ >= 900
-    uint32_t done = 0;
-    while (!done) {
-      asm volatile(
-          "{\n\t"
-          ".reg .pred p;\n\t"
-          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-          "selp.b32 %0, 1, 0, p;\n\t"
-          "}"
-          : "=r"(done)
-          : "r"(address(full_ + stage)), "r"(phases_ >> stage & 1)
-          : "memory");
-    }
+    wait_for_phase(address(full_ + stage), phases_ >> stage & 1);
     phases_ ^= 1u << stage;
 #else
     asm volatile("cp.async.wait_all;" ::: "memory");
