@@ -7,6 +7,7 @@
 
 #include "occupancy.cuh"
 #include "rotate_quantize_kernel.cuh"
+#include "rotate_quantize_relay.cuh"
 
 namespace halo_train::detail {
 
@@ -135,6 +136,12 @@ cudaError_t launch_rotate_quantize(const QuantizeRowsArgs& a, int block, cudaStr
   if (block < 16 || !row_aligned(x, a.row_stride) || !aligned16(a.col_scale)) return cudaErrorNotSupported;
   const RowsOutput out{a.rows, a.cols, a.qtype, a.q, a.scale, a.device};
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (a.tensor_amax == nullptr) {
+      const cudaError_t error = a.col_scale == nullptr
+                                    ? relay_rows<false>(x, a.row_stride, nullptr, out, block, stream)
+                                    : relay_rows<true>(x, a.row_stride, a.col_scale, out, block, stream);
+      if (error != cudaErrorNotSupported) return error;
+    }
     if (a.col_scale == nullptr) {
       return rotate_rows(PlainRows<T, false>{x, a.row_stride, nullptr}, out, block, a.tensor_amax, stream);
     }

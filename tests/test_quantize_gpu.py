@@ -109,6 +109,12 @@ ROTATED += [
     (2240, 64),
     (2112, 16),
 ]
+ROTATED += [
+    (16384, 4096),
+    (16384, 8192),
+    (24576, 4096),
+    (32768, 4096),
+]  # several blocks, of one or two consumer warps
 ROTATED += [(8960, 256), (10304, 64), (10272, 32), (11264, 1024), (18944, 512), (18432, 2048)]  # lean warps
 
 
@@ -132,7 +138,20 @@ def test_rotated_rows(n, block, fmt, dtype):
 @pytest.mark.parametrize("dtype", INPUTS)
 @pytest.mark.parametrize(
     ("n", "block"),
-    [(1536, 512), (1024, 1024), (4096, 4096), (11008, 256), (12288, 4096), (16384, 16384), (18432, 2048)],
+    [
+        (1536, 512),
+        (1024, 1024),
+        (4096, 4096),
+        (11008, 256),
+        (12288, 4096),
+        (16384, 16384),
+        (18432, 2048),
+        (16384, 4096),
+        (20480, 4096),
+        (24576, 8192),
+        (28672, 4096),
+        (32768, 16384),
+    ],
 )
 def test_rotated_rows_do_not_depend_on_their_number(n, block, dtype):
     x = torch.randn(1023, n, device="cuda").to(dtype)
@@ -142,6 +161,35 @@ def test_rotated_rows_do_not_depend_on_their_number(n, block, dtype):
         part, part_scale = ops.quantize_rows(x[:rows], torch.int8, block, d)
         assert torch.equal(part, q[:rows])
         assert torch.equal(part_scale, scale[:rows])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("n", "block"),
+    [
+        (16384, 16384),
+        (16384, 4096),
+        (20480, 4096),
+        (24576, 8192),
+        (28672, 4096),
+        (32768, 16384),
+        (32768, 32768),
+    ],
+)
+def test_large_rows_are_the_same_from_run_to_run(n, block, scaled):
+    x = torch.randn((1 << 26) // n, n, device="cuda").bfloat16()
+    d = torch.exp2(torch.randint(-4, 5, (n,), device="cuda").float()) if scaled else None
+    q, scale = ops.quantize_rows(x, torch.float8_e4m3fn, block, d)
+    for _ in range(20):
+        again, again_scale = ops.quantize_rows(x, torch.float8_e4m3fn, block, d)
+        assert torch.equal(bits(again), bits(q))
+        assert torch.equal(again_scale, scale)
+    rows = [0, 131, 132, 777, len(x) - 1]
+    expected, expected_scale = reference.quantize_rows(
+        x[rows].cpu().double(), torch.float8_e4m3fn, block, None if d is None else d.cpu()
+    )
+    torch.testing.assert_close(scale[rows].cpu().double(), expected_scale, rtol=1e-5, atol=0)
+    assert_nearly_same_codes(q[rows], expected)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])

@@ -174,11 +174,11 @@ int main(int argc, char** argv) {
   const struct {
     int64_t cols;
     int block;
-  } shapes[] = {{1, 1},         {7, 1},        {16, 1},      {264, 1},      {4100, 1},      {4096, 1},
-                {8192, 1},      {12288, 1},    {28672, 1},   {40000, 1},    {48, 16},       {416, 32},
-                {1024, 1024},   {4128, 32},    {2304, 256},  {2560, 512},   {3072, 1024},   {6144, 2048},
-                {4096, 4096},   {12288, 4096}, {8192, 8192}, {24576, 8192}, {16384, 16384}, {32768, 16384},
-                {32768, 32768}, {8960, 256},   {18432, 2048}};
+  } shapes[] = {{1, 1},         {7, 1},        {16, 1},       {264, 1},      {4100, 1},      {4096, 1},
+                {8192, 1},      {12288, 1},    {28672, 1},    {40000, 1},    {48, 16},       {416, 32},
+                {1024, 1024},   {4128, 32},    {2304, 256},   {2560, 512},   {3072, 1024},   {6144, 2048},
+                {4096, 4096},   {12288, 4096}, {8192, 8192},  {24576, 8192}, {16384, 16384}, {32768, 16384},
+                {32768, 32768}, {8960, 256},   {18432, 2048}, {28672, 4096}, {16384, 4096}};
   for (const auto& type : types) {
     for (const QType qtype : {QType::kE4M3, QType::kInt8}) {
       if (shared && (type.dtype != DType::kBFloat16 || qtype != QType::kE4M3)) continue;
@@ -187,7 +187,8 @@ int main(int argc, char** argv) {
           const auto& shape = shapes[i];
           // More rows than the thread blocks hold, so that some take a second one; of gradients, vectors down
           // the columns.
-          const int64_t many = shape.cols >= 12288                     ? 272
+          const int64_t many = shape.cols >= 16384                     ? 664
+                               : shape.cols >= 12288                   ? 272
                                : shape.block == 8192                   ? 544
                                : shape.block > 1 && shape.cols <= 2048 ? 2208
                                                                        : 1072;
