@@ -136,7 +136,7 @@ cudaError_t launch_rotate_quantize(const QuantizeRowsArgs& a, int block, cudaStr
   if (block < 16 || !row_aligned(x, a.row_stride) || !aligned16(a.col_scale)) return cudaErrorNotSupported;
   const RowsOutput out{a.rows, a.cols, a.qtype, a.q, a.scale, a.device};
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    if (a.tensor_amax == nullptr) {
+    if (a.tensor_amax == nullptr && aligned16(a.q)) {
       const cudaError_t error = a.col_scale == nullptr
                                     ? relay_rows<false>(x, a.row_stride, nullptr, out, block, stream)
                                     : relay_rows<true>(x, a.row_stride, a.col_scale, out, block, stream);

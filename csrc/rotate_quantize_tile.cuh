@@ -212,27 +212,35 @@ __device__ __forceinline__ SumMatrix sum_matrix(int log_block) {
 // index (of four), lane bits 0 and 1, and that between `low` and `high`. Products of the values, in two
 // bfloat16 terms each, with a +-1 matrix; what a product gives is laid out as the first operand of the next
 // one. So the second terms are products too, v - first I.
-__device__ __forceinline__ void multiply_quads(float (&low)[4], float (&high)[4], const SumMatrix& b) {
-  using P = Pair<__nv_bfloat16>;
+struct QuadTerms {
   uint32_t first[4], second[4];
+
+  __device__ __forceinline__ QuadTerms(float (&low)[4], float (&high)[4], const SumMatrix& b) {
+    using P = Pair<__nv_bfloat16>;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float (&rest)[4] = half == 0 ? low : high;
-    uint32_t* a = first + 2 * half;
-    a[0] = P::pack(rest[0], rest[1]), a[1] = P::pack(rest[2], rest[3]);
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(rest[0]), "+f"(rest[1]), "+f"(rest[2]), "+f"(rest[3])
-        : "r"(a[0]), "r"(a[1]), "r"(b.minus_identity));
-    second[2 * half] = P::pack(rest[0], rest[1]), second[2 * half + 1] = P::pack(rest[2], rest[3]);
+    for (int half = 0; half < 2; ++half) {
+      float (&rest)[4] = half == 0 ? low : high;
+      uint32_t* a = first + 2 * half;
+      a[0] = P::pack(rest[0], rest[1]), a[1] = P::pack(rest[2], rest[3]);
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+          : "+f"(rest[0]), "+f"(rest[1]), "+f"(rest[2]), "+f"(rest[3])
+          : "r"(a[0]), "r"(a[1]), "r"(b.minus_identity));
+      second[2 * half] = P::pack(rest[0], rest[1]), second[2 * half + 1] = P::pack(rest[2], rest[3]);
+    }
   }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint2 signs = half == 0 ? make_uint2(b.signs.x, b.signs.y) : make_uint2(b.signs.z, b.signs.w);
-    float (&d)[4] = half == 0 ? low : high;
-    P::mma(d, second, signs, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-    P::mma(d, first, signs, make_float4(d[0], d[1], d[2], d[3]));
+  // The products of the second terms, and of the first ones, for the lower or the upper half of the results.
+  __device__ __forceinline__ void begin(float (&d)[4], const SumMatrix& b, int half) const {
+    Pair<__nv_bfloat16>::mma(d, second, signs(b, half), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
   }
-}
+  __device__ __forceinline__ void end(float (&d)[4], const SumMatrix& b, int half) const {
+    Pair<__nv_bfloat16>::mma(d, first, signs(b, half), make_float4(d[0], d[1], d[2], d[3]));
+  }
+
+ private:
+  static __device__ __forceinline__ uint2 signs(const SumMatrix& b, int half) {
+    return half == 0 ? make_uint2(b.signs.x, b.signs.y) : make_uint2(b.signs.z, b.signs.w);
+  }
+};
 
 // The same on bit 3 of the register index, on its highest and on lane bits 0 and 1.
 template <int kValues>
@@ -247,9 +255,11 @@ __device__ __forceinline__ void multiply_sums(float (&v)[kValues], const SumMatr
       const float* from = v + i + half * kHalf;
       quads[half][0] = from[0], quads[half][1] = from[8], quads[half][2] = from[1], quads[half][3] = from[9];
     }
-    multiply_quads(quads[0], quads[1], b);
+    const QuadTerms terms(quads[0], quads[1], b);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      terms.begin(quads[half], b, half);
+      terms.end(quads[half], b, half);
       float* to = v + i + half * kHalf;
       to[0] = quads[half][0], to[8] = quads[half][1], to[1] = quads[half][2], to[9] = quads[half][3];
     }
