@@ -2,7 +2,8 @@
 // written once; y is x diag(col_scale), a norm, or a gated activation (row_sources.cuh). A row stays in the
 // registers of its warps from its load to its rounding, so its largest magnitude costs no second look at
 // memory; the next row is fetched meanwhile (row_loader.cuh). A thread block stays and works on as many rows
-// at once as it holds. Large rows of bfloat16 have a kernel of their own on Hopper (rotate_quantize_relay.cuh).
+// at once as it holds. Large rows of bfloat16 have a kernel of their own on Hopper
+// (rotate_quantize_relay.cuh).
 //
 // A warp holds a tile of 32 * kValues elements of a row. Each bit of their index is transformed where it
 // happens to be (layouts: RotateLayout):
