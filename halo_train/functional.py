@@ -27,6 +27,7 @@ from .config import Format, HaloConfig
 from .gemm import MULTIPLE
 from .hadamard import hadamard_transform
 from .operands import (
+    makes_both,
     pad_vector,
     quantize_input,
     quantize_input_columns,
@@ -104,15 +105,10 @@ def halo_linear(
         )
     d, inverse = equalizer or (None, None)
     carrier = None
-    by_columns = (
-        torch.is_grad_enabled()
-        and x.requires_grad
-        and weight.requires_grad
-        and (
-            takes_input_columns(x, weight.shape[0], config)
-            if rounded_input is None
-            else rounded_input.columns is not None
-        )
+    by_columns = makes_both(x, weight) and (
+        takes_input_columns(x, weight.shape[0], config)
+        if rounded_input is None
+        else rounded_input.columns is not None
     )
     # Apart, because an autograd Function sees tensors, not tuples of them; and only if there are any, because it looks at each.
     rounded: tuple[Any, ...] = ()

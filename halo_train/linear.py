@@ -48,8 +48,8 @@ _OWN_STATE = {
 """What from_linear and to_linear do not carry over as it is; hooks and everything else a user attached go along."""
 
 
-OperandHook = Callable[["HaloLinear", Tensor, Tensor], None]
-"""(layer, x [..., in_features], y [..., out_features])."""
+OperandHook = Callable[["HaloLinear", Tensor, Tensor, int], None]
+"""(layer, x [..., in_features], y [..., out_features], what :func:`halo_train.operands.takes_input_columns` asks of its output features)."""
 
 
 class HaloLinear(nn.Linear):
@@ -119,7 +119,7 @@ class HaloLinear(nn.Linear):
             return x.of(self)
         y = self.multiply(x)
         if self.operand_hooks:
-            self.show_operands(x, y)
+            self.show_operands(x, y, self.out_features)
         return y
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -187,16 +187,17 @@ class HaloLinear(nn.Linear):
         """Calls ``hook`` in every forward, before the forward hooks; its weight is whole then.
 
         Unlike a forward hook it leaves a block fused (:mod:`halo_train.blocks`): x is computed for it where the layer reads
-        what exists in 8 bits only. A compiled region does not call it, unless it is compiled with it.
+        what exists in 8 bits only, and requires a gradient where that does. A compiled region does not call it, unless it is compiled
+        with it.
         """
         handle = RemovableHandle(self.operand_hooks)
         self.operand_hooks[handle.id] = hook
         return handle
 
-    def show_operands(self, x: Tensor, y: Tensor) -> None:
+    def show_operands(self, x: Tensor, y: Tensor, column_features: int) -> None:
         """Calls the operand hooks: for what computes y without calling the layer."""
         for hook in self.operand_hooks.values():
-            hook(self, x, y)
+            hook(self, x, y, column_features)
 
     def equalizer(self) -> Tensor | None:
         """d [in_features] float32, or None while it is all ones."""

@@ -44,12 +44,20 @@ def quantize_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> Qua
     return _quantize_rows(weight, d, config)
 
 
+def makes_both(x: Tensor, weight: Tensor) -> bool:
+    """Whether the backward of a forward that runs now makes dX and dW, and rounds E for both at once."""
+    return torch.is_grad_enabled() and x.requires_grad and weight.requires_grad
+
+
 def takes_input_columns(x: Tensor, out_features: int, config: HaloConfig) -> bool:
     """Whether wgrad takes :func:`quantize_input_columns` of X [..., K] in place of the rotated rows of fprop, so that nothing is undone on
-    dW; of a layer whose backward makes dX, too.
+    dW; of a layer that :func:`makes_both`.
 
     It takes scales for blocks, and pays where what X costs, a byte an element more than to transpose its rows, is no more than the 4
     bytes an element of dW.
+
+    Args:
+        out_features: N, of layers that have the columns made once the sum; 0 where none can be made.
     """
     undone = config.rotate_k or config.equalize
     tokens = x.numel() // x.shape[-1]
@@ -75,15 +83,17 @@ def levels_of(scale: Tensor, config: HaloConfig) -> Tensor | None:
     return scale.sqrt() if config.levels_w_dgrad else None
 
 
-def quantize_weight_columns(weight: Tensor, levels: Tensor | None, config: HaloConfig) -> Quantized:
+def quantize_weight_columns(
+    weight: Tensor, levels: Tensor | None, config: HaloConfig, in_tiles: bool
+) -> Quantized:
     """(diag(1/levels) W)^T rounded, the second operand of a dgrad that requantizes W: W [N, K] padded to multiples of 16, to data
     [K', N'].
 
-    With a scale a column, or, where W is trained and its E :func:`rounds_in_blocks`, a tile: in one read of W. For W that is not
-    trained E is rounded for dgrad alone, with a scale a row, and W but once.
+    Args:
+        in_tiles: with a scale for each tile, in one read of W, not a column; for E with scales for blocks.
     """
     padded = pad_matrix(weight, MULTIPLE, MULTIPLE)
-    if weight.requires_grad and rounds_in_blocks(weight, config):
+    if in_tiles:
         return quantize_tiles(padded, config.format)
     return quantize_transposed(padded, config.format, None if levels is None else levels.reciprocal())
 
@@ -91,11 +101,13 @@ def quantize_weight_columns(weight: Tensor, levels: Tensor | None, config: HaloC
 def round_weight(weight: Tensor, d: Tensor | None, config: HaloConfig) -> RoundedWeight:
     """W [N, K] in the forms that the three products of ``config`` take, for ``halo_linear(rounded_weight=)``.
 
-    Where E has scales for blocks, the columns of a W that requires a gradient have scales for tiles, as in backward.
+    Where E has scales for blocks, the columns of a W that requires a gradient have scales for tiles, as in backward. For W that is not
+    trained E is rounded for dgrad alone, with a scale a row, and W but once.
     """
     rows, columns = quantize_weight(weight, d, config), None
     if config.requantize_w_dgrad:
-        columns = quantize_weight_columns(weight, levels_of(rows.scale, config), config)
+        in_tiles = weight.requires_grad and rounds_in_blocks(weight, config)
+        columns = quantize_weight_columns(weight, levels_of(rows.scale, config), config, in_tiles)
     return RoundedWeight(rows, columns)
 
 

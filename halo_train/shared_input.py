@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .config import HaloConfig
 from .functional import RoundedInput, round_input, round_input_columns
-from .operands import takes_input_columns
+from .operands import makes_both, takes_input_columns
 from .products import autocast_dtype
 from .quantize import Equalizer, exponents_of_amax
 from .weight_cache import optimizer_steps
@@ -149,8 +149,7 @@ class SharedInputs:
         if read is None or read.group is not group:
             read = self._remember(x, layer.config, group)
         rounded = read.rounded or round_input(x, layer.config, equalizer)
-        by_columns = torch.is_grad_enabled() and x.requires_grad and layer.weight.requires_grad
-        if by_columns and takes_input_columns(x, layer.out_features, layer.config):
+        if makes_both(x, layer.weight) and takes_input_columns(x, layer.out_features, layer.config):
             if rounded.columns is None:
                 rounded = round_input_columns(x, rounded, layer.config)
             found = rounded

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from metrics_fixtures import ALL, capture, measure, toy, train_step
+from metrics_fixtures import ALL, FUSED, backward_of, capture, causal_lm, measure, toy, train_step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,22 +17,6 @@ from halo_train.linear import halo_linears
 from halo_train.metrics import PRODUCTS
 from halo_train.metrics import step as step_module
 from halo_train.metrics.statistics import STATS_OF
-
-FUSED = ["llama", "gemma2", "phi3", "phi"]
-
-
-def causal_lm(family: str) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "use_cache": False}  # fmt: skip
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).train()
-
-
-def backward_of(model: nn.Module) -> None:
-    ids = torch.randint(1, 96, (3, 20), generator=torch.Generator().manual_seed(0))
-    model(input_ids=ids, labels=ids).loss.backward()
 
 
 @pytest.mark.parametrize("family", FUSED)
@@ -46,7 +30,7 @@ def test_operands_that_fused_blocks_show(family):
     model = causal_lm(family)
     assert convert_to_halo_training(model, recipe=config).fused
 
-    def show(layer, x, y):
+    def show(layer, x, y, _):
         shown[layer.fqn] = {"x": x.detach().clone()}
         y.register_hook(lambda e: shown[layer.fqn].update(e=e.clone()))
 
@@ -153,7 +137,7 @@ def test_an_input_that_was_written_to_or_has_other_factors_is_rounded_again(reci
 
     model, data, seen = Twice(), torch.randn(48, 64), {}
     convert_to_halo_training(model, recipe=recipe)
-    handle = model.b.register_operand_hook(lambda _, x, y: seen.update(x=x.clone()))
+    handle = model.b.register_operand_hook(lambda _, x, *rest: seen.update(x=x.clone()))
     with QuantMetrics(model, every=1) as metrics:
         model(data.clone()).backward()
         metrics.step()

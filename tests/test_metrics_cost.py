@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
 import torch
 from metrics_fixtures import train_step
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halo_train import QuantMetrics, convert_to_halo_training
+from halo_train import QuantMetrics, convert_to_halo_training, ops
 from halo_train.metrics.reduce import reduce_wgrad
 
 
-def test_memory_held_between_forward_and_backward():
-    """The bound of docs/metrics.md: M (C (b + 2 R) + 4 R + 24) bytes a layer; C inputs sampled, b bytes of x, R recipes of the three."""
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_memory_held_between_forward_and_backward(in_blocks, monkeypatch):
+    """The bound of docs/metrics.md: M (C (b + 2 R) + 4 R + 24) + N (C b + 32) bytes a layer; C inputs sampled, b bytes of x, R recipes of
+    the three, of which fp8 has a byte of X in place of two, and one of W, where gradients have scales for blocks."""
+    monkeypatch.setattr(ops, "takes_blocks", lambda e: in_blocks)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(512, 256))
+    model = nn.Sequential(nn.Linear(512, 272))
     convert_to_halo_training(model, recipe="fp8")
     metrics = QuantMetrics(model, what_if=["halo0_fp8", "fp8", "int8"], sample_size=128)
-    loss = model(torch.randn(1024, 512)).square().mean()
+    loss = model(torch.randn(1024, 512, requires_grad=in_blocks)).square().mean()
     read = metrics._sampled._read.probe  # what the next layer that reads the same x would take
-    assert held(1024, vars(metrics._sampled._pending["0"]), vars(read), metrics) <= 1024 * (
-        32 * (4 + 2 * 2) + 4 * 2 + 24
-    )
+    kept = (vars(metrics._sampled._pending["0"]), vars(read), metrics)
+    assert held(1024, *kept) <= 1024 * (32 * (4 + 2 * 2 - in_blocks) + 4 * 2 + 24)
+    assert held(272, *kept) <= 272 * (32 * (4 + in_blocks) + 32)
     loss.backward()
     assert not metrics._sampled._pending
     batches = metrics._sampled.batches

@@ -28,6 +28,7 @@ from ..config import Recompute
 from ..fsdp import GatheredWeight
 from ..fused import NormedInput, Projected, halo_gated_mlp, halo_projections
 from ..fused.functions import Layer
+from ..fused.inputs import column_features
 from ..fused.norms import Norm
 from ..gemm import MULTIPLE
 from ..linear import HaloLinear, take_equalizers
@@ -127,15 +128,18 @@ class HaloGatedMLP(FusedModule):
         operands: list[Layer],
         equalizer: Equalizer | None,
     ) -> Tensor:
-        """:meth:`forward` with act(gate) up as a tensor, for operand hooks."""
+        """:meth:`forward` with act(gate) up as a tensor, for operand hooks, which down reads by its rows as without them."""
         readers = self.readers()
         config = readers[0].running_config
         outputs = halo_projections(x, operands, config=config, equalizer=equalizer, norm=norm)
-        show_operands(readers, x if values is None else values, outputs)
+        show_operands(readers, x if values is None else values, outputs, norm)
         halves = outputs if len(outputs) == 2 else outputs[0].chunk(2, -1)
         h: Tensor = _GatedFunction.apply(*halves, _ACTIVATIONS[self.fusion.activation])
-        y: Tensor = self.down()(h)
-        return y
+        down = self.down()
+        factors = down.factors()
+        outputs = halo_projections(h, [down.operands(factors)], config=config, equalizer=factors)
+        show_operands((down,), h, outputs, None)
+        return outputs[0]
 
     def readers(self) -> list[Any]:
         """The layers that read x: HaloLinear, unless somebody put something else there."""
@@ -218,7 +222,7 @@ class HaloNorm(FusedModule):
             norm=self._as_norm(),
         )
         if has_operand_hooks(layers):
-            show_operands(layers, self._values(x), outputs)
+            show_operands(layers, self._values(x), outputs, self._as_norm())
         return Projected(x.shape, tuple(layers), outputs)
 
     def _as_norm(self) -> Norm:
@@ -229,11 +233,14 @@ class HaloNorm(FusedModule):
     def _values(self, x: Tensor) -> Tensor:
         """What the layers read, for hooks only."""
         fusion, k = self.fusion, x.shape[-1]
+        needs_dy = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters()))
         with torch.no_grad(), _outside_modes():
             if fusion.center or fusion.unit_offset or self.weight.dtype != x.dtype:
-                return super().forward(x)
-            # One kernel where the classes of transformers have seven; as the fused norm it rounds once.
-            return F.rms_norm(x, (k,), self.weight, getattr(self, fusion.eps_name)).to(x.dtype)
+                values: Tensor = super().forward(x)
+            else:
+                # One kernel where the classes of transformers have seven; as the fused norm it rounds once.
+                values = F.rms_norm(x, (k,), self.weight, getattr(self, fusion.eps_name)).to(x.dtype)
+            return values.requires_grad_(needs_dy)
 
     def _hands_on(self, x: Tensor) -> bool:
         """Whether nothing between the norm and the layers wants to see a tensor, and that would have the dtype of x."""
@@ -310,10 +317,13 @@ def has_operand_hooks(layers: Sequence[HaloLinear]) -> bool:
     return any(layer.operand_hooks for layer in layers)
 
 
-def show_operands(layers: Sequence[HaloLinear], x: Tensor, outputs: Sequence[Tensor]) -> None:
-    """Calls the operand hooks of layers that read x."""
+def show_operands(
+    layers: Sequence[HaloLinear], x: Tensor, outputs: Sequence[Tensor], norm: Norm | None
+) -> None:
+    """Calls the operand hooks of layers that read x, the output of the norm if there is one."""
+    features = column_features(norm, [layer.out_features for layer in layers])
     for layer, y in zip(layers, outputs, strict=True):
-        layer.show_operands(x, y)
+        layer.show_operands(x, y, features)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,8 +61,13 @@ def round_input_again(
 
 def takes_columns(tokens: Tensor, weights: Sequence[Tensor], arguments: Arguments) -> bool:
     """Whether wgrad takes the columns of an RMSNorm's output, which backward makes of what the norm's backward takes anyway."""
-    norm, rows = arguments.norm, sum(weight.shape[0] for weight in weights)
-    return norm is not None and not norm.center and takes_input_columns(tokens, rows, arguments.config)
+    out_features = column_features(arguments.norm, [weight.shape[0] for weight in weights])
+    return takes_input_columns(tokens, out_features, arguments.config)
+
+
+def column_features(norm: Norm | None, out_features: Iterable[int]) -> int:
+    """What :func:`takes_input_columns` asks of layers with these output features that read norm(x): 0 where there are no columns."""
+    return sum(out_features) if norm is not None and not norm.center else 0
 
 
 def round_columns(of_norm: tuple[Tensor | None, ...], scale: Tensor, arguments: Arguments) -> Quantized:

@@ -6,12 +6,14 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Format
 from ..gemm import MULTIPLE, matmul
 from ..hadamard import hadamard_transform, largest_block
-from ..quantize import Quantized, quantize
+from ..ops import SCALE_BLOCK
+from ..quantize import Quantized, quantize, quantize_grad_blocks
 from .sample import SampleSize
 
 
@@ -106,9 +108,11 @@ def gather_rows(x: Tensor, rows: Tensor, out: Tensor) -> None:
 
 
 def take_rows(q: Quantized, rows: Tensor) -> Quantized:
-    """The rows of a rounded matrix, with one scale each."""
+    """The rows of a rounded matrix, with one scale each, or of one with scales for tiles with a scale for each block, [blocks, R]."""
     # Not every device can index float8.
     data = bytes_of(q.data)[rows].view(q.data.dtype)
+    if q.scale.dim() == 2:
+        return Quantized(data, q.scale[:, rows // SCALE_BLOCK])
     return Quantized(data, q.scale[rows] if q.scale.dim() else q.scale.expand(len(data)))
 
 
@@ -135,14 +139,45 @@ def round_parts(rows: Tensor, amax: Tensor, fmt: Format) -> Quantized:
     return Quantized(q.data[..., : rows.shape[-1]], q.scale)
 
 
+def round_blocks(rows: Tensor, factors: Tensor | None, fmt: Format) -> Quantized:
+    """Rows of gradients times factors of their columns, with a scale for each row and block, as in the whole gradient.
+
+    Args:
+        rows: [L, R, Q], of E or of its transpose. factors: [L, Q] or None.
+
+    Returns:
+        data [L, R, Q], scale [L, blocks, R].
+    """
+    ones, parts = rows.new_ones(rows.shape[1], dtype=torch.float32), []
+    for i, e in enumerate(rows):
+        q, _, _ = quantize_grad_blocks(e, fmt, None if factors is None else factors[i], ones)
+        parts.append(q)
+    data = torch.stack([bytes_of(q.data) for q in parts]).view(parts[0].data.dtype)
+    return Quantized(data, torch.stack([q.scale for q in parts]))
+
+
+def blocks_of(t: Tensor) -> Tensor:
+    """Matrices [B, R, Q] cut up into their blocks of columns, [B blocks, R, SCALE_BLOCK], the last filled up with zeros."""
+    stored = F.pad(bytes_of(t), (0, -t.shape[-1] % SCALE_BLOCK)).unflatten(-1, (-1, SCALE_BLOCK))
+    return stored.transpose(1, 2).flatten(0, 1).view(t.dtype)
+
+
 def scale_of_amax(amax: Tensor, dtype: torch.dtype, fmt: Format) -> Tensor:
     """Scales [R] of rows of ``dtype`` whose largest magnitudes are amax [R]."""
     return quantize(amax.to(dtype)[:, None], fmt).scale
 
 
 def values_of(q: Quantized) -> Tensor:
-    """What a rounded tensor with row scales stands for, float64."""
-    return q.data.double() * q.scale.double()[..., None]
+    """What rounded rows with a scale each, or one for each block, [L, blocks, R], stand for, float64."""
+    scale = q.scale[..., None]
+    if has_blocks(q):
+        scale = q.scale.mT.repeat_interleave(SCALE_BLOCK, -1)[..., : q.data.shape[-1]]
+    return q.data.to(torch.float64, copy=True).mul_(scale)
+
+
+def has_blocks(q: Quantized) -> bool:
+    """Whether rows [L, R, Q] have a scale for each block."""
+    return q.scale.dim() == q.data.dim()
 
 
 def bytes_of(data: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ from ..operands import (
     pad_tokens,
     quantize_grad_for_dgrad,
     quantize_input,
+    quantize_input_columns,
     quantize_weight,
+    quantize_weight_columns,
 )
 from ..ops.reference import QMAX
 from ..quantize import Equalizer, Quantized, equalizer_exponents
@@ -59,24 +61,31 @@ class InputProbe:
         self.sampled: dict[int, Quantized] = {}
         if not plan.configs:
             return
-        self.wgrad = {"x": x[:, draws.take("inputs", features)], "x_amax": self.rows[0]}
+        inputs = draws.take("inputs", features)
+        self.wgrad = {"x": x[:, inputs], "x_amax": self.rows[0]}
         wide = torch.promote_types(x.dtype, torch.float32)
-        values = x.new_empty((len(plan.changed), *self.wgrad["x"].shape), dtype=wide)
-        for i, out in zip(plan.changed, values, strict=True):
+        by_rows = [i for i in plan.changed if not plan.forms[i].by_columns]
+        values = x.new_empty((len(by_rows), *self.wgrad["x"].shape), dtype=wide)
+        values_of_rows = dict(zip(by_rows, values, strict=True))
+        for i in plan.changed:
             config = plan.configs[i]
             factors = equalizer if config.equalize else None
             operand = quantize_input(x, None if factors is None else factors.inverse, config)
-            undo = None if factors is None else factors.d
-            operand_columns(operand, undo, draws, features, out, rotated=config.rotate_k)
             self.wgrad[f"scale{i}"] = of_rows(operand.scale, len(x))
+            if i in values_of_rows:
+                undo, out = None if factors is None else factors.d, values_of_rows[i]
+                operand_columns(operand, undo, draws, features, out, rotated=config.rotate_k)
+            else:
+                columns = take_rows(quantize_input_columns(x, operand.scale, config), inputs)
+                self.wgrad |= {f"data{i}": columns.data, f"tiles{i}": columns.scale}
             if config.scaling is Scaling.TENSORWISE:
                 self.sampled[i] = take_rows(operand, draws.take("tokens", len(x)))
-        if plan.changed:
-            values.mul_(torch.stack([self.wgrad[f"scale{i}"] for i in plan.changed])[..., None])
+        if by_rows:
+            values.mul_(torch.stack([self.wgrad[f"scale{i}"] for i in by_rows])[..., None])
             # Of the error alone 8 bits of mantissa are plenty.
             errors = torch.empty_like(values, dtype=torch.bfloat16)
             torch.sub(values, self.wgrad["x"], out=errors)
-            self.wgrad |= {f"error{i}": error for i, error in zip(plan.changed, errors, strict=True)}
+            self.wgrad |= {f"error{i}": error for i, error in zip(by_rows, errors, strict=True)}
 
 
 class LayerProbe:
@@ -111,6 +120,11 @@ class LayerProbe:
         if plan.configs:
             self._dgrad = {"w": weight[:, block.inputs], "w_amax": rows[0]}
             inputs |= self._round(x, weight, read)
+            for i, config in enumerate(plan.configs):
+                if config.requantize_w_dgrad and plan.forms[i].in_blocks:
+                    whole = quantize_weight_columns(weight, None, config, in_tiles=True)
+                    part = take_rows(whole, block.inputs)
+                    self._dgrad |= {f"data{i}": part.data, f"tiles{i}": part.scale}
         batches.add(name, reduce_inputs, plan, inputs)
 
     def backward(self, e: Tensor) -> None:

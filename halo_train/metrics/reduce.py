@@ -21,7 +21,7 @@ from ..operands import levels_of, rotation_block
 from ..ops.reference import QMAX
 from ..quantize import Quantized, quantize
 from .batches import Sample
-from .operands import round_parts, values_of
+from .operands import blocks_of, has_blocks, round_blocks, round_parts, values_of
 from .plan import Plan, changes, folds
 from .statistics import (
     HISTOGRAM_ROWS,
@@ -147,18 +147,18 @@ def reduce_dgrad(plan: Plan, t: Sample) -> list[Reduced]:
 
     Args:
         t: ``e`` [L, S, N], rows of E; ``w`` [L, N, C], columns of W; ``w_amax`` [L, N] and, for configs with one scale a tensor,
-            ``e_amax`` [L, M], of the rows. Where dgrad takes the W of fprop, changed, ``values<i>`` [L, N, C], what its data stands for;
+            ``e_amax`` [L, M], of the rows. Where W has a scale for each tile ``data<i>`` [L, C, N'] and ``tiles<i>`` [L, blocks, C], its
+            columns rounded. Where dgrad takes the W of fprop, changed, ``values<i>`` [L, N, C], what its data stands for;
             there and where W has levels ``scale<i>`` [L, N]. Where E is rotated ``e_values<i>`` [L, S, N], rotated back, and of the own config ``e_exact`` and
             ``e_data`` [L, S, N] and ``e_scale`` [L, S].
     """
     e, own, found, products = t["e"], plan.own, [], []
     for i, config in enumerate(plan.configs):
         multiplied, fold = _dgrad_weight(t, i, config)
-        folded = e if fold is None else e * fold[:, None]
         if config.rotate_m_dgrad:
             products.append(t[f"e_values{i}"].double() @ multiplied)
         else:
-            q = _round_gradient(folded, t, config)
+            folded, q = _round_gradient(e, fold, t, plan, i)
             products.append(_product(q, multiplied))
         if config != own:
             continue
@@ -170,7 +170,7 @@ def reduce_dgrad(plan: Plan, t: Sample) -> list[Reduced]:
             found += both.reduced(config.grad_format, outliers=operand.names)
         else:
             found += operand.reduced(config.grad_format, outliers=operand.names)
-            found += _Rows.of("e", e, _round_gradient(e, t, config)).reduced(config.grad_format)
+            found += _Rows.of("e", *_round_gradient(e, None, t, plan, i)).reduced(config.grad_format)
     product = e.double() @ t["w"].double()
     found.append(product_reduced(plan.names("dgrad"), product[:, None], torch.stack(products, 1)))
     return found
@@ -181,21 +181,23 @@ def reduce_wgrad(plan: Plan, t: Sample) -> list[Reduced]:
 
     Args:
         t: ``e`` [L, P, M], rows of the transpose of E; ``x`` [L, M, C], columns of X; ``x_amax`` and, for configs with one scale a tensor, ``e_amax``
-            [L, M], of the rows. Where X is changed ``error<i>`` [L, M, C], rounded minus exact, and ``scale<i>`` [L, M].
+            [L, M], of the rows. Where X is changed ``scale<i>`` [L, M], and ``error<i>`` [L, M, C], rounded minus exact, or for a wgrad by
+            columns ``data<i>`` [L, C, M'] and ``tiles<i>`` [L, blocks, C], those rounded.
     """
     e = t["e"]
     x, found, products = t["x"].double(), [], []
     for i, config in enumerate(plan.configs):
         rowwise = config.scaling is Scaling.ROWWISE
         # Row scales of X are in E: what it meets is the data alone.
-        if f"error{i}" in t:
+        if plan.forms[i].by_columns:
+            multiplied, scale = _rounded_columns(t, i, e.shape[-1]), t[f"scale{i}"]
+        elif f"error{i}" in t:
             multiplied, scale = x + t[f"error{i}"], t[f"scale{i}"]
             multiplied = multiplied / scale[..., None] if rowwise else multiplied
         else:
             q = _round_with(t["x"], t["x_amax"], config)
             multiplied, scale = q.data.double() if rowwise else values_of(q), q.scale
-        rows = e * scale[:, None] if rowwise else e
-        q = _round_gradient(rows, t, config)
+        rows, q = _round_gradient(e, scale if rowwise else None, t, plan, i)
         products.append(_product(q, multiplied))
         if config == plan.own:
             operand = _Rows.of("e_wgrad_operand", rows, q)
@@ -215,7 +217,7 @@ class _Rows(NamedTuple):
     data: Tensor
     """What is stored of them, likewise."""
     scale: Tensor
-    """Of the rows, [L, T, R]."""
+    """Of the rows, [L, T, R], or of their blocks, [L, T, blocks, R]."""
 
     @staticmethod
     def of(name: str, before: Tensor, q: Quantized) -> _Rows:
@@ -239,7 +241,8 @@ class _Rows(NamedTuple):
         shape = self.before.shape
         before, data, scale = (t.flatten(0, 1) for t in (self.before, self.data, self.scale))
         counted = max(1, shape[2] // HISTOGRAM_ROWS)
-        sums = ops.rounding_moments(before, data, scale, _largest(fmt), counted)
+        moments = _block_moments if has_blocks(Quantized(data, scale)) else ops.rounding_moments
+        sums = moments(before, data, scale, _largest(fmt), counted)
         of_rows, of_columns, exponents = (s.unflatten(0, shape[:2]) for s in sums)
         found = [
             rounding_reduced(self.names, of_rows, shape[-1]),
@@ -248,8 +251,20 @@ class _Rows(NamedTuple):
         return found + sample_outliers(outliers, of_rows, of_columns) if outliers else found
 
 
+def _block_moments(
+    x: Tensor, data: Tensor, scale: Tensor, largest: float, counted: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`ops.rounding_moments` of rows with a scale for each block, [B, blocks, R]."""
+    sums = ops.rounding_moments(blocks_of(x), blocks_of(data), scale.flatten(0, 1), largest, counted)
+    of_rows, of_columns, exponents = (s.unflatten(0, scale.shape[:2]) for s in sums)
+    columns = of_columns.transpose(1, 2).flatten(2)[..., : x.shape[-1]]
+    return of_rows.sum(1), columns, exponents.sum(1, dtype=exponents.dtype)
+
+
 def _product(rows: Quantized, multiplied: Tensor) -> Tensor:
-    """Rounded rows [L, R, Q], of which only the data is multiplied, times float64 [L, Q, C]."""
+    """Rounded rows [L, R, Q] times float64 [L, Q, C]; where a row has one scale, only the data is multiplied."""
+    if has_blocks(rows):
+        return values_of(rows) @ multiplied
     return (rows.data.double() @ multiplied).mul_(rows.scale.double()[..., None])
 
 
@@ -263,6 +278,8 @@ def _whole(names: tuple[str, ...], rows: Tensor, columns: Tensor) -> list[Reduce
 
 def _dgrad_weight(t: Sample, i: int, config: HaloConfig) -> tuple[Tensor, Tensor | None]:
     """What E meets in dgrad [L, N, C], and what [L, N] is folded into E before: row scales of W, or its levels."""
+    if f"tiles{i}" in t:
+        return _rounded_columns(t, i, t["w"].shape[1]), None
     if config.requantize_w_dgrad:
         if not config.levels_w_dgrad:
             return values_of(quantize(t["w"].mT, config.format)).mT, None
@@ -285,12 +302,23 @@ def _round_with(columns: Tensor, amax: Tensor, config: HaloConfig) -> Quantized:
     return round_parts(columns, amax, config.format)
 
 
-def _round_gradient(rows: Tensor, t: Sample, config: HaloConfig) -> Quantized:
-    """Rows [L, R, Q] of E or of its transpose."""
+def _rounded_columns(t: Sample, i: int, rows: int) -> Tensor:
+    """What columns of X or W with scales for tiles stand for [L, R, C], without padded rows."""
+    return values_of(Quantized(t[f"data{i}"], t[f"tiles{i}"]))[..., :rows].mT
+
+
+def _round_gradient(
+    e: Tensor, factors: Tensor | None, t: Sample, plan: Plan, i: int
+) -> tuple[Tensor, Quantized]:
+    """Rows [L, R, Q] of E or of its transpose times factors [L, Q] of their columns, and the same rounded."""
+    config = plan.configs[i]
+    rows = e if factors is None else e * factors[:, None]
+    if plan.forms[i].in_blocks:
+        return rows, round_blocks(e, factors, config.grad_format)
     if config.scaling is Scaling.ROWWISE:
-        return quantize(rows, config.grad_format)
+        return rows, quantize(rows, config.grad_format)
     amax = t["e_amax"].amax(-1, keepdim=True).expand(rows.shape[:2])
-    return round_parts(rows, amax, config.grad_format)
+    return rows, round_parts(rows, amax, config.grad_format)
 
 
 def _padded(rows: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,9 +14,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..config import HaloConfig
 from ..linear import HaloLinear, OperandHook
+from ..operands import makes_both
 from .batches import Batches
 from .operands import Draws
-from .plan import Plan
+from .plan import Form, Plan
 from .probe import InputProbe, LayerProbe, equalizer_of
 from .sample import SampleSize
 
@@ -46,6 +48,7 @@ class SampledStep:
         self.measured: set[str] = set()
         self.batches = Batches()
         self._size, self._seed, self._plan_of = size, seed, plan_of
+        self._in_forms = functools.cache(Plan.in_forms)
         self._pending: dict[str, LayerProbe] = {}
         self._draws: dict[torch.device, Draws] = {}
         self._read: _Read | None = None
@@ -60,13 +63,17 @@ class SampledStep:
                     probe.backward(e.detach().reshape(-1, e.shape[-1]))
                 self.measured.add(name)
 
-        def on_forward(layer: HaloLinear, x: Tensor, y: Tensor) -> None:
+        def on_forward(layer: HaloLinear, x: Tensor, y: Tensor, column_features: int) -> None:
             # The first forward with gradients; activation checkpointing runs it again.
             if name in self._pending or name in self.measured or not y.requires_grad or y.numel() == 0:
                 return
+            plan, draws = self._plan_of(layer.running_config), self._draws_on(x.device)
+            if makes_both(x, layer.weight):
+                plan = self._in_forms(
+                    plan, tuple(Form.of(x, column_features, config) for config in plan.configs)
+                )
             # Selective activation checkpointing is a mode that would take our ops for those of the layer.
             with _disable_current_modes(), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                plan, draws = self._plan_of(layer.running_config), self._draws_on(x.device)
                 tokens = x.detach().reshape(-1, layer.in_features).to(y.dtype)
                 weight = layer.whole_weight()
                 block = draws.block(len(tokens), *weight.shape)
