@@ -46,7 +46,7 @@ def test_products_have_the_errors_of_the_layers_gradients(recipe, shape):
 @pytest.mark.parametrize("own", ["fp8", "fp8, folded", "fp8_plain", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sampled_operands_have_the_bits_of_those_that_the_layer_rounds(own, dtype):
-    """As run and as what-if recipes, of two layers that are reduced together: one other code would be 1e-7 dB or more."""
+    """As run and as what-if recipes, of two layers that are reduced together: one other code would show."""
     x, w, e = block_example(600, 320, 528, dtype)
     model = nn.ModuleList(layer_of(CONFIGS.get(own, RECIPES["int8"]), x, part) for part in (w, w.flip(0)))
     x.requires_grad_()
@@ -95,7 +95,7 @@ def test_what_does_not_depend_on_scales_is_as_with_row_scales(monkeypatch):
 
 
 def as_the_layer_rounds(
-    x: Tensor, weight: Tensor, e: Tensor, equalizer: Equalizer | None, config: HaloConfig
+    x: Tensor, weight: Tensor, e: Tensor, equalizer: Equalizer, config: HaloConfig
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """dX, dW^T and both operands E, exact and by the functions of a layer's forward and backward, multiplied in float64."""
     (m, n), k = e.shape, x.shape[1]
