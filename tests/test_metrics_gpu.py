@@ -125,10 +125,12 @@ def agrees_with_the_reference(x, data, scale, largest, counted):
 @pytest.mark.parametrize("shape", [(304, 528, 272), (1040, 208, 528), (256, 64, 33)])
 @pytest.mark.parametrize("folded", [False, True])
 def test_products_have_the_errors_of_the_layers_gradients(folded, shape, dtype):
+    """But for those of the sums, and in bfloat16 of rounding the results, a folded dX before it is rotated back."""
+    tolerance = 0.1 if dtype == torch.float32 else 0.25
     config = HaloConfig(requantize_w_dgrad=not folded)
     x, w, e = (t.cuda() for t in block_example(*shape, dtype))
     by_columns = ops.takes_blocks(x) and shape[0] <= 4 * shape[1]
-    assert_measured_as_run(layer_of(config, x, w), x, e, by_columns, tolerance=0.1)
+    assert_measured_as_run(layer_of(config, x, w), x, e, by_columns, tolerance)
 
 
 @pytest.mark.parametrize("fmt", ["e4m3", "e5m2", "int8"])
