@@ -375,18 +375,14 @@ __global__ void __launch_bounds__(32 * L::kWarps, 1)
   const auto fetch = [&](uint32_t block) {
     uint32_t column;
     const int64_t row = locate(block, column);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrived),
-                 "n"(sizeof(T) << L::kLogN)
-                 : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            detail::shared_address(buffer)),
-        "l"(p.x + row * p.row_stride + column), "n"(sizeof(T) << L::kLogN), "r"(arrived)
-        : "memory");
+    constexpr uint32_t kBytes = sizeof(T) << L::kLogN;
+    detail::expect(arrived, kBytes);
+    detail::copy_to_shared(detail::shared_address(buffer), p.x + row * p.row_stride + column, kBytes,
+                           arrived);
   };
   if (threadIdx.x == 0) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrived) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    detail::init_barrier(arrived, 1);
+    detail::show_barriers();
     fetch(blockIdx.x);
   }
   __syncthreads();

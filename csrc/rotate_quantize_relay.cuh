@@ -91,13 +91,6 @@ __device__ __forceinline__ uint4 relay_matrix() {
   return make_uint4(a[0], a[1], a[2], a[3]);
 }
 
-__device__ __forceinline__ void init_barrier(uint32_t barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-__device__ __forceinline__ void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 }  // namespace detail
 
 // kLogBlock: of the rotation, 12 to 15. Empty but in a build for sm_90a.
@@ -146,21 +139,15 @@ __global__ void __launch_bounds__(detail::Relay::kThreads, 1) rotate_quantize_re
     if (rows_left <= 0) return;
     if (lane == 0) {
       const uint32_t arrives = own_arrived + 8 * slot;
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrives),
-                   "n"(4 * kSlotWords)
-                   : "memory");
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-              own_slots + 4 * kSlotWords * slot),
-          "l"(next), "n"(4 * kSlotWords), "r"(arrives)
-          : "memory");
+      expect(arrives, 4 * kSlotWords);
+      copy_to_shared(own_slots + 4 * kSlotWords * slot, next, 4 * kSlotWords, arrives);
     }
     next_tile += R::kProducers;
     next += R::kProducers * R::kTile;
   };
   if (warp < R::kProducers) {
     if (lane < kSlots) init_barrier(own_arrived + 8 * lane, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    show_barriers();
     order_before_copies();
     __syncwarp();
 #pragma unroll 1

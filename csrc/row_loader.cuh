@@ -77,8 +77,7 @@ class SharedLoader {
     }
 #if __CUDA_ARCH__ >= 900
     if (lane == 0) {
-      for (int s = 0; s < stages; ++s)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(full_ + s)));
+      for (int s = 0; s < stages; ++s) init_barrier(shared_address(full_ + s), 1);
     }
 #endif
     order_before_copies();
@@ -89,17 +88,10 @@ class SharedLoader {
     __syncwarp();  // the buffer has been read
     if (lane_ != 0) return;
     const uint32_t bytes = static_cast<uint32_t>(sizeof(T)) * min(columns_, 1 << L::kTileBits);
-    const uint32_t full = address(full_ + stage);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(kInputs * bytes)
-                 : "memory");
+    const uint32_t full = shared_address(full_ + stage);
+    expect(full, kInputs * bytes);
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) {
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-              address(buffer(stage, i))),
-          "l"(tile[i]), "r"(bytes), "r"(full)
-          : "memory");
-    }
+    for (int i = 0; i < kInputs; ++i) copy_to_shared(shared_address(buffer(stage, i)), tile[i], bytes, full);
 #else
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) {
@@ -109,7 +101,7 @@ class SharedLoader {
 #pragma unroll
         for (int k = 0; k < kQuads; ++k) {
           asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                           address(buffer(stage, i) + quad_ + quads(j) + k)),
+                           shared_address(buffer(stage, i) + quad_ + quads(j) + k)),
                        "l"(tile[i] + in_ + (j << L::kLoadBit) + 16 / sizeof(T) * k)
                        : "memory");
         }
@@ -120,7 +112,7 @@ class SharedLoader {
   }
   __device__ __forceinline__ void wait(int stage) {
 #if __CUDA_ARCH__ >= 900
-    wait_for_phase(address(full_ + stage), phases_ >> stage & 1);
+    wait_for_phase(shared_address(full_ + stage), phases_ >> stage & 1);
     phases_ ^= 1u << stage;
 #else
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -138,9 +130,6 @@ class SharedLoader {
   }
 
  private:
-  static __device__ __forceinline__ uint32_t address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-  }
   __device__ __forceinline__ uint4* buffer(int stage, int input) const {
     return buffers_ + (stage * kInputs + input) * kTileQuads;
   }
